@@ -1,0 +1,27 @@
+//! Compiles the wire schemas in pure Rust (no `protoc` needed) and keeps the
+//! descriptor set beside the generated code for gRPC reflection.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+use prost::Message;
+
+const SCHEMAS: [&str; 3] = [
+    "proto/guild/inference/v1/inference.proto",
+    "proto/guild/cluster/v1/cluster.proto",
+    "proto/guild/experts/v1/experts.proto",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed=proto");
+    let descriptors = protox::compile(SCHEMAS, ["proto"])?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(
+        out.join("guild_descriptors.bin"),
+        descriptors.encode_to_vec(),
+    )?;
+    // Rows are reference counted slices of the received message, not copies.
+    tonic_prost_build::configure()
+        .bytes(".guild.experts.v1")
+        .compile_fds(descriptors)?;
+    Ok(())
+}
