@@ -1,2 +1,61 @@
-//! placeholder
-fn main() {}
+//! The project's recipes, by name: `cargo xtask test` is what CI runs and what a
+//! person runs. Its secret is how a bare machine becomes one that can run them
+//! (toolchain components, the Python clients). It may start programs; it knows
+//! nothing of Guild's own crates.
+// Printing is this program's work.
+#![allow(clippy::print_stderr)]
+
+mod python;
+mod recipe;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about = "The project's recipes", disable_help_subcommand = true)]
+struct Args {
+    #[command(subcommand)]
+    recipe: Recipe,
+}
+
+#[derive(Subcommand)]
+enum Recipe {
+    /// All that CI runs: format, lints, docs, build, every test
+    Test {
+        /// Only tests whose name contains this
+        filter: Option<String>,
+    },
+    /// The checks without the tests: format, clippy, docs, cargo-deny when installed
+    Lint,
+    /// Formats every file
+    Fmt,
+    /// Serves the demo checkpoint, optimised: `guild up --model models/demo`
+    Demo {
+        /// Further flags of `guild up`, after `--`
+        #[arg(last = true)]
+        flags: Vec<String>,
+    },
+    /// Makes the Python environment of the client tests and prints its interpreter
+    Clients,
+    /// Renders deploy/ with kubectl and validates it against the Kubernetes schemas
+    Manifests,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Args::parse().recipe {
+        Recipe::Test { filter } => recipe::test(filter.as_deref()),
+        Recipe::Lint => recipe::lint(),
+        Recipe::Fmt => recipe::fmt(),
+        Recipe::Demo { flags } => recipe::demo(&flags),
+        Recipe::Clients => recipe::clients(),
+        Recipe::Manifests => recipe::manifests(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
