@@ -1,0 +1,43 @@
+//! One name for a model: configuration and weights, whatever the files.
+
+use rayon::prelude::*;
+
+use super::{Checkpoint, TensorView};
+
+/// Above this many bytes of weights only parts of every tensor are read.
+pub(super) const FULL_BYTES: u64 = 64 << 30;
+/// Bytes of each of the three parts of a sampled tensor: first, middle, last.
+const SAMPLE_BYTES: usize = 4096;
+/// Tensors from this size on are hashed by all threads together rather than one each.
+const LARGE_BYTES: usize = 8 << 20;
+
+pub(super) fn digest(checkpoint: &Checkpoint) -> String {
+    let full = checkpoint.required_bytes() <= FULL_BYTES;
+    let mut tensors: Vec<TensorView<'_>> = checkpoint.required().collect();
+    tensors.sort_by_key(|t| t.name());
+    // A hash per tensor, then a hash of the hashes: the order of work does not matter.
+    let parts: Vec<blake3::Hash> = tensors.par_iter().map(|t| content(t, full)).collect();
+
+    let mut hasher = blake3::Hasher::new();
+    let config = serde_json::to_vec(checkpoint.config()).unwrap_or_default();
+    hasher.update(&(config.len() as u64).to_le_bytes()).update(&config);
+    for (tensor, part) in tensors.iter().zip(&parts) {
+        let head = format!("{}\0{}\0{:?}\0", tensor.name(), tensor.dtype().name(), tensor.shape());
+        hasher.update(head.as_bytes()).update(part.as_bytes());
+    }
+    format!("{}:{}", if full { "full" } else { "sampled" }, hasher.finalize().to_hex())
+}
+
+fn content(tensor: &TensorView<'_>, full: bool) -> blake3::Hash {
+    let bytes = tensor.bytes();
+    let mut hasher = blake3::Hasher::new();
+    if full || bytes.len() <= 3 * SAMPLE_BYTES {
+        if bytes.len() >= LARGE_BYTES { hasher.update_rayon(bytes) } else { hasher.update(bytes) };
+    } else {
+        let middle = bytes.len() / 2 - SAMPLE_BYTES / 2;
+        for start in [0, middle, bytes.len() - SAMPLE_BYTES] {
+            hasher.update(&bytes[start..start + SAMPLE_BYTES]);
+        }
+    }
+    hasher.finalize()
+}
