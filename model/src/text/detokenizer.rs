@@ -1,0 +1,121 @@
+//! Text of a growing list of tokens.
+
+use std::sync::Arc;
+
+use super::Text;
+use crate::ModelError;
+
+/// Tokens before the present ones that the decoder is shown again, because
+/// some decoders treat the first token of a text differently.
+const CONTEXT: usize = 4;
+/// Tokens that are held back at most for a character that does not become
+/// complete; no character needs more than four bytes.
+const MAX_HELD: usize = 64;
+
+/// Turns tokens into text one by one.
+///
+/// Every piece is complete UTF-8: bytes that a following token may complete to
+/// a character are held back. All pieces together, with that of
+/// [`Detokenizer::finish`], are what decoding all tokens at once gives.
+pub struct Detokenizer {
+    text: Arc<Text>,
+    skip_special: bool,
+    state: State,
+}
+
+enum State {
+    /// Decoding concatenates bytes; these are the start of a character.
+    Bytes(Vec<u8>),
+    /// The decoder must be asked.
+    Window(Window),
+}
+
+#[derive(Default)]
+struct Window {
+    /// All tokens so far.
+    ids: Vec<u32>,
+    /// Where the context of the present tokens begins.
+    context: usize,
+    /// The first token whose text has not been released.
+    pending: usize,
+    released: String,
+}
+
+impl Detokenizer {
+    /// A detokenizer at the start of a text.
+    pub fn new(text: Arc<Text>, skip_special: bool) -> Self {
+        let state = if text.bytes.is_byte_level() { State::Bytes(Vec::new()) } else { State::Window(Window::default()) };
+        Self { text, skip_special, state }
+    }
+
+    /// Takes the next token and returns the text that is certain now.
+    pub fn push(&mut self, id: u32) -> Result<String, ModelError> {
+        if self.skip_special && self.text.is_special(id) {
+            return Ok(String::new());
+        }
+        match &mut self.state {
+            State::Bytes(held) => {
+                held.extend_from_slice(self.text.bytes.of(id));
+                Ok(complete_characters(held))
+            }
+            State::Window(window) => window.push(&self.text, id),
+        }
+    }
+
+    /// The text that was held back; the token list has ended.
+    pub fn finish(&mut self) -> Result<String, ModelError> {
+        match &mut self.state {
+            State::Bytes(held) => Ok(String::from_utf8_lossy(&std::mem::take(held)).into_owned()),
+            State::Window(window) => window.finish(&self.text),
+        }
+    }
+}
+
+/// Takes from `bytes` what is certain; at most the start of one character stays.
+fn complete_characters(bytes: &mut Vec<u8>) -> String {
+    let mut out = String::new();
+    let mut taken = 0;
+    for chunk in bytes.utf8_chunks() {
+        out.push_str(chunk.valid());
+        taken += chunk.valid().len();
+        let invalid = chunk.invalid();
+        // Only at the very end can an invalid part still become a character.
+        if std::str::from_utf8(invalid).is_err_and(|e| e.error_len().is_some()) || taken + invalid.len() < bytes.len() {
+            if !invalid.is_empty() {
+                out.push(char::REPLACEMENT_CHARACTER);
+            }
+            taken += invalid.len();
+        }
+    }
+    bytes.drain(..taken);
+    out
+}
+
+impl Window {
+    fn push(&mut self, text: &Text, id: u32) -> Result<String, ModelError> {
+        self.ids.push(id);
+        let held = self.ids.len() - self.pending;
+        let token = text.tokenizer.id_to_token(id).unwrap_or_default();
+        // A run of byte tokens is decoded as a whole: later bytes decide about earlier ones.
+        if super::bytes::byte_fallback(&token).is_some() && held < MAX_HELD {
+            return Ok(String::new());
+        }
+        let before = text.decode(&self.ids[self.context..self.pending], false)?;
+        let now = text.decode(&self.ids[self.context..], false)?;
+        if now.ends_with(char::REPLACEMENT_CHARACTER) && held < MAX_HELD {
+            return Ok(String::new());
+        }
+        let Some(new) = now.strip_prefix(before.as_str()) else { return Ok(String::new()) };
+        self.released.push_str(new);
+        self.context = self.pending.max(self.ids.len().saturating_sub(CONTEXT));
+        self.pending = self.ids.len();
+        Ok(new.to_owned())
+    }
+
+    fn finish(&mut self, text: &Text) -> Result<String, ModelError> {
+        let all = text.decode(&std::mem::take(&mut self.ids), false)?;
+        let released = std::mem::take(&mut self.released);
+        (self.context, self.pending) = (0, 0);
+        Ok(all.strip_prefix(released.as_str()).unwrap_or_default().to_owned())
+    }
+}
