@@ -24,6 +24,10 @@ mod generated {
     }
 }
 
+pub mod crc;
+pub mod frame;
+pub mod limits;
+
 /// What a client of Guild calls.
 pub mod inference {
     /// Version 1, the only one.
