@@ -1,1 +1,10 @@
-//! placeholder
+//! The harness of the outside tests: real `guild` processes on loopback, a
+//! small HTTP client that can send what no well-behaved client would, the gRPC
+//! client, and the golden files. It may use every room; nothing uses it.
+
+#![allow(clippy::unwrap_used)]
+
+pub mod client;
+pub mod golden;
+pub mod http;
+pub mod process;

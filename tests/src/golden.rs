@@ -1,0 +1,55 @@
+//! The golden references: what an independent implementation computed, in f32,
+//! for the checkpoints in `tests/golden`.
+
+use std::path::Path;
+
+use safetensors::{Dtype, SafeTensors};
+
+use crate::process::golden_dir;
+
+/// The golden checkpoints.
+pub const CASES: &[&str] = &["v3-basic", "v3-yarn", "v3-noqlora", "v2-lite", "v3-fp8", "v3-mtp"];
+
+/// Bound on a log-probability against an f32 reference, when weights are used as stored and activations are f32.
+/// Two independent f32 implementations stay within 1e-4 of each other here; every wrong variant tried moved logits by over 0.6.
+pub const LOGPROB_BOUND_F32: f32 = 5e-4;
+
+/// One prompt of a golden case.
+pub struct Prompt {
+    /// The prompt.
+    pub ids: Vec<u32>,
+    /// `[n, vocab]`: log-softmax of the reference's logits.
+    pub logprobs: Vec<Vec<f32>>,
+    /// Greedy continuation, EOS ignored.
+    pub greedy: Vec<u32>,
+}
+
+/// All prompts of a case.
+pub fn prompts(case: &str) -> Vec<Prompt> {
+    read(&golden_dir(case).join("golden.safetensors"))
+}
+
+fn read(path: &Path) -> Vec<Prompt> {
+    let bytes = std::fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let ids = |name: &str| -> Option<Vec<u32>> {
+        let t = file.tensor(name).ok()?;
+        assert_eq!(t.dtype(), Dtype::I64);
+        Some(t.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32).collect())
+    };
+    (0..)
+        .map_while(|p| {
+            let prompt = ids(&format!("p{p}.input_ids"))?;
+            let logits = file.tensor(&format!("p{p}.logits")).unwrap();
+            let vocab = logits.shape()[1];
+            let values: Vec<f32> = logits.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+            Some(Prompt { ids: prompt, logprobs: values.chunks_exact(vocab).map(log_softmax).collect(), greedy: ids(&format!("p{p}.greedy_ids")).unwrap() })
+        })
+        .collect()
+}
+
+fn log_softmax(row: &[f32]) -> Vec<f32> {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+    let sum: f64 = row.iter().map(|&x| (x as f64 - max).exp()).sum();
+    row.iter().map(|&x| (x as f64 - max - sum.ln()) as f32).collect()
+}

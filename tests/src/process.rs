@@ -1,0 +1,263 @@
+//! Real processes: the `guild` binary, started, watched and stopped.
+
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use crate::http;
+
+/// How long a cluster may take from start to ready before the test gives up.
+pub const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// Root of the repository.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
+}
+
+/// The demo checkpoint.
+pub fn demo() -> PathBuf {
+    root().join("models/demo")
+}
+
+/// A golden checkpoint by its folder name.
+pub fn golden_dir(case: &str) -> PathBuf {
+    root().join("tests/golden").join(case)
+}
+
+/// Path of the `guild` binary: `GUILD_BIN` when the recipe has built it, else
+/// built here, once per test process, so that a test never runs a stale one.
+pub fn guild_bin() -> &'static Path {
+    static BIN: OnceLock<PathBuf> = OnceLock::new();
+    BIN.get_or_init(|| {
+        if let Some(bin) = std::env::var_os("GUILD_BIN") {
+            return PathBuf::from(bin);
+        }
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let built = Command::new(cargo).args(["build", "--quiet", "--package", "guild"]).current_dir(root()).status().unwrap();
+        assert!(built.success(), "cargo build --package guild failed");
+        // <target>/debug/deps/<test binary> -> <target>/debug/guild
+        let exe = std::env::current_exe().unwrap();
+        exe.ancestors().nth(2).unwrap().join("guild")
+    })
+}
+
+/// A loopback port that was free a moment ago.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// A running `guild` process; killed when dropped.
+pub struct Guild {
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+    what: String,
+}
+
+impl Guild {
+    /// Starts `guild` with these arguments.
+    pub fn start<S: AsRef<str>>(args: &[S]) -> Guild {
+        let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
+        let mut child = Command::new(guild_bin())
+            .args(&args)
+            .env("GUILD_LOG_LEVEL", std::env::var("GUILD_TEST_LOG").unwrap_or_else(|_| "info".into()))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let streams: [Box<dyn std::io::Read + Send>; 2] =
+            [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+        for stream in streams {
+            let log = log.clone();
+            std::thread::spawn(move || {
+                for line in BufReader::new(stream).lines() {
+                    let Ok(line) = line else { break };
+                    log.lock().unwrap().push(line);
+                }
+            });
+        }
+        Guild { child, log, what: format!("guild {}", args.join(" ")) }
+    }
+
+    /// Everything printed so far, stdout and stderr.
+    pub fn output(&self) -> String {
+        self.log.lock().unwrap().join("\n")
+    }
+
+    /// Waits for a line that contains `needle` and returns it.
+    pub fn wait_for_line(&mut self, needle: &str, limit: Duration) -> String {
+        let end = Instant::now() + limit;
+        loop {
+            if let Some(line) = self.log.lock().unwrap().iter().find(|l| l.contains(needle)) {
+                return line.clone();
+            }
+            if let Some(status) = self.child.try_wait().unwrap() {
+                panic!("{} ended with {status} before `{needle}`:\n{}", self.what, self.output());
+            }
+            assert!(Instant::now() < end, "{}: no `{needle}` within {limit:?}:\n{}", self.what, self.output());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// True while the process runs.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Waits for the process to end by itself.
+    pub fn wait(&mut self, limit: Duration) -> ExitStatus {
+        let end = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < end, "{} still runs after {limit:?}:\n{}", self.what, self.output());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Sends a signal by name, such as `TERM` or `STOP`.
+    pub fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+    }
+
+    /// SIGTERM, then waits for the drain to end.
+    pub fn terminate(mut self) -> ExitStatus {
+        self.signal("TERM");
+        self.wait(Duration::from_secs(30))
+    }
+}
+
+impl Drop for Guild {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// How the rows travel in `guild up`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// One process, rows handed over in memory.
+    Local,
+    /// One process, rows over loopback gRPC.
+    Grpc,
+    /// A process for every role.
+    Processes,
+}
+
+/// A ready cluster and where it listens.
+pub struct Cluster {
+    /// `host:port` of the OpenAI front door.
+    pub http: String,
+    /// URL of the gRPC front door.
+    pub grpc: String,
+    /// Coordinator first, then attention nodes, then expert nodes; just one for `guild up`.
+    pub processes: Vec<Guild>,
+}
+
+impl Cluster {
+    /// Starts a cluster of `attention` x `expert` nodes and waits until it is ready.
+    pub fn start(shape: Shape, model: &Path, attention: usize, expert: usize, extra: &[&str]) -> Cluster {
+        let model = model.to_str().unwrap();
+        let (http, grpc) = (free_port(), free_port());
+        let (http, grpc) = (format!("127.0.0.1:{http}"), format!("127.0.0.1:{grpc}"));
+        let with_extra = |mut args: Vec<String>| {
+            args.extend(extra.iter().map(|s| s.to_string()));
+            Guild::start(&args)
+        };
+        let strings = |args: &[&str]| args.iter().map(|s| s.to_string()).collect::<Vec<_>>();
+        let mut processes = Vec::new();
+        if shape == Shape::Processes {
+            let cluster = format!("127.0.0.1:{}", free_port());
+            let url = format!("http://{cluster}");
+            // Members first: the starting order must not matter.
+            for i in 0..expert {
+                processes.push(with_extra(strings(&[
+                    "expert-node", "--model", model, "--coordinator", &url, "--listen", "127.0.0.1:0", "--name", &format!("expert-{i}"),
+                ])));
+            }
+            for i in 0..attention {
+                processes.push(with_extra(strings(&[
+                    "attention-node", "--model", model, "--coordinator", &url, "--listen", "127.0.0.1:0", "--name", &format!("attention-{i}"),
+                ])));
+            }
+            let mut coordinator = strings(&["coordinator", "--model", model, "--listen", &cluster, "--http", &http, "--grpc", &grpc]);
+            coordinator.extend(["--min-expert-nodes".into(), expert.to_string()]);
+            processes.insert(0, Guild::start(&coordinator));
+        } else {
+            let fabric = if shape == Shape::Local { "local" } else { "grpc" };
+            processes.push(with_extra(strings(&[
+                "up", "--model", model, "--attention-nodes", &attention.to_string(), "--expert-nodes", &expert.to_string(), "--fabric", fabric,
+                "--http", &http, "--grpc", &grpc,
+            ])));
+        }
+        let mut cluster = Cluster { http, grpc: format!("http://{grpc}"), processes };
+        cluster.wait_ready(Duration::from_secs(0));
+        cluster
+    }
+
+    /// `guild up` with one attention and two expert nodes.
+    pub fn up(model: &Path) -> Cluster {
+        Cluster::start(Shape::Local, model, 1, 2, &[])
+    }
+
+    /// Waits until `/health` answers 200; `extra` is added to the usual limit.
+    pub fn wait_ready(&mut self, extra: Duration) {
+        let end = Instant::now() + START_LIMIT + extra;
+        loop {
+            if http::get(&self.http, "/health").is_ok_and(|r| r.status == 200) {
+                return;
+            }
+            for process in &mut self.processes {
+                assert!(process.is_running(), "a process ended before the cluster was ready:\n{}", process.output());
+            }
+            if Instant::now() >= end {
+                let logs: Vec<String> = self.processes.iter().map(|p| format!("== {}\n{}", p.what, p.output())).collect();
+                panic!("not ready within {START_LIMIT:?}:\n{}", logs.join("\n"));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// Runs `guild` to its end and returns (exit code, stdout, stderr); one that
+/// still runs after [`START_LIMIT`] is killed and has the code -1.
+pub fn guild(args: &[&str]) -> (i32, String, String) {
+    let mut child = Command::new(guild_bin()).args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let read = |mut stream: Box<dyn std::io::Read + Send>| {
+        std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let _ = stream.read_to_end(&mut bytes);
+            String::from_utf8_lossy(&bytes).into_owned()
+        })
+    };
+    let (stdout, stderr) = (read(Box::new(child.stdout.take().unwrap())), read(Box::new(child.stderr.take().unwrap())));
+    let end = Instant::now() + START_LIMIT;
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status.code();
+        }
+        if Instant::now() >= end {
+            let _ = child.kill();
+            let _ = child.wait();
+            break None;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    (status.unwrap_or(-1), stdout.join().unwrap(), stderr.join().unwrap())
+}
+
+/// The Python with the client packages, or why a client test cannot run here.
+pub fn client_python() -> Result<PathBuf, String> {
+    match std::env::var_os("GUILD_TEST_PYTHON") {
+        Some(python) => Ok(PathBuf::from(python)),
+        None if std::env::var_os("CI").is_some() => panic!("GUILD_TEST_PYTHON is not set: run the tests through `cargo xtask test`"),
+        None => Err("skipped: GUILD_TEST_PYTHON is not set; `cargo xtask test` prepares the client packages".into()),
+    }
+}
