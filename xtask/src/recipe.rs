@@ -77,7 +77,8 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
         &mut cargo(&["build", "--workspace", "--bins", "--tests"]),
     )?;
 
-    let clients = python::interpreter(&target_dir()?);
+    let target = target_dir()?;
+    let clients = python::interpreter(&target);
     if let Err(error) = &clients {
         steps.skip("python clients", &format!("{error:#}"));
     }
@@ -103,6 +104,8 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
         test.extend(filter);
         cargo(&test)
     };
+    // The one just built: tests that start processes need not build it again.
+    tests.env("GUILD_BIN", target.join("debug").join("guild"));
     if let Ok(interpreter) = &clients {
         tests.env("GUILD_TEST_PYTHON", interpreter);
     }
