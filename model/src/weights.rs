@@ -1,1 +1,313 @@
-//! placeholder
+//! Weights as a node holds them: owned, aligned, checked, in the format they are computed in.
+//!
+//! Secret: what lies in memory. A tensor is copied out of the mapped file at load, so that a file
+//! changed under a running server can neither crash it nor change an answer, and anything that is not
+//! a finite number is refused there. It uses the checkpoint; it does not know what a weight is for.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use guild_kernels::{Cpu, MatrixRef, WeightsRef};
+use half::{bf16, f16};
+
+use crate::checkpoint::{Dtype, Stored, TensorView, e4m3_to_f32};
+use crate::config::FP8_BLOCK;
+use crate::{Checkpoint, Config, ModelError};
+
+/// Start of resident weights in memory, in bytes: a cache line, and the widest vector there is.
+const ALIGNMENT: usize = 64;
+
+/// A linear layer's weight `[rows = out, cols = in]`, resident.
+#[derive(Debug)]
+pub struct Matrix {
+    rows: usize,
+    cols: usize,
+    storage: Storage,
+}
+
+#[derive(Debug)]
+enum Storage {
+    F32(Aligned),
+    Bf16(Aligned),
+    Fp8 { data: Aligned, scales: Vec<f32> },
+}
+
+impl Matrix {
+    /// Reads `{name}.weight` (and its block scales, if it has any) from a checkpoint.
+    ///
+    /// # Errors
+    /// The tensor is missing, has another shape, or holds a value that is not finite; the message
+    /// names the tensor and the element.
+    pub fn load(ckpt: &Checkpoint, name: &str, rows: usize, cols: usize, dtype: Dtype) -> Result<Matrix, ModelError> {
+        let view = ckpt.tensor(&format!("{name}.weight"))?;
+        expect_shape(&view, &[rows, cols])?;
+        view.check_finite()?;
+        let bytes = view.bytes();
+        let bf16_of = |b| bf16::from_le_bytes(b).to_f32();
+        let f16_of = |b| f16::from_le_bytes(b).to_f32();
+        let storage = match (view.dtype(), dtype) {
+            (Stored::F32, Dtype::Auto | Dtype::F32) => Storage::F32(convert(bytes, f32::from_le_bytes)),
+            (Stored::F32, Dtype::Bf16) => Storage::Bf16(convert(bytes, |b| bf16::from_f32(f32::from_le_bytes(b)))),
+            (Stored::Bf16, Dtype::Auto | Dtype::Bf16) => Storage::Bf16(convert(bytes, bf16::from_le_bytes)),
+            (Stored::Bf16, Dtype::F32) => Storage::F32(convert(bytes, bf16_of)),
+            (Stored::F16, Dtype::Auto | Dtype::F32) => Storage::F32(convert(bytes, f16_of)),
+            (Stored::F16, Dtype::Bf16) => Storage::Bf16(convert(bytes, |b| bf16::from_f32(f16_of(b)))),
+            (Stored::F8E4M3, _) => Storage::Fp8 { data: Aligned::copy(bytes), scales: load_scales(&view, rows, cols)? },
+        };
+        let stored = Matrix { rows, cols, storage };
+        let matrix = match (view.dtype(), dtype) {
+            (Stored::F8E4M3, Dtype::F32) => Matrix { storage: Storage::F32(stored.widened(|v| v)), ..stored },
+            (Stored::F8E4M3, Dtype::Bf16) => Matrix { storage: Storage::Bf16(stored.widened(bf16::from_f32)), ..stored },
+            _ => stored,
+        };
+        matrix.refuse_overflow(&view)?;
+        Ok(matrix)
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The weight as the kernels take it.
+    pub fn as_ref(&self) -> MatrixRef<'_> {
+        let data = match &self.storage {
+            Storage::F32(data) => WeightsRef::F32(data.of()),
+            Storage::Bf16(data) => WeightsRef::Bf16(data.of()),
+            Storage::Fp8 { data, scales } => WeightsRef::Fp8 { data: data.of(), scales },
+        };
+        MatrixRef { rows: self.rows, cols: self.cols, data }
+    }
+
+    /// Rows `x` `[m, cols]` to rows `x wᵀ` `[m, rows]`, each alone.
+    pub fn apply(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
+        let mut out = vec![0.0; x.len() / self.cols * self.rows];
+        cpu.matmul(&mut out, x, self.as_ref());
+        out
+    }
+
+    /// Resident bytes.
+    pub fn bytes(&self) -> u64 {
+        let bytes = match &self.storage {
+            Storage::F32(data) | Storage::Bf16(data) => data.len,
+            Storage::Fp8 { data, scales } => data.len + size_of_val(scales.as_slice()),
+        };
+        bytes as u64
+    }
+
+    /// Widens one row into `out` `[cols]`: what an embedding is.
+    pub fn widen_row(&self, row: usize, out: &mut [f32]) {
+        out.iter_mut().enumerate().for_each(|(col, o)| *o = self.value(row, col));
+    }
+
+    /// Some rows as a matrix of their own. FP8 stays FP8 where the cut falls between two blocks of
+    /// scales; elsewhere the rows are dequantised to f32, which is exact but four times as large.
+    pub(crate) fn slice(&self, range: Range<usize>) -> Matrix {
+        let (start, end) = (range.start * self.cols, range.end * self.cols);
+        let span = |data: &Aligned, size: usize| Aligned::copy(&data.bytes()[start * size..end * size]);
+        let storage = match &self.storage {
+            Storage::F32(data) => Storage::F32(span(data, 4)),
+            Storage::Bf16(data) => Storage::Bf16(span(data, 2)),
+            Storage::Fp8 { data, scales } if range.start.is_multiple_of(FP8_BLOCK) => {
+                let across = self.cols.div_ceil(FP8_BLOCK);
+                let blocks = range.start / FP8_BLOCK..range.end.div_ceil(FP8_BLOCK);
+                let scales = scales[blocks.start * across..blocks.end * across].to_vec();
+                Storage::Fp8 { data: span(data, 1), scales }
+            }
+            Storage::Fp8 { .. } => {
+                let values = range.clone().flat_map(|r| (0..self.cols).map(move |c| self.value(r, c)));
+                Storage::F32(Aligned::collect(range.len() * self.cols, values))
+            }
+        };
+        Matrix { rows: range.len(), cols: self.cols, storage }
+    }
+
+    /// The transpose, in the same format: blocks of scales transpose with what they scale.
+    pub(crate) fn transposed(&self) -> Matrix {
+        let storage = match &self.storage {
+            Storage::F32(data) => Storage::F32(transpose::<f32>(data.of(), self.rows, self.cols)),
+            Storage::Bf16(data) => Storage::Bf16(transpose::<bf16>(data.of(), self.rows, self.cols)),
+            Storage::Fp8 { data, scales } => {
+                let (down, across) = (self.rows.div_ceil(FP8_BLOCK), self.cols.div_ceil(FP8_BLOCK));
+                let scales = (0..down * across).map(|i| scales[i % down * across + i / down]).collect();
+                Storage::Fp8 { data: transpose::<u8>(data.of(), self.rows, self.cols), scales }
+            }
+        };
+        Matrix { rows: self.cols, cols: self.rows, storage }
+    }
+
+    /// One weight, widened to f32 as the kernels do it: exactly, or for FP8 with one rounding.
+    fn value(&self, row: usize, col: usize) -> f32 {
+        let at = row * self.cols + col;
+        match &self.storage {
+            Storage::F32(data) => data.of::<f32>()[at],
+            Storage::Bf16(data) => data.of::<bf16>()[at].to_f32(),
+            Storage::Fp8 { data, scales } => {
+                let scale = scales[row / FP8_BLOCK * self.cols.div_ceil(FP8_BLOCK) + col / FP8_BLOCK];
+                e4m3_to_f32(data.bytes()[at]) * scale
+            }
+        }
+    }
+
+    fn widened<T: bytemuck::Pod>(&self, narrow: impl Fn(f32) -> T) -> Aligned {
+        let values = (0..self.rows).flat_map(|r| (0..self.cols).map(move |c| (r, c)));
+        Aligned::collect(self.rows * self.cols, values.map(|(r, c)| narrow(self.value(r, c))))
+    }
+
+    /// Refuses finite values that rounding to bf16 made infinite.
+    fn refuse_overflow(&self, view: &TensorView<'_>) -> Result<(), ModelError> {
+        let Storage::Bf16(data) = &self.storage else { return Ok(()) };
+        match data.of::<bf16>().iter().position(|v| !v.is_finite()) {
+            Some(at) => Err(refused(view, format!("element {at} is too large for bf16; use --dtype auto or f32"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Reads the tensors of one role from a checkpoint, and tells how far it is.
+pub(crate) struct Loader<'a> {
+    ckpt: &'a Checkpoint,
+    dtype: Dtype,
+    done: AtomicU64,
+    total: u64,
+    progress: &'a (dyn Fn(u64, u64) + Sync),
+}
+
+impl<'a> Loader<'a> {
+    /// `total` is the stored bytes that will be read, `progress` hears of those done.
+    pub(crate) fn new(
+        ckpt: &'a Checkpoint,
+        dtype: Dtype,
+        total: u64,
+        progress: &'a (dyn Fn(u64, u64) + Sync),
+    ) -> Loader<'a> {
+        Loader { ckpt, dtype, done: AtomicU64::new(0), total, progress }
+    }
+
+    /// A loader nobody watches.
+    pub(crate) fn silent(ckpt: &'a Checkpoint, dtype: Dtype) -> Loader<'a> {
+        Loader::new(ckpt, dtype, 0, &|_, _| ())
+    }
+
+    pub(crate) fn checkpoint(&self) -> &'a Checkpoint {
+        self.ckpt
+    }
+
+    pub(crate) fn config(&self) -> &'a Config {
+        self.ckpt.config()
+    }
+
+    /// `{name}.weight` as `[rows, cols]` in the role's format.
+    pub(crate) fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
+        self.matrix_as(name, rows, cols, self.dtype)
+    }
+
+    /// `{name}.weight` as `[rows, cols]` in f32, whatever the role's format: routers.
+    pub(crate) fn matrix_f32(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
+        self.matrix_as(name, rows, cols, Dtype::F32)
+    }
+
+    /// The tensor `name` `[len]` in f32: norms and biases.
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+        let view = self.ckpt.tensor(name)?;
+        expect_shape(&view, &[len])?;
+        let values = view.to_f32()?;
+        self.count(name);
+        Ok(values)
+    }
+
+    /// All is read, optional tensors that were shared instead of read included.
+    pub(crate) fn finish(&self) {
+        (self.progress)(self.total, self.total);
+    }
+
+    fn matrix_as(&self, name: &str, rows: usize, cols: usize, dtype: Dtype) -> Result<Matrix, ModelError> {
+        let matrix = Matrix::load(self.ckpt, name, rows, cols, dtype)?;
+        self.count(&format!("{name}.weight"));
+        Ok(matrix)
+    }
+
+    fn count(&self, tensor: &str) {
+        let bytes = self.ckpt.stored_bytes(tensor);
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        (self.progress)(done.min(self.total), self.total);
+    }
+}
+
+/// Block scales of an FP8 weight `[ceil(rows / 128), ceil(cols / 128)]`.
+fn load_scales(weight: &TensorView<'_>, rows: usize, cols: usize) -> Result<Vec<f32>, ModelError> {
+    let Some(view) = weight.scales()? else { return Err(refused(weight, "is FP8 without block scales".into())) };
+    expect_shape(&view, &[rows.div_ceil(FP8_BLOCK), cols.div_ceil(FP8_BLOCK)])?;
+    let scales = view.to_f32()?;
+    // 448 is the largest e4m3 value: a scale that overflows with it could make a weight infinite.
+    match scales.iter().position(|s| !(s * 448.0).is_finite()) {
+        Some(at) => Err(refused(&view, format!("element {at} is too large for a block scale; the checkpoint is damaged"))),
+        None => Ok(scales),
+    }
+}
+
+fn expect_shape(view: &TensorView<'_>, shape: &[usize]) -> Result<(), ModelError> {
+    if view.shape() == shape {
+        return Ok(());
+    }
+    Err(refused(view, format!("has shape {:?}, the configuration asks for {shape:?}", view.shape())))
+}
+
+fn refused(view: &TensorView<'_>, reason: String) -> ModelError {
+    ModelError::tensor(view.file(), view.name(), reason)
+}
+
+/// Converts little-endian elements of `N` bytes, one by one, into aligned memory.
+fn convert<T: bytemuck::Pod, const N: usize>(bytes: &[u8], element: impl Fn([u8; N]) -> T) -> Aligned {
+    let (elements, _) = bytes.as_chunks::<N>();
+    Aligned::collect(elements.len(), elements.iter().map(|b| element(*b)))
+}
+
+fn transpose<T: bytemuck::Pod>(data: &[T], rows: usize, cols: usize) -> Aligned {
+    Aligned::collect(data.len(), (0..cols).flat_map(|c| (0..rows).map(move |r| data[r * cols + c])))
+}
+
+/// Bytes that start at a multiple of [`ALIGNMENT`]: a vector with room to slide the start in.
+#[derive(Debug)]
+struct Aligned {
+    memory: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Aligned {
+    fn zeroed(len: usize) -> Aligned {
+        let memory = vec![0; len + ALIGNMENT];
+        let start = memory.as_ptr().addr().next_multiple_of(ALIGNMENT) - memory.as_ptr().addr();
+        Aligned { memory, start, len }
+    }
+
+    fn copy(bytes: &[u8]) -> Aligned {
+        let mut aligned = Aligned::zeroed(bytes.len());
+        aligned.of_mut().copy_from_slice(bytes);
+        aligned
+    }
+
+    fn collect<T: bytemuck::Pod>(len: usize, values: impl Iterator<Item = T>) -> Aligned {
+        let mut aligned = Aligned::zeroed(len * size_of::<T>());
+        aligned.of_mut().iter_mut().zip(values).for_each(|(to, value)| *to = value);
+        aligned
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.memory[self.start..self.start + self.len]
+    }
+
+    fn of<T: bytemuck::Pod>(&self) -> &[T] {
+        bytemuck::cast_slice(self.bytes())
+    }
+
+    fn of_mut<T: bytemuck::Pod>(&mut self) -> &mut [T] {
+        bytemuck::cast_slice_mut(&mut self.memory[self.start..self.start + self.len])
+    }
+}
