@@ -1,0 +1,396 @@
+//! Serving: routes on a listener, with health and reflection beside them, and
+//! a drain that ends within its limit.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures::{Stream, stream};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tonic::body::Body;
+use tonic::codegen::{Service, http::{Request, Response}};
+use tonic::server::NamedService;
+use tonic::service::Routes;
+use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic_health::ServingStatus;
+use tonic_health::pb::health_server::HealthServer;
+use tonic_health::server::{HealthReporter, HealthService};
+
+use crate::exit::{ExitKind, HasExitKind};
+use crate::shutdown::Shutdown;
+
+/// Bytes a peer may send on one stream before it has to wait. A micro-batch of
+/// rows (up to some MiB) should not need a round trip to cross.
+pub const STREAM_WINDOW: u32 = 8 << 20;
+/// The same for all streams of a connection together.
+pub const CONNECTION_WINDOW: u32 = 32 << 20;
+/// Largest HTTP/2 frame accepted.
+pub const MAX_FRAME: u32 = 1 << 20;
+/// Streams one connection may have open at a time.
+pub const MAX_STREAMS_PER_CONNECTION: u32 = 1024;
+/// Connections one listener holds at a time; further ones wait in the backlog.
+pub const MAX_CONNECTIONS: usize = 4096;
+/// Bytes of headers of one request.
+pub const MAX_HEADER_LIST: u32 = 32 << 10;
+/// Streams that were reset by the peer before they were accepted (the rapid
+/// reset attack); beyond it the connection is closed.
+pub const MAX_PENDING_RESETS: usize = 64;
+/// A peer that says nothing for this long is pinged.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// A ping that stays unanswered for this long closes the connection.
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pause after a failed accept (for example: out of file handles).
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+/// After the drain limit, connections are cut and get this long to unwind.
+const CUT_GRACE: Duration = Duration::from_millis(500);
+
+/// A server could not be built or has failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}: {source}; choose another address or stop what uses it")]
+    Bind {
+        /// What was asked for.
+        address: String,
+        /// What the operating system says.
+        source: io::Error,
+    },
+    /// The descriptors of the services cannot be served by reflection.
+    #[error("gRPC reflection cannot be set up: {0}")]
+    Reflection(String),
+    /// The server stopped by itself.
+    #[error("the server on {address} failed: {reason}")]
+    Server {
+        /// Where it listened.
+        address: String,
+        /// Why it stopped.
+        reason: String,
+    },
+}
+
+impl HasExitKind for ServeError {
+    fn exit_kind(&self) -> ExitKind {
+        match self {
+            ServeError::Bind { .. } | ServeError::Server { .. } => ExitKind::Network,
+            ServeError::Reflection(_) => ExitKind::Internal,
+        }
+    }
+}
+
+/// Listens on `address` (`host:port`; port 0 lets the system choose).
+///
+/// # Errors
+/// The address does not resolve, is in use or may not be used.
+pub async fn bind(address: &str) -> Result<TcpListener, ServeError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| ServeError::Bind {
+            address: address.to_owned(),
+            source,
+        })
+}
+
+/// What grpc.health.v1 answers. Clones share one state.
+#[derive(Clone, Debug)]
+pub struct Health {
+    reporter: HealthReporter,
+    /// Names reported on so far, to take them all down in a drain. None: the
+    /// drain has begun and nothing is serving any more, whatever is said.
+    names: Arc<Mutex<Option<Vec<String>>>>,
+}
+
+impl Health {
+    async fn new() -> Health {
+        let health = Health {
+            reporter: HealthReporter::new(),
+            names: Arc::new(Mutex::new(Some(Vec::new()))),
+        };
+        // Nothing serves before somebody says so.
+        health.set_serving("", false).await;
+        health
+    }
+
+    /// Says whether `service` (its full name; "" for the whole process) can
+    /// take requests. Ignored once a drain has begun.
+    pub async fn set_serving(&self, service: &str, serving: bool) {
+        let mut names = self.names.lock().await;
+        let Some(names) = names.as_mut() else { return };
+        if !names.iter().any(|name| name == service) {
+            names.push(service.to_owned());
+        }
+        let status = if serving {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        };
+        self.reporter.set_service_status(service, status).await;
+    }
+
+    /// Takes everything down for good and ends the Watch streams, which would
+    /// otherwise hold the drain up.
+    async fn take_down(&self) {
+        let Some(names) = self.names.lock().await.take() else {
+            return;
+        };
+        let mut reporter = self.reporter.clone();
+        for name in names {
+            reporter
+                .set_service_status(&name, ServingStatus::NotServing)
+                .await;
+            reporter.clear_service_status(&name).await;
+        }
+    }
+}
+
+/// A server before it has a listener.
+pub struct Server {
+    routes: Routes,
+    health: Health,
+    http1: bool,
+}
+
+impl Server {
+    /// A gRPC server with grpc.health.v1 and reflection v1 and nothing else.
+    /// Health answers NOT_SERVING until told otherwise.
+    ///
+    /// # Errors
+    /// The descriptor set that this binary was built with is unusable.
+    pub async fn new() -> Result<Server, ServeError> {
+        Server::on(Routes::default(), false).await
+    }
+
+    /// The same over existing routes; `http1` also accepts HTTP/1.1 (for a
+    /// router that has more than gRPC on it).
+    ///
+    /// # Errors
+    /// As [`Server::new`].
+    pub async fn on(routes: Routes, http1: bool) -> Result<Server, ServeError> {
+        Server::with_health(routes, http1, Health::new().await)
+    }
+
+    /// The same, answering with the health of another server of this process.
+    ///
+    /// # Errors
+    /// As [`Server::new`].
+    pub fn with_health(routes: Routes, http1: bool, health: Health) -> Result<Server, ServeError> {
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(guild_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()
+            .map_err(|e| ServeError::Reflection(e.to_string()))?;
+        let checks = HealthServer::new(HealthService::from_health_reporter(health.reporter.clone()));
+        Ok(Server {
+            routes: routes.add_service(checks).add_service(reflection),
+            health,
+            http1,
+        })
+    }
+
+    /// Adds a gRPC service.
+    #[must_use]
+    pub fn add<S>(mut self, service: S) -> Server
+    where
+        S: Service<Request<Body>, Response = Response<Body>, Error = std::convert::Infallible>
+            + NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Future: Send + 'static,
+    {
+        self.routes = self.routes.add_service(service);
+        self
+    }
+
+    /// The handle by which health answers are set.
+    pub fn health(&self) -> Health {
+        self.health.clone()
+    }
+
+    /// Serves on `listener` until `shutdown`; then health goes down, no
+    /// connection is accepted, open streams get up to `drain` to end, and what
+    /// is left is cut.
+    ///
+    /// # Errors
+    /// The server ended without being asked to.
+    pub async fn run(
+        self,
+        listener: TcpListener,
+        shutdown: Shutdown,
+        drain: Duration,
+    ) -> Result<(), ServeError> {
+        let address = listener
+            .local_addr()
+            .map_or_else(|_| "?".to_owned(), |address| address.to_string());
+        let cut = CancellationToken::new();
+        // However this future ends, no connection outlives it.
+        let cut_on_drop = cut.clone().drop_guard();
+        let serving = tonic::transport::Server::builder()
+            .accept_http1(self.http1)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(MAX_FRAME)
+            .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+            .http2_max_header_list_size(MAX_HEADER_LIST)
+            .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
+            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .add_routes(self.routes.prepare())
+            .serve_with_incoming_shutdown(
+                accept(listener, cut.clone()),
+                {
+                    let shutdown = shutdown.clone();
+                    let health = self.health.clone();
+                    async move {
+                        shutdown.requested().await;
+                        health.take_down().await;
+                    }
+                },
+            );
+        tokio::pin!(serving);
+        let limit = async {
+            shutdown.requested().await;
+            tokio::time::sleep(drain).await;
+        };
+        let result = tokio::select! {
+            result = &mut serving => result,
+            () = limit => {
+                tracing::warn!(%address, limit = ?drain, "drain limit reached: cutting the streams that are left");
+                cut.cancel();
+                tokio::time::timeout(CUT_GRACE, &mut serving).await.unwrap_or(Ok(()))
+            }
+        };
+        drop(cut_on_drop);
+        result.map_err(|error| ServeError::Server {
+            address,
+            reason: chain(&error),
+        })
+    }
+}
+
+/// An error with its causes, on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// Accepts for ever; a failure to accept is a pause, never the end.
+fn accept(
+    listener: TcpListener,
+    cut: CancellationToken,
+) -> impl Stream<Item = io::Result<Connection>> {
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    stream::unfold((listener, permits, cut), |(listener, permits, cut)| async move {
+        let permit = Arc::clone(&permits).acquire_owned().await.ok()?;
+        let stream = loop {
+            match listener.accept().await {
+                Ok((stream, _)) => break stream,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_RETRY).await;
+                }
+            }
+        };
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY refused");
+        }
+        let connection = Connection {
+            remote: stream.peer_addr().ok(),
+            local: stream.local_addr().ok(),
+            stream,
+            cut: Box::pin(cut.clone().cancelled_owned()),
+            _permit: permit,
+        };
+        Some((Ok(connection), (listener, permits, cut)))
+    })
+}
+
+/// An accepted connection that can be cut from outside.
+struct Connection {
+    stream: TcpStream,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    local: Option<SocketAddr>,
+    remote: Option<SocketAddr>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Connection {
+    fn poll_cut(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        match self.cut.as_mut().poll(cx) {
+            Poll::Ready(()) => Err(io::Error::new(
+                io::ErrorKind::ConnectionAborted,
+                "cut at the drain limit",
+            )),
+            Poll::Pending => Ok(()),
+        }
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = TcpConnectInfo;
+
+    fn connect_info(&self) -> TcpConnectInfo {
+        TcpConnectInfo {
+            local_addr: self.local,
+            remote_addr: self.remote,
+        }
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.poll_cut(cx)?;
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_cut(cx)?;
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_cut(cx)?;
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}
