@@ -3,15 +3,16 @@
 use rayon::prelude::*;
 
 use super::{Checkpoint, TensorView};
+use crate::ModelError;
 
 /// Above this many bytes of weights only parts of every tensor are read.
-pub(super) const FULL_BYTES: u64 = 64 << 30;
+const FULL_BYTES: u64 = 64 << 30;
 /// Bytes of each of the three parts of a sampled tensor: first, middle, last.
 const SAMPLE_BYTES: usize = 4096;
 /// Tensors from this size on are hashed by all threads together rather than one each.
 const LARGE_BYTES: usize = 8 << 20;
 
-pub(super) fn digest(checkpoint: &Checkpoint) -> String {
+pub(super) fn digest(checkpoint: &Checkpoint) -> Result<String, ModelError> {
     let full = checkpoint.required_bytes() <= FULL_BYTES;
     let mut tensors: Vec<TensorView<'_>> = checkpoint.required().collect();
     tensors.sort_by_key(|t| t.name());
@@ -19,13 +20,14 @@ pub(super) fn digest(checkpoint: &Checkpoint) -> String {
     let parts: Vec<blake3::Hash> = tensors.par_iter().map(|t| content(t, full)).collect();
 
     let mut hasher = blake3::Hasher::new();
-    let config = serde_json::to_vec(checkpoint.config()).unwrap_or_default();
+    let config = serde_json::to_vec(checkpoint.config())
+        .map_err(|e| ModelError::file(checkpoint.dir(), format!("configuration cannot be written as JSON: {e}")))?;
     hasher.update(&(config.len() as u64).to_le_bytes()).update(&config);
     for (tensor, part) in tensors.iter().zip(&parts) {
         let head = format!("{}\0{}\0{:?}\0", tensor.name(), tensor.dtype().name(), tensor.shape());
         hasher.update(head.as_bytes()).update(part.as_bytes());
     }
-    format!("{}:{}", if full { "full" } else { "sampled" }, hasher.finalize().to_hex())
+    Ok(format!("{}:{}", if full { "full" } else { "sampled" }, hasher.finalize().to_hex()))
 }
 
 fn content(tensor: &TensorView<'_>, full: bool) -> blake3::Hash {

@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use safetensors::SafeTensors;
 use safetensors::tensor::Metadata;
 
-use super::{Entry, Shard, Stored, TensorSpec, schema};
+use super::{Entry, Shard, Stored, TensorSpec, header, schema};
 use crate::config::FP8_BLOCK;
 use crate::{Config, ModelError};
 
@@ -28,7 +28,9 @@ const INDEX: &str = "model.safetensors.index.json";
 type Opened = (Vec<Shard>, HashMap<String, Entry>);
 
 pub(super) fn open(dir: &Path, config: &Config) -> Result<Opened, ModelError> {
-    let index = if dir.join(INDEX).exists() { Some(Index::read(dir)?) } else { None };
+    // A single file goes before an index, as it does for other readers of this form.
+    let single = dir.join(SINGLE).exists() || !dir.join(INDEX).exists();
+    let index = if single { None } else { Some(Index::read(dir)?) };
     let paths = match &index {
         Some(index) => index.files.iter().map(|name| dir.join(name)).collect(),
         None => vec![dir.join(SINGLE)],
@@ -43,7 +45,9 @@ pub(super) fn open(dir: &Path, config: &Config) -> Result<Opened, ModelError> {
         shards.push(shard);
     }
     if let Some(index) = &index {
-        index.check(dir, &shards, &tensors)?;
+        index.check(&shards, &tensors)?;
+        // What a shard holds beside the index is not part of the checkpoint.
+        tensors.retain(|name, _| index.map.contains_key(name));
     }
     let fallback = if index.is_some() { dir.join(INDEX) } else { dir.join(SINGLE) };
     let checker = Checker { config, shards: &shards, tensors: &tensors, fallback: &fallback };
@@ -96,7 +100,7 @@ impl Index {
     }
 
     /// The index and the headers must tell the same story.
-    fn check(&self, dir: &Path, shards: &[Shard], tensors: &HashMap<String, Raw>) -> Result<(), ModelError> {
+    fn check(&self, shards: &[Shard], tensors: &HashMap<String, Raw>) -> Result<(), ModelError> {
         let mut names: Vec<_> = self.map.iter().collect();
         names.sort();
         for (name, &shard) in names {
@@ -109,12 +113,7 @@ impl Index {
                 None => return Err(ModelError::tensor(&shards[shard].path, name, "the index says it is here, but the file does not hold it")),
             }
         }
-        let mut unlisted: Vec<_> = tensors.keys().filter(|name| !self.map.contains_key(*name)).collect();
-        unlisted.sort();
-        match unlisted.first() {
-            Some(name) => Err(ModelError::tensor(dir.join(INDEX), *name, "a shard holds it, but the index does not list it")),
-            None => Ok(()),
-        }
+        Ok(())
     }
 }
 
@@ -169,8 +168,11 @@ fn read_header(shard: &Shard, number: usize, cap: u64, shards: &[Shard], tensors
     if length > bytes.len() as u64 - 8 {
         return Err(bad(format!("truncated: header of {length} bytes in a file of {}", bytes.len())));
     }
-    let (_, metadata): (usize, Metadata) = SafeTensors::read_metadata(bytes).map_err(|e| bad(format!("bad safetensors header: {e}")))?;
     let start = 8 + length as usize;
+    let (_, metadata): (usize, Metadata) = SafeTensors::read_metadata(bytes).map_err(|e| match header::culprit(&bytes[8..start], bytes.len() - start) {
+        Some((tensor, reason)) => ModelError::tensor(&shard.path, tensor, reason),
+        None => bad(format!("bad safetensors header: {e}")),
+    })?;
     for (name, info) in metadata.tensors() {
         let (from, to) = info.data_offsets;
         let raw = Raw { shard: number, dtype: info.dtype, shape: info.shape.clone(), range: start + from..start + to };
@@ -197,7 +199,8 @@ impl Checker<'_> {
             if spec.optional {
                 return Ok(());
             }
-            return Err(ModelError::tensor(self.fallback, &spec.name, format!("missing; the configuration calls for it with shape {:?}", spec.shape)));
+            let reason = format!("missing; the configuration calls for it with shape {:?}", spec.shape);
+            return Err(ModelError::tensor(self.fallback, &spec.name, reason));
         };
         let file = &self.shards[raw.shard].path;
         let bad = |reason: String| Err(ModelError::tensor(file, &spec.name, reason));

@@ -445,17 +445,26 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// One id, a list of ids, null or nothing.
+    /// One id, a list of ids, null or nothing. Ids beyond the vocabulary can never occur and are left out with a warning:
+    /// cut-down models keep those of their tokenizer.
     fn tokens(&self, key: &str, vocab_size: usize) -> Result<Vec<u32>, ModelError> {
         let one = |value: &Value| match value.as_u64().and_then(|n| u32::try_from(n).ok()) {
-            Some(id) if (id as usize) < vocab_size => Ok(id),
-            _ => Err(self.bad(key, format!("{} is not a token id below vocab_size ({vocab_size})", shown(value)))),
+            Some(id) => Ok(id),
+            None => Err(self.bad(key, format!("{} is not a token id", shown(value)))),
         };
-        match self.get(key) {
-            None => Ok(Vec::new()),
-            Some(Value::Array(ids)) => ids.iter().map(one).collect(),
-            Some(value) => Ok(vec![one(value)?]),
-        }
+        let mut ids = match self.get(key) {
+            None => Vec::new(),
+            Some(Value::Array(ids)) => ids.iter().map(one).collect::<Result<_, _>>()?,
+            Some(value) => vec![one(value)?],
+        };
+        ids.retain(|&id| {
+            let known = (id as usize) < vocab_size;
+            if !known {
+                tracing::warn!(field = format!("{}{key}", self.prefix), id, vocab_size, "token id is outside the vocabulary, ignored");
+            }
+            known
+        });
+        Ok(ids)
     }
 }
 
