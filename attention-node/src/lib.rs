@@ -1,1 +1,182 @@
-//! placeholder
+//! The attention node: prefill, decode and the latent KV cache.
+//!
+//! Secret of this room: the step loop. [`engine`] runs requests a step at a time, [`exchange`]
+//! gets rows to their experts and back, [`service`] is the door to it, and [`run`] is the whole
+//! node: it loads the trunk, joins the cluster, follows the placement and drains. It uses
+//! `model` for arithmetic, `scheduler` for decisions, `transport` for rows, `node` for the host
+//! and `proto` for the wire. It must not know a tokenizer, nor where an expert runs beyond a
+//! (node, slot) of the present placement.
+
+mod desk;
+pub mod engine;
+pub mod exchange;
+mod live;
+mod memory;
+pub mod sequence;
+pub mod service;
+pub mod view;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use guild_model::checkpoint::Dtype;
+use guild_model::{Config, ModelError};
+use guild_node::member::MemberError;
+use guild_node::serve::ServeError;
+use guild_node::{ExitKind, HasExitKind};
+use guild_proto::limits::max_step_tokens;
+use guild_scheduler::batch::{InvalidLimits, Limits};
+
+pub use desk::{EngineHandle, SubmitError};
+pub use live::run;
+pub use memory::KvMemory;
+
+/// What an attention node is told.
+#[derive(Clone, Debug)]
+pub struct AttentionNodeConfig {
+    /// Directory of the checkpoint.
+    pub model: PathBuf,
+    /// What clients call the model.
+    pub model_name: String,
+    /// How weights are kept.
+    pub dtype: Dtype,
+    /// Stable and unique in the cluster.
+    pub name: String,
+    /// `host:port` where others reach this node.
+    pub address: String,
+    /// `http://host:port` of the coordinator.
+    pub coordinator: String,
+    /// Memory for the latent KV cache.
+    pub kv_memory: KvMemory,
+    /// Positions of a KV page.
+    pub page_tokens: usize,
+    /// Requests that run at the same time.
+    pub max_running: usize,
+    /// Requests that wait for that; one more is refused.
+    pub max_waiting: usize,
+    /// Rows of a step, prefill and decode together.
+    pub max_step_tokens: usize,
+    /// Positions of a request, prompt and output together; None: what the model was made for.
+    pub max_context: Option<usize>,
+    /// How long one layer's exchange may take before its requests fail.
+    pub exchange_deadline: Duration,
+    /// How long running requests may take to end after a request to shut down.
+    pub drain: Duration,
+}
+
+impl AttentionNodeConfig {
+    /// Positions of a KV page, by default.
+    pub const PAGE_TOKENS: usize = 16;
+    /// Requests that run at the same time, by default.
+    pub const MAX_RUNNING: usize = 64;
+    /// Requests that wait, by default.
+    pub const MAX_WAITING: usize = 256;
+    /// Rows of a step, by default.
+    pub const MAX_STEP_TOKENS: usize = 512;
+    /// Drain limit, by default.
+    pub const DRAIN: Duration = Duration::from_secs(30);
+
+    /// Everything by default but what has none. The model is called as its directory is.
+    pub fn new(
+        model: impl Into<PathBuf>,
+        name: impl Into<String>,
+        address: impl Into<String>,
+        coordinator: impl Into<String>,
+    ) -> AttentionNodeConfig {
+        let model = model.into();
+        let called = model.canonicalize().unwrap_or_else(|_| model.clone());
+        let called = called.file_name().map(|name| name.to_string_lossy().into_owned());
+        AttentionNodeConfig {
+            model,
+            model_name: called.unwrap_or_default(),
+            dtype: Dtype::Auto,
+            name: name.into(),
+            address: address.into(),
+            coordinator: coordinator.into(),
+            kv_memory: KvMemory::Auto,
+            page_tokens: Self::PAGE_TOKENS,
+            max_running: Self::MAX_RUNNING,
+            max_waiting: Self::MAX_WAITING,
+            max_step_tokens: Self::MAX_STEP_TOKENS,
+            max_context: None,
+            exchange_deadline: exchange::EXCHANGE_DEADLINE,
+            drain: Self::DRAIN,
+        }
+    }
+
+    /// What the scheduler may hand out on this host, now.
+    fn limits(&self, model: &Config) -> Result<Limits, Error> {
+        let step = max_step_tokens(model.hidden_size, model.num_experts_per_tok.max(1));
+        let longest = model.max_position_embeddings;
+        let max_context = self.max_context.map_or(longest, |asked| asked.min(longest));
+        let limits = Limits {
+            max_running: self.max_running,
+            max_waiting: self.max_waiting,
+            // The rows of a step travel in one message, and come back in one.
+            max_step_tokens: self.max_step_tokens.min(step),
+            page_tokens: self.page_tokens,
+            pages: 1,
+            max_context,
+        };
+        // Before anything is divided by one of them.
+        limits.validate()?;
+        let memory = self.kv_memory;
+        let pages = memory::pages(memory, model, self.page_tokens, self.max_running, max_context);
+        if pages == 0 {
+            return Err(Error::KvMemory { memory });
+        }
+        Ok(Limits { pages, ..limits })
+    }
+}
+
+/// Why an attention node ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The checkpoint cannot be used.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The limits contradict themselves.
+    #[error("attention node: {0}")]
+    Limits(#[from] InvalidLimits),
+    /// The KV memory does not hold a page.
+    #[error("--kv-memory: {memory:?} is less than one page; give more or make --page-tokens smaller")]
+    KvMemory {
+        /// What was asked for.
+        memory: KvMemory,
+    },
+    /// The server could not be set up or has failed.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// The node cannot be a member of the cluster.
+    #[error(transparent)]
+    Member(#[from] MemberError),
+    /// The host gives no thread.
+    #[error("cannot start thread {name}: {source}")]
+    Thread {
+        /// What it was for.
+        name: String,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
+    /// A defect: a thread of the node has panicked.
+    #[error("thread {name} has failed: {message}")]
+    Failed {
+        /// What it was for.
+        name: String,
+        /// The panic's message.
+        message: String,
+    },
+}
+
+impl HasExitKind for Error {
+    fn exit_kind(&self) -> ExitKind {
+        match self {
+            Error::Model(_) => ExitKind::Model,
+            Error::Limits(_) | Error::KvMemory { .. } => ExitKind::Usage,
+            Error::Serve(error) => error.exit_kind(),
+            Error::Member(error) => error.exit_kind(),
+            Error::Thread { .. } => ExitKind::Resources,
+            Error::Failed { .. } => ExitKind::Internal,
+        }
+    }
+}

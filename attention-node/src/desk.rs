@@ -1,0 +1,173 @@
+//! Where requests are handed in: the scheduler's state and the sequences on their way to the
+//! engine, under one short lock. Secret: how many threads meet here. Admission is decided at the
+//! moment of asking, however long the step that is out may take.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use guild_scheduler::batch::{Counts, InvalidLimits, Limits, NewRequest, Refusal, Scheduler, Step};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::sequence::{Events, Request, Sequence};
+
+/// Why a request was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// The scheduler's reason.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The engine takes no more requests: it drains or has ended.
+    #[error("the attention node is draining")]
+    Draining,
+}
+
+/// Feeds an engine. Clones feed the same one.
+#[derive(Clone, Debug)]
+pub struct EngineHandle(Arc<Desk>);
+
+impl EngineHandle {
+    pub(crate) fn new(desk: Arc<Desk>) -> EngineHandle {
+        EngineHandle(desk)
+    }
+
+    /// Hands a request in. Dropping the returned reader cancels it.
+    ///
+    /// # Errors
+    /// [`SubmitError`]; a refused request leaves no trace.
+    pub fn submit(&self, request: Request) -> Result<Events, SubmitError> {
+        let mut state = self.0.lock();
+        if state.closed {
+            return Err(SubmitError::Draining);
+        }
+        let id = state.next_id;
+        state.scheduler.submit(NewRequest {
+            id,
+            prompt: request.prompt.len(),
+            max_tokens: request.max_tokens,
+        })?;
+        state.next_id += 1;
+        let (sequence, events) = Sequence::new(request);
+        state.arrivals.push((id, sequence));
+        drop(state);
+        self.0.wake.notify_one();
+        Ok(events)
+    }
+
+    /// How full the engine is.
+    pub fn counts(&self) -> Counts {
+        self.0.lock().scheduler.counts()
+    }
+
+    /// The limits the engine was made with.
+    pub fn limits(&self) -> Limits {
+        self.0.lock().scheduler.limits().clone()
+    }
+
+    /// Takes no more requests; the engine ends when those it has are through.
+    pub fn close(&self) {
+        self.0.lock().closed = true;
+        self.0.wake.notify_one();
+    }
+
+    /// Closes, and fails what is left at the next step's end.
+    pub fn halt(&self) {
+        let mut state = self.0.lock();
+        (state.closed, state.halted) = (true, true);
+        drop(state);
+        self.0.wake.notify_one();
+    }
+}
+
+/// What the engine does next.
+pub(crate) enum Turn {
+    Step(Step),
+    /// Nobody is here: wait for news.
+    Idle,
+    /// Nobody is here and nobody will come.
+    Closed,
+    /// What is left is to be failed.
+    Halted,
+}
+
+#[derive(Debug)]
+pub(crate) struct Desk {
+    state: Mutex<State>,
+    wake: Notify,
+    /// What the scheduler's time counts from.
+    opened: Instant,
+}
+
+#[derive(Debug)]
+struct State {
+    scheduler: Scheduler,
+    /// Submitted since the engine last looked; bounded by the scheduler's queue.
+    arrivals: Vec<(u64, Sequence)>,
+    next_id: u64,
+    closed: bool,
+    halted: bool,
+}
+
+impl Desk {
+    pub(crate) fn new(limits: Limits) -> Result<Desk, InvalidLimits> {
+        let state = State {
+            scheduler: Scheduler::new(limits)?,
+            arrivals: Vec::new(),
+            next_id: 0,
+            closed: false,
+            halted: false,
+        };
+        Ok(Desk {
+            state: Mutex::new(state),
+            wake: Notify::new(),
+            opened: Instant::now(),
+        })
+    }
+
+    /// Takes in who has arrived, lets go of those whose reader has left, and says what is next.
+    pub(crate) fn turn(&self, sequences: &mut HashMap<u64, Sequence>) -> Turn {
+        let mut state = self.lock();
+        sequences.extend(state.arrivals.drain(..));
+        sequences.retain(|&id, sequence| {
+            let stays = !sequence.is_abandoned();
+            if !stays {
+                state.scheduler.cancel(id);
+            }
+            stays
+        });
+        if state.halted {
+            return Turn::Halted;
+        }
+        let step = state.scheduler.next(self.opened.elapsed());
+        match step.chunks.is_empty() {
+            false => Turn::Step(step),
+            true if state.closed => Turn::Closed,
+            true => Turn::Idle,
+        }
+    }
+
+    pub(crate) fn commit(&self, outcomes: &[(u64, bool)]) {
+        self.lock().scheduler.commit(outcomes);
+    }
+
+    /// Waits until somebody has submitted, closed or halted since the last turn.
+    pub(crate) async fn news(&self) {
+        self.wake.notified().await;
+    }
+
+    /// The engine has gone: nobody else may wait for it.
+    pub(crate) fn abandon(&self, sequences: impl Iterator<Item = u64>) {
+        let mut state = self.lock();
+        (state.closed, state.halted) = (true, true);
+        let arrivals = std::mem::take(&mut state.arrivals);
+        for id in sequences.chain(arrivals.iter().map(|&(id, _)| id)) {
+            state.scheduler.cancel(id);
+        }
+    }
+
+    /// A panic under the lock ends the engine, and with it the node; until then the state is
+    /// only counted.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

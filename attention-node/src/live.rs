@@ -1,0 +1,318 @@
+//! The life of an attention node: load, join, serve, drain.
+//!
+//! Secret: the order of these and what the outside is told meanwhile. The node is ready when the
+//! trunk is loaded, the engine alive and a placement active; it keeps to the last active
+//! placement when the coordinator falls silent.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use guild_model::trunk::Trunk;
+use guild_model::{Checkpoint, Config, Cpu};
+use guild_node::Shutdown;
+use guild_node::member::{Load, Member, MemberConfig, NodeState};
+use guild_node::serve::{Health, Server};
+use guild_proto::cluster::v1::{Placement, PlacementState, Role};
+use guild_proto::inference::v1::inference_server::{InferenceServer, SERVICE_NAME};
+use guild_transport::{LinkLimits, Links, Switchboard};
+use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+
+use crate::desk::EngineHandle;
+use crate::engine::Engine;
+use crate::service::{Inference, Phase};
+use crate::view::View;
+use crate::{AttentionNodeConfig, Error};
+
+/// How often the coordinator is told how busy this node is.
+const LOAD_EVERY: Duration = Duration::from_millis(200);
+/// What failed or halted streams get to reach their readers before connections are cut.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Progress is logged each time another so many percent are read.
+const PROGRESS_PERCENT: u64 = 10;
+
+/// Runs an attention node on `listener` until `shutdown`; then it takes no more requests, lets
+/// those it has end within the drain limit, leaves the cluster and returns. Expert nodes found in
+/// `switchboard` by name are reached without a network.
+///
+/// # Errors
+/// The checkpoint, the limits or the listener cannot be used, the coordinator refuses this node,
+/// or the engine has failed.
+pub async fn run(
+    cfg: AttentionNodeConfig,
+    listener: TcpListener,
+    cpu: Cpu,
+    switchboard: Option<Switchboard>,
+    shutdown: Shutdown,
+) -> Result<(), Error> {
+    let dir = cfg.model.clone();
+    let checkpoint = on_thread("open-checkpoint", move || Checkpoint::open(&dir)).await??;
+    let model = Arc::new(checkpoint.config().clone());
+    // Contradictions are reported before anything is loaded.
+    cfg.limits(&model)?;
+
+    let (phase, phases) = watch::channel(Phase::Waiting("it is starting".to_owned()));
+    let service = Inference::new(Arc::clone(&model), &cfg.model_name, phases);
+    let server = Server::new().await?.add(InferenceServer::new(service));
+    let health = server.health();
+    health.set_serving(SERVICE_NAME, false).await;
+    let down = shutdown.child();
+    let serving = server.run(listener, down.clone(), cfg.drain + LAST_WORDS);
+    let mut serving = tokio::spawn(serving);
+
+    let node = Node {
+        cfg,
+        model,
+        cpu,
+        switchboard,
+        phase,
+        health,
+        shutdown,
+    };
+    let outcome = tokio::select! {
+        outcome = node.live(checkpoint) => outcome,
+        Ok(Err(error)) = &mut serving => return Err(error.into()),
+    };
+    down.trigger();
+    // What is left to say is said, or the connections are cut with the task.
+    if timeout(LAST_WORDS, &mut serving).await.is_err() {
+        serving.abort();
+    }
+    outcome
+}
+
+struct Node {
+    cfg: AttentionNodeConfig,
+    model: Arc<Config>,
+    cpu: Cpu,
+    switchboard: Option<Switchboard>,
+    phase: watch::Sender<Phase>,
+    health: Health,
+    shutdown: Shutdown,
+}
+
+impl Node {
+    /// From an open checkpoint to the end.
+    async fn live(&self, checkpoint: Checkpoint) -> Result<(), Error> {
+        self.wait_for("the checkpoint's digest");
+        let hashed = checkpoint.clone();
+        let digest = tokio::select! {
+            digest = on_thread("digest", move || hashed.digest()) => digest??,
+            () = self.shutdown.requested() => return Ok(()),
+        };
+        let member = Member::start(MemberConfig {
+            coordinator: self.cfg.coordinator.clone(),
+            role: Role::Attention,
+            name: self.cfg.name.clone(),
+            address: self.cfg.address.clone(),
+            model_digest: digest.clone(),
+            numerics_class: self.cpu.numerics_class().to_owned(),
+            capacity_bytes: 0,
+        })?;
+        let outcome = tokio::select! {
+            outcome = self.serve(checkpoint, digest, &member) => outcome,
+            Err(refused) = member.ended() => Err(refused.into()),
+        };
+        self.phase.send_replace(Phase::Draining);
+        self.health.set_serving(SERVICE_NAME, false).await;
+        self.health.set_serving("", false).await;
+        member.leave().await;
+        outcome
+    }
+
+    /// Loads, serves, drains.
+    async fn serve(
+        &self,
+        checkpoint: Checkpoint,
+        digest: String,
+        member: &Member,
+    ) -> Result<(), Error> {
+        self.wait_for("the weights are being loaded");
+        member.set_state(not_ready("the weights are being loaded"));
+        let trunk = tokio::select! {
+            trunk = self.load(checkpoint) => trunk?,
+            () = self.shutdown.requested() => return Ok(()),
+        };
+        let limits = self.cfg.limits(&self.model)?;
+        tracing::info!(
+            pages = limits.pages,
+            page_tokens = limits.page_tokens,
+            positions = limits.pages * limits.page_tokens,
+            "latent KV cache"
+        );
+        let runtime = tokio::runtime::Handle::current();
+        let links = Arc::new(Links::new(&self.cfg.name, LinkLimits::default(), runtime));
+        let (views, newest) = watch::channel(None);
+        let (engine, handle) = Engine::new(
+            Arc::new(trunk),
+            self.cpu.clone(),
+            Arc::clone(&links),
+            newest,
+            limits,
+            self.cfg.exchange_deadline,
+        )?;
+        let ended = engine.spawn(&self.cfg.name);
+        let mut ended = ended.map_err(|source| Error::Thread {
+            name: "engine".to_owned(),
+            source,
+        })?;
+
+        self.wait_for("no placement is active yet");
+        member.set_state(not_ready("no placement is active yet"));
+        let mut placements = member.placement();
+        placements.mark_changed();
+        let mut tick = interval(LOAD_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = self.shutdown.requested() => break,
+                end = &mut ended => return Err(engine_failed(end)),
+                Ok(()) = placements.changed() => {
+                    let newest = placements.borrow_and_update().clone();
+                    let Some(view) = newest.and_then(|p| self.adopt(&p, &links)) else { continue };
+                    let epoch = view.epoch();
+                    let first = views.send_replace(Some(Arc::new(view))).is_none();
+                    member.set_state(NodeState { epoch, ready: true, reason: String::new() });
+                    if first {
+                        let (engine, digest) = (handle.clone(), digest.clone());
+                        self.phase.send_replace(Phase::Serving { engine, digest });
+                        self.health.set_serving(SERVICE_NAME, true).await;
+                        self.health.set_serving("", true).await;
+                        tracing::info!(epoch, "ready");
+                    }
+                },
+                _ = tick.tick() => member.set_load(load(&handle)),
+            }
+        }
+        self.drain(&handle, &mut ended, member).await
+    }
+
+    /// Lets running requests end, within the limit.
+    async fn drain(
+        &self,
+        engine: &EngineHandle,
+        ended: &mut oneshot::Receiver<Result<(), String>>,
+        member: &Member,
+    ) -> Result<(), Error> {
+        let left = engine.counts();
+        tracing::info!(running = left.running, waiting = left.waiting, "draining");
+        self.phase.send_replace(Phase::Draining);
+        member.set_draining();
+        engine.close();
+        let end = match timeout(self.cfg.drain, &mut *ended).await {
+            Ok(end) => end,
+            Err(_) => {
+                tracing::warn!("drain limit reached: failing the requests that are left");
+                engine.halt();
+                match timeout(LAST_WORDS, &mut *ended).await {
+                    Ok(end) => end,
+                    // A step waits for experts that do not answer. The thread goes with the process.
+                    Err(_) => Ok(Ok(())),
+                }
+            }
+        };
+        match end {
+            Ok(Ok(())) => Ok(()),
+            end => Err(engine_failed(end)),
+        }
+    }
+
+    async fn load(&self, checkpoint: Checkpoint) -> Result<Trunk, Error> {
+        let (dtype, cpu) = (self.cfg.dtype, self.cpu.clone());
+        let shown = AtomicU64::new(0);
+        let progress = move |done: u64, total: u64| {
+            let percent = done.saturating_mul(100) / total.max(1);
+            let step = percent / PROGRESS_PERCENT * PROGRESS_PERCENT;
+            if shown.fetch_max(step, Ordering::Relaxed) < step {
+                tracing::info!(percent = step, bytes = done, total, "loading weights");
+            }
+        };
+        let load = move || Trunk::load(&checkpoint, dtype, &cpu, &progress);
+        Ok(on_thread("load-weights", load).await??)
+    }
+
+    /// A view of a placement that can be served by: active, and with a home for every expert.
+    fn adopt(&self, placement: &Placement, links: &Links) -> Option<View> {
+        if placement.state() != PlacementState::Active {
+            return None;
+        }
+        let (view, endpoints) = match View::from_wire(placement) {
+            Ok(read) => read,
+            Err(error) => {
+                tracing::error!(epoch = placement.epoch, "ignoring a placement: {error}");
+                return None;
+            }
+        };
+        let experts = self.model.n_routed_experts as u32;
+        for layer in self.model.moe_layers() {
+            if let Some(expert) = view.first_homeless(layer as u32, experts) {
+                tracing::error!(
+                    epoch = view.epoch(),
+                    layer,
+                    expert,
+                    "ignoring an active placement that leaves an expert without a home"
+                );
+                return None;
+            }
+        }
+        links.set_nodes(&endpoints, self.switchboard.as_ref());
+        tracing::info!(epoch = view.epoch(), nodes = endpoints.len(), "placement is active");
+        Some(view)
+    }
+
+    fn wait_for(&self, reason: &str) {
+        self.phase.send_replace(Phase::Waiting(reason.to_owned()));
+    }
+}
+
+fn not_ready(reason: &str) -> NodeState {
+    NodeState {
+        epoch: 0,
+        ready: false,
+        reason: reason.to_owned(),
+    }
+}
+
+fn load(engine: &EngineHandle) -> Load {
+    let counts = engine.counts();
+    Load {
+        running: counts.running as u32,
+        waiting: counts.waiting as u32,
+    }
+}
+
+fn engine_failed(end: Result<Result<(), String>, oneshot::error::RecvError>) -> Error {
+    let message = match end {
+        Ok(Err(message)) => message,
+        Ok(Ok(())) => "it ended without being asked to".to_owned(),
+        Err(_) => "it is gone".to_owned(),
+    };
+    Error::Failed {
+        name: "engine".to_owned(),
+        message,
+    }
+}
+
+/// Runs blocking work on a thread of its own, which does not hold up the end of the process.
+async fn on_thread<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    let (done, result) = oneshot::channel();
+    let spawned = std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            // Nobody waits any more when the node ends early.
+            let _ = done.send(work());
+        });
+    spawned.map_err(|source| Error::Thread {
+        name: name.to_owned(),
+        source,
+    })?;
+    result.await.map_err(|_| Error::Failed {
+        name: name.to_owned(),
+        message: "it has panicked, see the log".to_owned(),
+    })
+}

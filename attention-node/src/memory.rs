@@ -1,0 +1,118 @@
+//! How much memory the latent KV cache gets. Secret: what the host has left, and which share of
+//! it is prudent.
+
+use guild_model::Config;
+use guild_model::cache::LatentCache;
+
+/// Share of the available memory that an automatic cache may take: the rest is for activations,
+/// other processes and the page cache that other nodes load their weights through.
+const AUTO_SHARE: u64 = 2;
+/// What an automatic cache may take where the host does not say what is available.
+const AUTO_UNKNOWN: u64 = 1 << 30;
+
+/// Memory for the latent KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvMemory {
+    /// Half of what is available when the weights are loaded, and never more than
+    /// `max_running` requests of `max_context` positions can fill.
+    #[default]
+    Auto,
+    /// So many bytes.
+    Bytes(u64),
+}
+
+impl std::str::FromStr for KvMemory {
+    type Err = String;
+
+    /// `auto`, or bytes with an optional unit: `8GiB`, `500MB`, `1073741824`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.eq_ignore_ascii_case("auto") {
+            return Ok(KvMemory::Auto);
+        }
+        let wrong = || format!("{text:?} is neither `auto` nor a size like 8GiB or 500MB");
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let scale: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 1,
+            "kb" => 1_000,
+            "mb" => 1_000_000,
+            "gb" => 1_000_000_000,
+            "tb" => 1_000_000_000_000,
+            "kib" | "k" => 1 << 10,
+            "mib" | "m" => 1 << 20,
+            "gib" | "g" => 1 << 30,
+            "tib" | "t" => 1 << 40,
+            _ => return Err(wrong()),
+        };
+        let bytes = number.parse::<u64>().ok().and_then(|n| n.checked_mul(scale));
+        bytes.filter(|&b| b > 0).map(KvMemory::Bytes).ok_or_else(wrong)
+    }
+}
+
+/// Pages that `memory` pays for, never more than `running` requests of `context` positions can
+/// hold; at least one page in the automatic case. 0: not even one page was paid for.
+pub(crate) fn pages(
+    memory: KvMemory,
+    config: &Config,
+    page_tokens: usize,
+    running: usize,
+    context: usize,
+) -> usize {
+    let page_bytes = (LatentCache::bytes_per_token(config) * page_tokens) as u64;
+    let useful = context.div_ceil(page_tokens).saturating_mul(running);
+    let budget = match memory {
+        KvMemory::Bytes(bytes) => bytes,
+        KvMemory::Auto => {
+            let share = available().map_or(AUTO_UNKNOWN, |bytes| bytes / AUTO_SHARE);
+            share.max(page_bytes)
+        }
+    };
+    let paid = usize::try_from(budget / page_bytes.max(1)).unwrap_or(usize::MAX);
+    paid.min(useful).min(u32::MAX as usize)
+}
+
+/// Bytes that can be allocated without swapping: what the kernel says, and what is left of the
+/// control group's limit if there is one.
+fn available() -> Option<u64> {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let host = read("/proc/meminfo").and_then(|text| meminfo(&text));
+    let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
+    let group = number("/sys/fs/cgroup/memory.max").map(|limit| {
+        limit.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0))
+    });
+    match (host, group) {
+        (Some(host), Some(group)) => Some(host.min(group)),
+        (host, group) => host.or(group),
+    }
+}
+
+fn meminfo(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_with_and_without_units() {
+        let parse = |text: &str| text.parse::<KvMemory>();
+        assert_eq!(parse("auto"), Ok(KvMemory::Auto));
+        assert_eq!(parse("4096"), Ok(KvMemory::Bytes(4096)));
+        assert_eq!(parse("8GiB"), Ok(KvMemory::Bytes(8 << 30)));
+        assert_eq!(parse("500 MB"), Ok(KvMemory::Bytes(500_000_000)));
+        for bad in ["", "0", "-1", "GiB", "1.5GiB", "8 parsecs", "99999999999999999999", "99999999TiB"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn meminfo_is_read_as_the_kernel_writes_it() {
+        let text = "MemTotal:       16318028 kB\nMemAvailable:    8000000 kB\n";
+        assert_eq!(meminfo(text), Some(8_192_000_000));
+        assert_eq!(meminfo("MemTotal: 1 kB\n"), None);
+    }
+}

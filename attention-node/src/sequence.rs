@@ -1,0 +1,214 @@
+//! One request inside the engine: its tokens, what it asked for, and what a row of logits makes
+//! of it. Secret: when a request ends and what its reader is told, in which order.
+
+use guild_model::Cpu;
+use guild_model::sampler::{self, Sampled, Sampling};
+use tokio::sync::mpsc;
+
+use crate::exchange::ExchangeFailure;
+
+/// Alternatives beside a token's own log-probability that one request may ask for.
+pub const MAX_TOP_LOGPROBS: usize = 128;
+
+/// A request, checked already: the engine trusts it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// Token ids below the vocabulary's size, at least one.
+    pub prompt: Vec<u32>,
+    /// The most tokens to generate; 0 only runs the prompt.
+    pub max_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Tokens that end the output: EOS unless ignored, and the request's own.
+    pub stop_tokens: Vec<u32>,
+    /// Stop tokens are impossible before this many tokens are out.
+    pub min_tokens: usize,
+    /// Log-probabilities beside each output token, with so many alternatives.
+    pub logprobs: Option<usize>,
+    /// The same beside each prompt token from the second on.
+    pub prompt_logprobs: Option<usize>,
+}
+
+/// Why the output ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// A stop token was chosen; it is the last token of the output.
+    Stop(u32),
+    /// `max_tokens` are out.
+    Length,
+}
+
+/// Why a request ended without a result.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// The experts of a step could not be reached in time.
+    #[error("expert rows did not come back: {0}")]
+    Exchange(#[from] ExchangeFailure),
+    /// The node goes down and its drain limit has passed.
+    #[error("the attention node is shutting down")]
+    ShuttingDown,
+}
+
+/// What the reader of a request is told, in this order: one `Prompt`, a `Token` for each
+/// token, one `Finished` or `Failed`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// The prompt has run, as far as the reader cares.
+    Prompt {
+        /// One for each prompt token from the second on when asked for, else empty.
+        logprobs: Vec<Sampled>,
+    },
+    /// One more token of the output.
+    Token {
+        /// The token.
+        token: u32,
+        /// Its log-probability and the alternatives, when asked for.
+        logprobs: Option<Sampled>,
+    },
+    /// The output is complete.
+    Finished {
+        /// Why.
+        reason: Finish,
+        /// Tokens of the output.
+        generated: usize,
+    },
+    /// There will be no more.
+    Failed(Failure),
+}
+
+/// The reader's end of a request. Dropping it cancels the request within a step.
+pub type Events = mpsc::Receiver<Event>;
+
+/// A request that waits or runs.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    request: Request,
+    /// Prompt and output.
+    tokens: Vec<u32>,
+    prompt_logprobs: Vec<Sampled>,
+    events: mpsc::Sender<Event>,
+    finished: bool,
+}
+
+impl Sequence {
+    /// The events of a request are bounded by `max_tokens`, so its channel has room for all of
+    /// them: a slow reader holds up nothing but its own memory.
+    pub(crate) fn new(request: Request) -> (Sequence, Events) {
+        let (events, reader) = mpsc::channel(request.max_tokens + 2);
+        let sequence = Sequence {
+            tokens: request.prompt.clone(),
+            prompt_logprobs: Vec::new(),
+            request,
+            events,
+            finished: false,
+        };
+        if sequence.request.prompt_logprobs.is_none() {
+            sequence.tell(Event::Prompt {
+                logprobs: Vec::new(),
+            });
+        }
+        (sequence, reader)
+    }
+
+    /// Whether its reader has gone.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Tokens at positions `start..start + len`.
+    pub(crate) fn tokens(&self, start: usize, len: usize) -> &[u32] {
+        &self.tokens[start..start + len]
+    }
+
+    /// Whether the logits of the row at `position` say something about the prompt.
+    pub(crate) fn scores_prompt(&self, position: usize) -> bool {
+        self.request.prompt_logprobs.is_some() && position + 1 < self.request.prompt.len()
+    }
+
+    /// Takes the logits `[vocab]` of the row at `position`: of a prompt row for which
+    /// [`Sequence::scores_prompt`] holds, or of the last row there is.
+    pub(crate) fn observe(&mut self, cpu: &Cpu, position: usize, logits: &[f32]) {
+        if position + 1 < self.request.prompt.len() {
+            let top = self.request.prompt_logprobs.unwrap_or(0);
+            let scored = sampler::logprobs_of(cpu, logits, self.tokens[position + 1], top);
+            self.prompt_logprobs.push(scored);
+        } else {
+            self.extend(cpu, logits);
+        }
+    }
+
+    /// Called when the step that computed positions up to `end` is through. True when the
+    /// request has ended.
+    pub(crate) fn settle(&mut self, end: usize) -> bool {
+        if self.request.max_tokens == 0 && end >= self.request.prompt.len() {
+            self.tell_prompt();
+            self.finish(Finish::Length);
+        }
+        self.finished
+    }
+
+    fn extend(&mut self, cpu: &Cpu, logits: &[f32]) {
+        if self.generated() == 0 {
+            self.tell_prompt();
+        }
+        let sampled = self.sample(cpu, logits);
+        let token = sampled.token;
+        self.tokens.push(token);
+        self.tell(Event::Token {
+            token,
+            logprobs: self.request.logprobs.is_some().then_some(sampled),
+        });
+        if self.request.stop_tokens.contains(&token) {
+            self.finish(Finish::Stop(token));
+        } else if self.generated() >= self.request.max_tokens {
+            self.finish(Finish::Length);
+        }
+    }
+
+    fn generated(&self) -> usize {
+        self.tokens.len() - self.request.prompt.len()
+    }
+
+    /// The prompt's event is held back until its log-probabilities are there.
+    fn tell_prompt(&mut self) {
+        if self.request.prompt_logprobs.is_some() {
+            let logprobs = std::mem::take(&mut self.prompt_logprobs);
+            self.tell(Event::Prompt { logprobs });
+        }
+    }
+
+    fn finish(&mut self, reason: Finish) {
+        self.finished = true;
+        self.tell(Event::Finished {
+            reason,
+            generated: self.generated(),
+        });
+    }
+
+    /// Ends it without a result.
+    pub(crate) fn fail(self, failure: Failure) {
+        self.tell(Event::Failed(failure));
+    }
+
+    /// The draw is keyed by the token's position in the whole sequence. Before `min_tokens`
+    /// stop tokens are masked out of the draw; log-probabilities are of the raw logits always.
+    fn sample(&self, cpu: &Cpu, logits: &[f32]) -> Sampled {
+        let position = self.tokens.len() as u64;
+        let top = self.request.logprobs.unwrap_or(0);
+        let sampling = &self.request.sampling;
+        if self.generated() >= self.request.min_tokens || self.request.stop_tokens.is_empty() {
+            return sampler::sample(cpu, logits, sampling, position, top);
+        }
+        let mut masked = logits.to_vec();
+        for &token in &self.request.stop_tokens {
+            masked[token as usize] = f32::NEG_INFINITY;
+        }
+        let token = sampler::sample(cpu, &masked, sampling, position, 0).token;
+        sampler::logprobs_of(cpu, logits, token, top)
+    }
+
+    fn tell(&self, event: Event) {
+        // Fails only when the reader has gone, which `is_abandoned` sees before the next step.
+        let _ = self.events.try_send(event);
+    }
+}

@@ -1,0 +1,327 @@
+//! guild.inference.v1 at an attention node: token ids in, token ids out.
+//!
+//! Secret: the wire form of a request and of what becomes of it. Everything that comes in is
+//! checked here, again, whoever sent it; the engine behind sees only requests that can run. Text
+//! is the front door's business.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::{Stream, StreamExt, stream};
+use guild_model::Config;
+use guild_model::sampler::{Sampled, Sampling};
+use guild_node::status;
+use guild_proto::inference::v1 as wire;
+use guild_proto::inference::v1::generate_request::Input;
+use guild_proto::inference::v1::generate_response::Event as WireEvent;
+use guild_scheduler::batch::{Limits, Refusal};
+use tokio::sync::watch;
+use tonic::{Code, Request as Call, Response, Status};
+
+use crate::desk::{EngineHandle, SubmitError};
+use crate::exchange::ExchangeFailure;
+use crate::sequence::{Event, Events, Failure, Finish, MAX_TOP_LOGPROBS, Request};
+
+/// Bytes of a request id.
+pub const MAX_REQUEST_ID: usize = 256;
+/// Stop tokens of one request.
+pub const MAX_STOP_TOKENS: usize = 256;
+/// Retry hint while the node is not ready.
+pub const RETRY_NOT_READY: Duration = Duration::from_secs(1);
+
+/// Whether requests are taken.
+#[derive(Clone, Debug)]
+pub enum Phase {
+    /// Not yet, and what is waited for.
+    Waiting(String),
+    /// Yes.
+    Serving {
+        /// Takes them.
+        engine: EngineHandle,
+        /// Digest of configuration and weights.
+        digest: String,
+    },
+    /// Not any more.
+    Draining,
+}
+
+/// The service. It answers with what the newest [`Phase`] allows.
+#[derive(Debug)]
+pub struct Inference {
+    config: Arc<Config>,
+    model: String,
+    phase: watch::Receiver<Phase>,
+    next_request: AtomicU64,
+}
+
+impl Inference {
+    /// A service for the model that `config` describes and that clients call `model`.
+    pub fn new(config: Arc<Config>, model: &str, phase: watch::Receiver<Phase>) -> Inference {
+        Inference {
+            config,
+            model: model.to_owned(),
+            phase,
+            next_request: AtomicU64::new(1),
+        }
+    }
+
+    fn engine(&self) -> Result<(EngineHandle, String), Status> {
+        match &*self.phase.borrow() {
+            Phase::Serving { engine, digest } => Ok((engine.clone(), digest.clone())),
+            Phase::Waiting(reason) => {
+                let message = format!("the attention node is not ready: {reason}");
+                Err(status::unavailable("NOT_READY", message, Some(RETRY_NOT_READY)))
+            }
+            Phase::Draining => Err(draining()),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl wire::inference_server::Inference for Inference {
+    type GenerateStream =
+        Pin<Box<dyn Stream<Item = Result<wire::GenerateResponse, Status>> + Send>>;
+
+    async fn generate(
+        &self,
+        call: Call<wire::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let (engine, _) = self.engine()?;
+        let call = call.into_inner();
+        if !call.model.is_empty() && call.model != self.model {
+            let message = format!("model {:?} is not served here, {:?} is", call.model, self.model);
+            return Err(status::not_found("MODEL_NOT_FOUND", message));
+        }
+        let request = check(&self.config, &engine.limits(), &call)?;
+        let request_id = match call.request_id.is_empty() {
+            false => call.request_id,
+            true => format!("request-{}", self.next_request.fetch_add(1, Ordering::Relaxed)),
+        };
+        let prompt = request.prompt.clone();
+        let events = engine.submit(request).map_err(refused)?;
+        Ok(Response::new(replies(events, request_id, prompt).boxed()))
+    }
+
+    async fn model_info(
+        &self,
+        _: Call<wire::ModelInfoRequest>,
+    ) -> Result<Response<wire::ModelInfoResponse>, Status> {
+        let (engine, digest) = self.engine()?;
+        let config = &self.config;
+        Ok(Response::new(wire::ModelInfoResponse {
+            model: self.model.clone(),
+            model_type: config.model_type.clone(),
+            digest,
+            vocab_size: config.vocab_size as u32,
+            max_context: engine.limits().longest_request() as u32,
+            has_tokenizer: false,
+            has_chat_template: false,
+            eos_token_ids: config.eos_token_ids.clone(),
+            bos_token_id: config.bos_token_id,
+        }))
+    }
+}
+
+/// What the engine's events look like on the wire. The engine's channel has room for all events
+/// of the request, so a reader that is slow, here or behind HTTP/2's flow control, holds up
+/// nobody; when the stream is dropped, the channel closes, and the engine lets go of the request.
+fn replies(
+    events: Events,
+    request_id: String,
+    prompt: Vec<u32>,
+) -> impl Stream<Item = Result<wire::GenerateResponse, Status>> + Send {
+    let usage = prompt.len() as u32;
+    let mut head = Some((request_id, prompt));
+    stream::unfold(Some(events), |events| async {
+        let mut events = events?;
+        let event = events.recv().await;
+        let last = !matches!(event, Some(Event::Prompt { .. } | Event::Token { .. }));
+        Some((event, (!last).then_some(events)))
+    })
+    .map(move |event| {
+        let event = match event {
+            Some(Event::Prompt { logprobs }) => {
+                let (request_id, token_ids) = head.take().unwrap_or_default();
+                let logprobs = logprobs.into_iter().map(logprobs_wire).collect();
+                WireEvent::Prompt(wire::Prompt { request_id, token_ids, logprobs })
+            }
+            Some(Event::Token { token, logprobs }) => WireEvent::Chunk(wire::Chunk {
+                token_ids: vec![token],
+                text: String::new(),
+                logprobs: logprobs.into_iter().map(logprobs_wire).collect(),
+            }),
+            Some(Event::Finished { reason, generated }) => {
+                WireEvent::Complete(complete(reason, usage, generated as u32))
+            }
+            Some(Event::Failed(failure)) => return Err(failed(&failure)),
+            None => {
+                let message = "the engine of the attention node has stopped";
+                return Err(status::unavailable("ENGINE_STOPPED", message, None));
+            }
+        };
+        Ok(wire::GenerateResponse { event: Some(event) })
+    })
+}
+
+fn logprobs_wire(of: Sampled) -> wire::TokenLogprobs {
+    let top = of.top.into_iter();
+    let top = top.map(|(token_id, logprob)| wire::TopLogprob { token_id, logprob });
+    wire::TokenLogprobs {
+        token_id: of.token,
+        logprob: of.logprob,
+        top: top.collect(),
+    }
+}
+
+fn complete(reason: Finish, prompt_tokens: u32, completion_tokens: u32) -> wire::Complete {
+    let (finish_reason, matched_stop) = match reason {
+        Finish::Stop(token) => (
+            wire::FinishReason::Stop,
+            Some(wire::complete::MatchedStop::StopTokenId(token)),
+        ),
+        Finish::Length => (wire::FinishReason::Length, None),
+    };
+    wire::Complete {
+        finish_reason: finish_reason.into(),
+        matched_stop,
+        usage: Some(wire::Usage {
+            prompt_tokens,
+            completion_tokens,
+        }),
+    }
+}
+
+/// Turns a request into one that can run, or says which field cannot.
+fn check(config: &Config, limits: &Limits, call: &wire::GenerateRequest) -> Result<Request, Status> {
+    let invalid = |field: &str, text: String| Err(status::invalid(field, text));
+    if call.request_id.len() > MAX_REQUEST_ID {
+        return invalid("request_id", format!("longer than {MAX_REQUEST_ID} bytes"));
+    }
+    let prompt = match &call.input {
+        Some(Input::TokenIds(tokens)) => tokens.ids.clone(),
+        Some(Input::Text(_)) => {
+            return invalid(
+                "text",
+                "an attention node takes token_ids only; send text to the front door".to_owned(),
+            );
+        }
+        None => return invalid("token_ids", "the request has no input".to_owned()),
+    };
+    if prompt.is_empty() {
+        return invalid("token_ids", "the prompt is empty".to_owned());
+    }
+    let default = wire::SamplingParams::default();
+    let sampling = call.sampling.as_ref().unwrap_or(&default);
+    if !sampling.stop.is_empty() {
+        return invalid(
+            "sampling.stop",
+            "stop strings are matched by the front door; here stop_token_ids only".to_owned(),
+        );
+    }
+    if sampling.stop_token_ids.len() > MAX_STOP_TOKENS {
+        return invalid("sampling.stop_token_ids", format!("more than {MAX_STOP_TOKENS} tokens"));
+    }
+    let in_vocabulary = [("token_ids", &prompt), ("sampling.stop_token_ids", &sampling.stop_token_ids)];
+    for (field, tokens) in in_vocabulary {
+        let beyond = |&(_, &token): &(usize, &u32)| token as usize >= config.vocab_size;
+        if let Some((at, token)) = tokens.iter().enumerate().find(beyond) {
+            let vocab = config.vocab_size;
+            return invalid(
+                field,
+                format!("id {token} at index {at} is not below the vocabulary size {vocab}"),
+            );
+        }
+    }
+    let temperature = sampling.temperature.unwrap_or(0.0);
+    if !(temperature.is_finite() && temperature >= 0.0) {
+        return invalid("sampling.temperature", format!("{temperature} is not finite and at least 0"));
+    }
+    let top_p = sampling.top_p.unwrap_or(1.0);
+    if !(top_p > 0.0 && top_p <= 1.0) {
+        return invalid("sampling.top_p", format!("{top_p} is not in (0, 1]"));
+    }
+    for (field, top) in [
+        ("sampling.logprobs", sampling.logprobs),
+        ("sampling.prompt_logprobs", sampling.prompt_logprobs),
+    ] {
+        if top.is_some_and(|top| top as usize > MAX_TOP_LOGPROBS) {
+            return invalid(field, format!("at most {MAX_TOP_LOGPROBS} alternatives are given"));
+        }
+    }
+    let longest = limits.longest_request();
+    let room = longest.checked_sub(prompt.len());
+    let max_tokens = match (sampling.max_tokens, room) {
+        (Some(max), Some(room)) if max as usize <= room => max as usize,
+        (None, Some(room)) if room > 0 => room,
+        (max, _) => {
+            let asked = max.map_or("any output".to_owned(), |n| format!("{n} output tokens"));
+            let text = format!(
+                "{} prompt tokens and {asked} exceed the context of {longest}",
+                prompt.len()
+            );
+            return invalid(if room.is_some() { "sampling.max_tokens" } else { "token_ids" }, text);
+        }
+    };
+    let min_tokens = sampling.min_tokens.unwrap_or(0) as usize;
+    if min_tokens > max_tokens {
+        let text = format!("{min_tokens} is more than max_tokens {max_tokens}");
+        return invalid("sampling.min_tokens", text);
+    }
+    let mut stop_tokens = sampling.stop_token_ids.clone();
+    if !sampling.ignore_eos {
+        let eos = config.eos_token_ids.iter().copied();
+        stop_tokens.extend(eos.filter(|&token| (token as usize) < config.vocab_size));
+    }
+    Ok(Request {
+        prompt,
+        max_tokens,
+        sampling: Sampling {
+            temperature,
+            top_p,
+            top_k: sampling.top_k.unwrap_or(0),
+            seed: sampling.seed.unwrap_or(0),
+        },
+        stop_tokens,
+        min_tokens,
+        logprobs: sampling.logprobs.map(|n| n as usize),
+        prompt_logprobs: sampling.prompt_logprobs.map(|n| n as usize),
+    })
+}
+
+fn refused(error: SubmitError) -> Status {
+    match error {
+        SubmitError::Refused(Refusal::Overloaded { waiting, retry_after }) => status::exhausted(
+            "QUEUE_FULL",
+            format!("{waiting} requests wait already"),
+            retry_after,
+        ),
+        SubmitError::Refused(Refusal::Invalid(invalid)) => {
+            status::invalid("token_ids", invalid.to_string())
+        }
+        SubmitError::Draining => draining(),
+    }
+}
+
+fn draining() -> Status {
+    let message = "the attention node is draining";
+    status::unavailable("DRAINING", message, Some(RETRY_NOT_READY))
+}
+
+fn failed(failure: &Failure) -> Status {
+    match failure {
+        Failure::ShuttingDown => draining(),
+        Failure::Exchange(ExchangeFailure { layer, experts, epoch, node, attempts, .. }) => {
+            let experts: Vec<String> = experts.iter().map(u32::to_string).collect();
+            let origin = [
+                ("node", node.clone()),
+                ("layer", layer.to_string()),
+                ("experts", experts.join(",")),
+                ("epoch", epoch.to_string()),
+                ("attempts", attempts.to_string()),
+            ];
+            status::with_reason(Code::Unavailable, "EXPERT_LOST", failure.to_string(), origin)
+        }
+    }
+}

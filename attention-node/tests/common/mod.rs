@@ -1,0 +1,301 @@
+//! An attention node's engine with its experts in the same process, on the checkpoints of the
+//! repository. Experts can be told to fail.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use guild_attention_node::engine::Engine;
+use guild_attention_node::sequence::{Event, Events, Request};
+use guild_attention_node::view::View;
+use guild_attention_node::{EngineHandle, exchange::Views};
+use guild_model::checkpoint::Dtype;
+use guild_model::expert::Expert;
+use guild_model::sampler::Sampling;
+use guild_model::trunk::Trunk;
+use guild_model::{Checkpoint, Cpu};
+use guild_scheduler::batch::Limits;
+use guild_scheduler::placement::{NodeSlots, Placement};
+use guild_transport::{
+    ExchangeCode, ExchangeError, LinkLimits, Links, NodeId, SlotHost, Switchboard, Work,
+};
+use tokio::sync::{oneshot, watch};
+
+/// Generous: nothing waits for it unless something is wrong.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// A checkpoint in memory: trunk and all experts of the main model.
+pub struct Model {
+    pub cpu: Cpu,
+    pub trunk: Arc<Trunk>,
+    experts: HashMap<(u32, u32), Arc<Expert>>,
+}
+
+impl Model {
+    pub fn v3_basic() -> &'static Model {
+        static MODEL: OnceLock<Model> = OnceLock::new();
+        MODEL.get_or_init(|| Model::load("tests/golden/v3-basic"))
+    }
+
+    pub fn demo() -> &'static Model {
+        static MODEL: OnceLock<Model> = OnceLock::new();
+        MODEL.get_or_init(|| Model::load("models/demo"))
+    }
+
+    fn load(dir: &str) -> Model {
+        let checkpoint = Checkpoint::open(&repository().join(dir)).unwrap();
+        let cpu = Cpu::new(2);
+        let trunk = Trunk::load(&checkpoint, Dtype::Auto, &cpu, &|_, _| ()).unwrap();
+        let config = checkpoint.config();
+        let mut experts = HashMap::new();
+        for layer in config.moe_layers() {
+            for expert in 0..config.n_routed_experts {
+                let loaded = Expert::load(&checkpoint, layer, expert, Dtype::Auto).unwrap();
+                experts.insert((layer as u32, expert as u32), Arc::new(loaded));
+            }
+        }
+        Model {
+            cpu,
+            trunk: Arc::new(trunk),
+            experts,
+        }
+    }
+
+    /// Experts dealt to `nodes` nodes with ids from `first` on, shuffled by `seed`.
+    pub fn deal(&self, epoch: u64, first: NodeId, nodes: u32, seed: u64) -> Placement {
+        let mut all: Vec<(u32, u32)> = self.experts.keys().copied().collect();
+        all.sort_unstable();
+        let mut random = Random(seed);
+        for at in (1..all.len()).rev() {
+            all.swap(at, random.below(at + 1));
+        }
+        let slots = |node: u32| NodeSlots {
+            node: first + node,
+            slots: all.iter().copied().skip(node as usize).step_by(nodes as usize).collect(),
+        };
+        Placement::new(epoch, (0..nodes).map(slots).collect()).unwrap()
+    }
+}
+
+/// Deterministic numbers for schedules (splitmix64).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) % n as u64) as usize
+    }
+
+    pub fn one_of<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())]
+    }
+}
+
+/// What an expert node of a test does wrong: refuses so many batches; for ever when negative.
+#[derive(Default)]
+pub struct Trouble {
+    refusals: AtomicI64,
+    pub executed: AtomicI64,
+}
+
+impl Trouble {
+    pub fn refuse(&self, batches: i64) {
+        self.refusals.store(batches, Ordering::SeqCst);
+    }
+
+    fn strikes(&self) -> bool {
+        let left = self.refusals.load(Ordering::SeqCst);
+        if left > 0 {
+            self.refusals.fetch_sub(1, Ordering::SeqCst);
+        }
+        left != 0
+    }
+}
+
+struct Host {
+    model: &'static Model,
+    name: String,
+    slots: HashMap<u64, Vec<(u32, u32)>>,
+    trouble: Arc<Trouble>,
+}
+
+impl SlotHost for Host {
+    fn execute(&self, work: Work) -> Result<Vec<f32>, ExchangeError> {
+        let refuse = |code, text: &str| Err(ExchangeError::new(code, self.name.as_str(), text));
+        if self.trouble.strikes() {
+            return refuse(ExchangeCode::Unreachable, "made to fail");
+        }
+        let Some(slots) = self.slots.get(&work.epoch) else {
+            return refuse(ExchangeCode::UnknownEpoch, "never heard of it");
+        };
+        self.trouble.executed.fetch_add(1, Ordering::SeqCst);
+        let mut out = Vec::new();
+        for (slot, rows) in &work.slots {
+            let expert = &self.model.experts[&slots[*slot as usize]];
+            let rows = rows.iter().map(|&r| &work.rows[r as usize * work.width..][..work.width]);
+            out.extend(expert.forward(&self.model.cpu, &rows.collect::<Vec<_>>().concat()));
+        }
+        Ok(out)
+    }
+}
+
+/// A running engine and the experts behind it.
+pub struct Rig {
+    model: &'static Model,
+    pub engine: EngineHandle,
+    pub ended: oneshot::Receiver<Result<(), String>>,
+    pub trouble: Arc<Trouble>,
+    pub views: watch::Sender<Option<Arc<View>>>,
+    links: Arc<Links>,
+}
+
+impl Rig {
+    /// Experts on three nodes, default limits.
+    pub fn new(model: &'static Model) -> Rig {
+        Rig::with(model, limits(), model.deal(1, 1, 3, 0), DEADLINE)
+    }
+
+    pub fn with(
+        model: &'static Model,
+        limits: Limits,
+        placement: Placement,
+        deadline: Duration,
+    ) -> Rig {
+        let runtime = tokio::runtime::Handle::current();
+        let links = Arc::new(Links::new("attention", LinkLimits::default(), runtime));
+        let (views, newest): (_, Views) = watch::channel(None);
+        let (engine, handle) = Engine::new(
+            Arc::clone(&model.trunk),
+            model.cpu.clone(),
+            Arc::clone(&links),
+            newest,
+            limits,
+            deadline,
+        )
+        .unwrap();
+        let rig = Rig {
+            model,
+            engine: handle,
+            ended: engine.spawn("test").unwrap(),
+            trouble: Arc::default(),
+            views,
+            links,
+        };
+        rig.place(placement);
+        rig
+    }
+
+    /// Makes a placement active; its nodes know no other epoch.
+    pub fn place(&self, placement: Placement) {
+        let board = Switchboard::default();
+        let name = |node: NodeId| format!("expert-{node}");
+        let mut endpoints = Vec::new();
+        for node in placement.nodes() {
+            let host = Host {
+                model: self.model,
+                name: name(node.node),
+                slots: HashMap::from([(placement.epoch(), node.slots.clone())]),
+                trouble: Arc::clone(&self.trouble),
+            };
+            board.attach(name(node.node), Arc::new(host));
+            endpoints.push((node.node, name(node.node), String::new()));
+        }
+        self.links.set_nodes(&[], None);
+        self.links.set_nodes(&endpoints, Some(&board));
+        let names = endpoints.into_iter().map(|(node, name, _)| (node, name));
+        let view = View::new(placement, names);
+        self.views.send_replace(Some(Arc::new(view)));
+    }
+
+    pub fn submit(&self, request: &Request) -> Events {
+        self.engine.submit(request.clone()).unwrap()
+    }
+
+    /// One request, alone or not, to its end.
+    pub async fn run(&self, request: &Request) -> Vec<Event> {
+        read_all(self.submit(request)).await
+    }
+
+    /// Waits until nobody is here and all pages are free.
+    pub async fn settle(&self) {
+        let pages = self.engine.limits().pages;
+        for _ in 0..10_000 {
+            let counts = self.engine.counts();
+            if counts.running + counts.waiting == 0 {
+                assert_eq!(counts.free_pages, pages, "pages leaked");
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        panic!("the engine does not settle: {:?}", self.engine.counts());
+    }
+}
+
+pub fn limits() -> Limits {
+    Limits {
+        max_running: 16,
+        max_waiting: 64,
+        max_step_tokens: 64,
+        page_tokens: 16,
+        pages: 256,
+        max_context: 256,
+    }
+}
+
+/// A greedy request with log-probabilities.
+pub fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
+    Request {
+        prompt,
+        max_tokens,
+        sampling: Sampling::GREEDY,
+        stop_tokens: Vec::new(),
+        min_tokens: 0,
+        logprobs: Some(2),
+        prompt_logprobs: None,
+    }
+}
+
+pub async fn read_all(mut events: Events) -> Vec<Event> {
+    let mut all = Vec::new();
+    while let Some(event) = events.recv().await {
+        all.push(event);
+    }
+    all
+}
+
+pub fn tokens(events: &[Event]) -> Vec<u32> {
+    let token = |event: &Event| match event {
+        Event::Token { token, .. } => Some(*token),
+        _ => None,
+    };
+    events.iter().filter_map(token).collect()
+}
+
+/// Everything a reader saw, with the bits of every float.
+pub fn bits(events: &[Event]) -> Vec<String> {
+    use guild_model::sampler::Sampled;
+    let sampled = |s: &Sampled| {
+        let top = s.top.iter().map(|&(token, l)| (token, l.to_bits()));
+        format!("{} {:08x} {:x?}", s.token, s.logprob.to_bits(), top.collect::<Vec<_>>())
+    };
+    let show = |event: &Event| match event {
+        Event::Prompt { logprobs } => {
+            format!("prompt {:?}", logprobs.iter().map(sampled).collect::<Vec<_>>())
+        }
+        Event::Token { token, logprobs } => {
+            format!("token {token} {:?}", logprobs.as_ref().map(sampled))
+        }
+        other => format!("{other:?}"),
+    };
+    events.iter().map(show).collect()
+}
