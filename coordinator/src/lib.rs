@@ -1,1 +1,286 @@
-//! placeholder
+//! The coordinator: the cluster's front door, its membership and its placement.
+//!
+//! A shell: it puts the decisions of `scheduler` behind guild.cluster.v1, the
+//! clients' door in [`front`] before the attention nodes, and both on
+//! listeners. It uses `scheduler`, `node`, `proto`, and of `model` only what
+//! identifies a checkpoint and turns text into tokens; it never computes with
+//! weights and never sees a row.
+
+mod backend;
+mod cluster;
+mod state;
+
+pub mod front;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use front::{FrontDoor, FrontLimits, ServedModel};
+use guild_model::checkpoint::Dtype;
+use guild_model::text::Text;
+use guild_model::{Checkpoint, ModelError};
+use guild_node::serve::{Health, ServeError, Server};
+use guild_node::{ExitKind, HasExitKind, Shutdown};
+use guild_proto::cluster::v1::cluster_server::ClusterServer;
+use guild_scheduler::membership::Settings;
+use tokio::net::TcpListener;
+use tonic::service::Routes;
+
+use backend::AttentionNodes;
+use cluster::ClusterService;
+use state::ClusterState;
+
+/// Service whose health says whether the cluster can take requests.
+const INFERENCE: &str = "guild.inference.v1.Inference";
+/// Service by which nodes join.
+const CLUSTER: &str = "guild.cluster.v1.Cluster";
+/// Time the cluster service gets to end its streams once the front door is shut.
+const CLUSTER_DRAIN: Duration = Duration::from_secs(1);
+
+/// What a coordinator is told.
+#[derive(Clone, Debug)]
+pub struct CoordinatorConfig {
+    /// Directory of the checkpoint. Only its description, its identity and its
+    /// tokenizer are used here.
+    pub model: PathBuf,
+    /// What clients call the model.
+    pub model_name: String,
+    /// How expert nodes keep weights, to turn their bytes into experts.
+    pub dtype: Dtype,
+    /// Tokens of prompt and output together, at most; None: what the model was
+    /// made for.
+    pub max_context: Option<usize>,
+    /// Expert nodes that must have joined before the first placement.
+    pub min_expert_nodes: usize,
+    /// How long to wait for further expert nodes after one has joined.
+    pub settle: Duration,
+    /// A node that is silent for this long is taken for dead.
+    pub lease: Duration,
+    /// How long running streams may take to end after a request to shut down.
+    pub drain: Duration,
+    /// What clients may ask for.
+    pub limits: FrontLimits,
+}
+
+impl CoordinatorConfig {
+    /// Expert nodes to wait for, by default.
+    pub const MIN_EXPERT_NODES: usize = 1;
+    /// Settle time, by default.
+    pub const SETTLE: Duration = Duration::from_millis(500);
+    /// Lease, by default.
+    pub const LEASE: Duration = Duration::from_secs(5);
+    /// Drain limit, by default.
+    pub const DRAIN: Duration = Duration::from_secs(30);
+
+    /// The defaults for a checkpoint, called by the name of its directory.
+    pub fn new(model: impl Into<PathBuf>) -> CoordinatorConfig {
+        let model = model.into();
+        let name = model
+            .canonicalize()
+            .ok()
+            .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+        CoordinatorConfig {
+            model_name: name.unwrap_or_else(|| "model".to_owned()),
+            model,
+            dtype: Dtype::Auto,
+            max_context: None,
+            min_expert_nodes: CoordinatorConfig::MIN_EXPERT_NODES,
+            settle: CoordinatorConfig::SETTLE,
+            lease: CoordinatorConfig::LEASE,
+            drain: CoordinatorConfig::DRAIN,
+            limits: FrontLimits::default(),
+        }
+    }
+}
+
+/// Where a coordinator listens.
+#[derive(Debug)]
+pub struct Listeners {
+    /// guild.cluster.v1, for nodes.
+    pub cluster: TcpListener,
+    /// The OpenAI-shaped API and guild.inference.v1, for clients.
+    pub http: TcpListener,
+    /// guild.inference.v1, for clients.
+    pub grpc: TcpListener,
+}
+
+/// Why a coordinator cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum CoordinatorError {
+    /// The checkpoint cannot be used.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A listener cannot be served.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// A setting makes no sense.
+    #[error("{field}: {problem}")]
+    Setting {
+        /// Which one.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A part of the coordinator has ended without being asked to.
+    #[error("{0} ended unexpectedly")]
+    Ended(&'static str),
+}
+
+impl HasExitKind for CoordinatorError {
+    fn exit_kind(&self) -> ExitKind {
+        match self {
+            CoordinatorError::Model(_) => ExitKind::Model,
+            CoordinatorError::Serve(error) => error.exit_kind(),
+            CoordinatorError::Setting { .. } => ExitKind::Usage,
+            CoordinatorError::Ended(_) => ExitKind::Internal,
+        }
+    }
+}
+
+/// Runs a coordinator until `shutdown`, then drains: readiness falls first,
+/// running streams get up to the drain limit, then everything is closed.
+///
+/// # Errors
+/// The checkpoint or a setting is unusable, or a server has failed.
+pub async fn run(
+    config: CoordinatorConfig,
+    listeners: Listeners,
+    shutdown: Shutdown,
+) -> Result<(), CoordinatorError> {
+    check(&config)?;
+    tracing::info!(model = %config.model.display(), "reading the checkpoint's description");
+    let identified = tokio::task::spawn_blocking({
+        let config = config.clone();
+        move || identify(&config)
+    });
+    let (settings, model) = tokio::select! {
+        identified = identified => {
+            identified.map_err(|_| CoordinatorError::Ended("reading the checkpoint"))??
+        }
+        () = shutdown.requested() => return Ok(()),
+    };
+    tracing::info!(
+        model = model.name,
+        digest = model.digest,
+        expert_layers = settings.layers.len(),
+        experts = settings.experts,
+        "serving this model"
+    );
+
+    let state = ClusterState::new(settings, model.name.clone(), model.digest.clone());
+    let front = FrontDoor::new(
+        model,
+        Arc::new(AttentionNodes::new(Arc::clone(&state))),
+        config.limits.clone(),
+    );
+
+    let http = Server::on(Routes::from(front.router()), true).await?;
+    let health = http.health();
+    let grpc = Server::with_health(Routes::from(front.router()), false, health.clone())?;
+    let cluster_end = Shutdown::new();
+    let service = ClusterService::new(Arc::clone(&state), cluster_end.clone());
+    let cluster = Server::new().await?.add(ClusterServer::new(service));
+    cluster.health().set_serving("", true).await;
+    cluster.health().set_serving(CLUSTER, true).await;
+
+    let doors = async {
+        let result = tokio::try_join!(
+            http.run(listeners.http, shutdown.clone(), config.drain),
+            grpc.run(listeners.grpc, shutdown.clone(), config.drain),
+        );
+        // Nodes stay members until the last stream is through.
+        cluster_end.trigger();
+        result
+    };
+    let serving = async {
+        tokio::try_join!(
+            doors,
+            cluster.run(listeners.cluster, cluster_end.clone(), CLUSTER_DRAIN),
+        )
+    };
+    let drain_begins = async {
+        shutdown.requested().await;
+        state.begin_drain();
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        result = serving => { result?; }
+        () = state.keep_time() => return Err(CoordinatorError::Ended("the clock")),
+        () = report_health(&state, &health) => return Err(CoordinatorError::Ended("health")),
+        () = drain_begins => {}
+    }
+    tracing::info!("the coordinator has ended");
+    Ok(())
+}
+
+fn check(config: &CoordinatorConfig) -> Result<(), CoordinatorError> {
+    let wrong = |field, problem: &str| {
+        Err(CoordinatorError::Setting {
+            field,
+            problem: problem.to_owned(),
+        })
+    };
+    if config.model_name.is_empty() {
+        return wrong("--served-model-name", "must not be empty");
+    }
+    if config.lease < state::MIN_LEASE || config.lease > state::MAX_LEASE {
+        return wrong(
+            "--lease",
+            &format!("must be between {:?} and {:?}", state::MIN_LEASE, state::MAX_LEASE),
+        );
+    }
+    if config.max_context == Some(0) {
+        return wrong("--max-context", "must be at least 1");
+    }
+    Ok(())
+}
+
+/// Opens the checkpoint and takes from it what a coordinator needs. Reads the
+/// weights once, for the digest.
+fn identify(config: &CoordinatorConfig) -> Result<(Settings, ServedModel), ModelError> {
+    let checkpoint = Checkpoint::open(&config.model)?;
+    let description = checkpoint.config();
+    let digest = checkpoint.digest()?;
+    let expert_bytes = |layer: usize| match config.dtype {
+        Dtype::Auto => checkpoint.expert_bytes(layer),
+        Dtype::F32 => description.expert_parameters() * 4,
+        Dtype::Bf16 => description.expert_parameters() * 2,
+    };
+    let settings = Settings {
+        model_digest: digest.clone(),
+        layers: description.expert_layers().map(|layer| layer as u32).collect(),
+        experts: description.n_routed_experts as u32,
+        slot_bytes: description.expert_layers().map(expert_bytes).max().unwrap_or(0),
+        lease: config.lease,
+        settle: config.settle,
+        min_expert_nodes: config.min_expert_nodes,
+    };
+    let made_for = description.max_position_embeddings;
+    let max_context = config.max_context.map_or(made_for, |limit| limit.min(made_for));
+    let created = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    let model = ServedModel {
+        name: config.model_name.clone(),
+        config: Arc::new(description.clone()),
+        digest,
+        created,
+        max_context: u32::try_from(max_context).unwrap_or(u32::MAX),
+        text: Text::load(&config.model, description)?,
+    };
+    Ok((settings, model))
+}
+
+/// Keeps the health answers of the front door equal to the readiness.
+async fn report_health(state: &ClusterState, health: &Health) {
+    let mut waiting_for = state.waiting_for();
+    loop {
+        let ready = waiting_for.borrow_and_update().is_none();
+        health.set_serving("", ready).await;
+        health.set_serving(INFERENCE, ready).await;
+        if waiting_for.changed().await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,1 +1,725 @@
-//! placeholder
+//! Membership: who is there, which placement holds, what is being waited for.
+//!
+//! Secret of this module: the coordinator's judgement, as a pure state machine.
+//! What happens goes in (a node registers, beats, leaves; time passes), what
+//! follows comes out as [`Action`]s; `now` is the time since an arbitrary
+//! start. It knows neither sockets nor clocks.
+//!
+//! The life of a placement: expert nodes join; when no more have joined for the
+//! settle time it is published as LOADING under a new epoch; when every node in
+//! it has reported that epoch as loaded it is ACTIVE. A node that is lost takes
+//! ACTIVE back at once, and a new epoch gives its experts a home elsewhere.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use crate::placement::{Candidate, NodeId, NodeSlots, Placement, Shortfall, assign};
+
+/// Nodes a cluster has at most.
+pub const MAX_NODES: usize = 4096;
+/// Bytes of a node's name, its address and of one reason.
+pub const MAX_TEXT: usize = 256;
+/// Highest epoch a node may report; no cluster lives long enough to pass it.
+pub const MAX_EPOCH: u64 = 1 << 62;
+/// Incarnations of lost nodes that are remembered.
+const MAX_REMEMBERED: usize = 4096;
+/// Names listed in one reason; the rest are counted.
+const MAX_NAMES_IN_REASON: usize = 8;
+
+/// What does not change while a coordinator runs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Digest of the configuration and weights that this cluster serves.
+    pub model_digest: String,
+    /// Layers with routed experts, each with `experts` of them.
+    pub layers: Vec<u32>,
+    /// Routed experts of a layer.
+    pub experts: u32,
+    /// Resident bytes of the largest expert, to turn capacities into slots.
+    pub slot_bytes: u64,
+    /// Silence after which a node is taken for dead.
+    pub lease: Duration,
+    /// How long to wait for further expert nodes after one has joined.
+    pub settle: Duration,
+    /// Expert nodes that must be there before the first placement.
+    pub min_expert_nodes: usize,
+}
+
+/// What a node does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Runs the step loop and owns KV memory.
+    Attention,
+    /// Holds experts.
+    Expert,
+}
+
+impl Role {
+    fn in_words(self) -> &'static str {
+        match self {
+            Role::Attention => "attention node",
+            Role::Expert => "expert node",
+        }
+    }
+}
+
+/// A node's request to join.
+#[derive(Clone, Debug)]
+pub struct Registration {
+    /// What it does.
+    pub role: Role,
+    /// Unique and stable.
+    pub name: String,
+    /// Where others reach it.
+    pub address: String,
+    /// Digest of its configuration and weights.
+    pub model_digest: String,
+    /// Which bits it computes.
+    pub numerics_class: String,
+    /// Bytes for experts; 0 is unlimited.
+    pub capacity_bytes: u64,
+    /// Newest epoch it has seen.
+    pub newest_epoch: u64,
+    /// Drawn at process start.
+    pub incarnation: u64,
+}
+
+/// What a node says about itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Newest epoch it has loaded or serves by.
+    pub epoch: u64,
+    /// Whether it can work at that epoch.
+    pub ready: bool,
+    /// Why not.
+    pub reason: String,
+    /// Requests running (attention nodes).
+    pub running: u32,
+    /// Requests waiting (attention nodes).
+    pub waiting: u32,
+    /// It is about to leave: nothing new goes there.
+    pub draining: bool,
+}
+
+/// Why a node may not join.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// It has another model.
+    #[error(
+        "`{name}` has the model with digest {theirs}, this cluster serves {ours}; give every node the same --model"
+    )]
+    Digest {
+        /// Its name.
+        name: String,
+        /// Its digest.
+        theirs: String,
+        /// The digest of the cluster.
+        ours: String,
+    },
+    /// It would compute other bits than the nodes that are here.
+    #[error(
+        "`{name}` computes in numerics class `{theirs}`, the cluster (`{member}`) in `{ours}`; nodes of one cluster must agree"
+    )]
+    Numerics {
+        /// Its name.
+        name: String,
+        /// Its class.
+        theirs: String,
+        /// A node that is here.
+        member: String,
+        /// The class of that node.
+        ours: String,
+    },
+    /// Its name is in use by a node of another role.
+    #[error("the name `{name}` belongs to an {}; names are unique in a cluster", role.in_words())]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// What the node of that name does.
+        role: Role,
+    },
+    /// A field is empty, too long or absurd.
+    #[error("{field}: {problem}")]
+    Field {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The limit on nodes is reached.
+    #[error("the cluster has {MAX_NODES} nodes, which is its limit")]
+    Full,
+}
+
+/// The node is not, or no longer, a member: it has to register again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("node {0} is not a member (its lease may have run out): register again")]
+pub struct UnknownNode(pub NodeId);
+
+/// How a node was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// It said goodbye.
+    Left,
+    /// Its lease ran out.
+    Silent,
+    /// A new process has taken its name.
+    Replaced,
+}
+
+/// What follows from an event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Tell everybody about [`Membership::published`].
+    Publish,
+    /// A node is a member now.
+    Joined {
+        /// Its id.
+        node: NodeId,
+        /// Its name.
+        name: String,
+    },
+    /// A node is no longer a member.
+    Lost {
+        /// Its id.
+        node: NodeId,
+        /// Its name.
+        name: String,
+        /// How.
+        how: Loss,
+    },
+}
+
+/// A placement as the nodes are told of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Published {
+    /// The homes, and the epoch.
+    pub placement: Placement,
+    /// Whether every home is live and loaded. False: LOADING.
+    pub active: bool,
+    /// Name and address of every node in the placement, in its order.
+    pub nodes: Vec<(String, String)>,
+}
+
+/// A member as others see it.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Its id, never used twice.
+    pub id: NodeId,
+    /// What it does.
+    pub role: Role,
+    /// Its name.
+    pub name: String,
+    /// Where it is reached.
+    pub address: String,
+    /// Which bits it computes.
+    pub numerics_class: String,
+    /// Its last word.
+    pub report: Report,
+    incarnation: u64,
+    capacity_bytes: u64,
+    last_seen: Duration,
+}
+
+/// The state of a cluster's membership.
+#[derive(Debug)]
+pub struct Membership {
+    settings: Settings,
+    nodes: BTreeMap<NodeId, Node>,
+    last_id: NodeId,
+    published: Option<Published>,
+    /// Highest epoch published here or reported by anybody.
+    newest_epoch: u64,
+    /// When the next placement is to be made, if one is wanted.
+    plan_at: Option<Duration>,
+    shortfall: Option<Shortfall>,
+    /// The first request has been served: from now on nothing live moves.
+    served: bool,
+    /// Incarnations that have got their epochs from here.
+    remembered: VecDeque<u64>,
+    actions: Vec<Action>,
+}
+
+impl Membership {
+    /// A cluster that nobody has joined. `now` is the time of its start.
+    pub fn new(settings: Settings, now: Duration) -> Membership {
+        let mut membership = Membership {
+            settings,
+            nodes: BTreeMap::new(),
+            last_id: 0,
+            published: None,
+            newest_epoch: 0,
+            plan_at: None,
+            shortfall: None,
+            served: false,
+            remembered: VecDeque::new(),
+            actions: Vec::new(),
+        };
+        if membership.needs_no_expert_node() {
+            membership.plan_at = Some(now + membership.settings.settle);
+        }
+        membership
+    }
+
+    /// A node wants to join, or to join again. Returns its id.
+    ///
+    /// # Errors
+    /// It may not; nothing has changed then.
+    pub fn register(&mut self, now: Duration, new: Registration) -> Result<NodeId, Refused> {
+        self.check(&new)?;
+        let namesake = self.nodes.values().find(|node| node.name == new.name);
+        if let Some(node) = namesake {
+            if node.role != new.role {
+                return Err(Refused::NameTaken {
+                    name: new.name,
+                    role: node.role,
+                });
+            }
+            let id = node.id;
+            if node.incarnation == new.incarnation && node.address == new.address {
+                // The answer to its first call was lost on the way.
+                self.note_seen(now, id);
+                self.step(now);
+                return Ok(id);
+            }
+            self.remove(now, id, Loss::Replaced);
+        }
+        if self.nodes.len() >= MAX_NODES {
+            return Err(Refused::Full);
+        }
+        let id = self.last_id.checked_add(1).ok_or(Refused::Full)?;
+        self.last_id = id;
+        self.respect_epoch(now, &new);
+        if new.role == Role::Expert {
+            self.expect_more(now);
+        }
+        self.actions.push(Action::Joined {
+            node: id,
+            name: new.name.clone(),
+        });
+        self.nodes.insert(
+            id,
+            Node {
+                id,
+                role: new.role,
+                name: new.name,
+                address: new.address,
+                numerics_class: new.numerics_class,
+                report: Report::default(),
+                incarnation: new.incarnation,
+                capacity_bytes: new.capacity_bytes,
+                last_seen: now,
+            },
+        );
+        self.step(now);
+        Ok(id)
+    }
+
+    /// A node is alive and says how it is.
+    ///
+    /// # Errors
+    /// It is not a member, or another process is by that id.
+    pub fn heartbeat(
+        &mut self,
+        now: Duration,
+        id: NodeId,
+        incarnation: u64,
+        mut report: Report,
+    ) -> Result<(), UnknownNode> {
+        // Expiry first: a lease that has run out is not renewed.
+        self.step(now);
+        let node = self
+            .nodes
+            .get_mut(&id)
+            .filter(|node| node.incarnation == incarnation)
+            .ok_or(UnknownNode(id))?;
+        truncate(&mut report.reason);
+        node.report = report;
+        self.note_seen(now, id);
+        self.step(now);
+        Ok(())
+    }
+
+    /// A node goes.
+    ///
+    /// # Errors
+    /// It is not a member, or another process is by that id.
+    pub fn leave(
+        &mut self,
+        now: Duration,
+        id: NodeId,
+        incarnation: u64,
+    ) -> Result<(), UnknownNode> {
+        if self.nodes.get(&id).is_none_or(|node| node.incarnation != incarnation) {
+            return Err(UnknownNode(id));
+        }
+        self.remove(now, id, Loss::Left);
+        self.step(now);
+        Ok(())
+    }
+
+    /// Time has passed.
+    pub fn tick(&mut self, now: Duration) {
+        self.step(now);
+    }
+
+    /// A request is being served: nothing live moves from now on.
+    pub fn mark_served(&mut self) {
+        self.served = true;
+    }
+
+    /// What has followed from the events since the last call.
+    pub fn take_actions(&mut self) -> Vec<Action> {
+        std::mem::take(&mut self.actions)
+    }
+
+    /// The newest placement.
+    pub fn published(&self) -> Option<&Published> {
+        self.published.as_ref()
+    }
+
+    /// All members by id.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values()
+    }
+
+    /// One member.
+    pub fn node(&self, id: NodeId) -> Option<&Node> {
+        self.nodes.get(&id)
+    }
+
+    /// Attention nodes that can be given a request now: ready at the epoch that
+    /// is active. Empty when none is active.
+    pub fn serving(&self) -> impl Iterator<Item = &Node> {
+        let active = self.active_epoch();
+        self.nodes.values().filter(move |node| {
+            node.role == Role::Attention
+                && node.report.ready
+                && !node.report.draining
+                && Some(node.report.epoch) == active
+        })
+    }
+
+    /// The epoch by which requests can be served, if there is one.
+    pub fn active_epoch(&self) -> Option<u64> {
+        self.published
+            .as_ref()
+            .filter(|published| published.active)
+            .map(|published| published.placement.epoch())
+    }
+
+    /// What the cluster waits for, in words. None: it can serve.
+    pub fn waiting_for(&self) -> Option<String> {
+        if let Some(epoch) = self.active_epoch() {
+            if self.serving().next().is_some() {
+                return None;
+            }
+            let all: Vec<&Node> = self.of_role(Role::Attention).collect();
+            return Some(match all.as_slice() {
+                [] => "no attention node is ready (none has joined)".to_owned(),
+                all => format!(
+                    "no attention node is ready at epoch {epoch} ({})",
+                    names(all)
+                ),
+            });
+        }
+        let experts = self.usable_experts().count();
+        if let Some(short) = &self.shortfall {
+            if experts > 0 {
+                let bytes = in_words(short.missing_bytes(self.settings.slot_bytes));
+                return Some(format!(
+                    "expert memory is short by {bytes} ({} of {} experts have no room): add expert nodes",
+                    short.missing(),
+                    short.needed
+                ));
+            }
+            return Some("waiting for an expert node".to_owned());
+        }
+        let wanted = self.wanted_experts();
+        if experts < wanted {
+            return Some(match (experts, wanted) {
+                (0, 1) => "waiting for an expert node".to_owned(),
+                (0, wanted) => format!("waiting for {wanted} expert nodes"),
+                (experts, wanted) => format!(
+                    "waiting for {} more of {wanted} expert nodes",
+                    wanted - experts
+                ),
+            });
+        }
+        match &self.published {
+            Some(published) if self.plan_at.is_none() => {
+                let all = published.placement.nodes();
+                let missing: Vec<&Node> = all
+                    .iter()
+                    .filter_map(|slots| self.nodes.get(&slots.node))
+                    .filter(|node| !has_loaded(node, published.placement.epoch()))
+                    .collect();
+                Some(format!(
+                    "waiting for {} of {} expert nodes to load epoch {} ({})",
+                    missing.len(),
+                    all.len(),
+                    published.placement.epoch(),
+                    names(&missing)
+                ))
+            }
+            _ => Some("waiting a moment for further expert nodes to join".to_owned()),
+        }
+    }
+
+    fn check(&self, new: &Registration) -> Result<(), Refused> {
+        let field = |field: &'static str, problem: &str| {
+            Err(Refused::Field {
+                field,
+                problem: problem.to_owned(),
+            })
+        };
+        for (name, text) in [
+            ("name", &new.name),
+            ("address", &new.address),
+            ("numerics_class", &new.numerics_class),
+            ("model_digest", &new.model_digest),
+        ] {
+            if text.is_empty() {
+                return field(name, "must not be empty");
+            }
+            if text.len() > MAX_TEXT {
+                return field(name, &format!("longer than {MAX_TEXT} bytes"));
+            }
+            if text.chars().any(char::is_control) {
+                return field(name, "has control characters");
+            }
+        }
+        if new.newest_epoch > MAX_EPOCH {
+            return field("newest_epoch", "is beyond any epoch a cluster can have");
+        }
+        if new.model_digest != self.settings.model_digest {
+            return Err(Refused::Digest {
+                name: new.name.clone(),
+                theirs: new.model_digest.clone(),
+                ours: self.settings.model_digest.clone(),
+            });
+        }
+        let other = self
+            .nodes
+            .values()
+            .find(|node| node.name != new.name && node.numerics_class != new.numerics_class);
+        if let Some(other) = other {
+            return Err(Refused::Numerics {
+                name: new.name.clone(),
+                theirs: new.numerics_class.clone(),
+                member: other.name.clone(),
+                ours: other.numerics_class.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    /// A node may have seen, from an earlier coordinator, an epoch that this one
+    /// is using for something else: then this one goes above it.
+    fn respect_epoch(&mut self, now: Duration, new: &Registration) {
+        if self.remembered.contains(&new.incarnation) {
+            return;
+        }
+        if self.remembered.len() >= MAX_REMEMBERED {
+            self.remembered.pop_front();
+        }
+        self.remembered.push_back(new.incarnation);
+        let ours = self.published.as_ref().map(|p| p.placement.epoch());
+        if ours.is_some_and(|ours| new.newest_epoch >= ours) {
+            self.plan_at.get_or_insert(now);
+        }
+        self.newest_epoch = self.newest_epoch.max(new.newest_epoch);
+    }
+
+    /// An expert node has joined: is a new placement wanted, and when?
+    fn expect_more(&mut self, now: Duration) {
+        let at = now + self.settings.settle;
+        if !self.served {
+            self.plan_at = Some(at);
+        } else if self.has_holes() {
+            self.plan_at.get_or_insert(at);
+        }
+    }
+
+    fn has_holes(&self) -> bool {
+        self.published.as_ref().is_none_or(|published| {
+            published
+                .placement
+                .nodes()
+                .iter()
+                .any(|slots| !self.nodes.contains_key(&slots.node))
+        })
+    }
+
+    fn note_seen(&mut self, now: Duration, id: NodeId) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.last_seen = node.last_seen.max(now);
+        }
+    }
+
+    fn remove(&mut self, now: Duration, id: NodeId, how: Loss) {
+        let Some(node) = self.nodes.remove(&id) else {
+            return;
+        };
+        self.actions.push(Action::Lost {
+            node: id,
+            name: node.name,
+            how,
+        });
+        let held = self
+            .published
+            .as_ref()
+            .is_some_and(|p| p.placement.nodes().iter().any(|slots| slots.node == id));
+        if held {
+            self.plan_at.get_or_insert(now);
+        }
+    }
+
+    /// Everything that follows from the present state and time.
+    fn step(&mut self, now: Duration) {
+        let silent: Vec<NodeId> = self
+            .nodes
+            .values()
+            .filter(|node| now.saturating_sub(node.last_seen) > self.settings.lease)
+            .map(|node| node.id)
+            .collect();
+        for id in silent {
+            self.remove(now, id, Loss::Silent);
+        }
+        if self.plan_at.is_some_and(|at| now >= at) {
+            self.plan_at = None;
+            self.plan();
+        }
+        self.judge();
+    }
+
+    fn plan(&mut self) {
+        self.shortfall = None;
+        if self.usable_experts().count() < self.wanted_experts() {
+            // The next one to join asks again.
+            return;
+        }
+        let candidates: Vec<Candidate> = self
+            .usable_experts()
+            .map(|node| Candidate {
+                node: node.id,
+                capacity_slots: self.slots_of(node.capacity_bytes),
+            })
+            .collect();
+        let keep = self
+            .published
+            .as_ref()
+            .filter(|_| self.served)
+            .map(|published| &published.placement);
+        let assigned = assign(&self.settings.layers, self.settings.experts, &candidates, keep);
+        match assigned {
+            Ok(nodes) => self.publish(nodes),
+            Err(short) => self.shortfall = Some(short),
+        }
+    }
+
+    fn publish(&mut self, mut slots: Vec<NodeSlots>) {
+        // A node without experts has nothing to load and is not waited for.
+        slots.retain(|node| !node.slots.is_empty());
+        let epoch = self.newest_epoch + 1;
+        // `assign` gives one home each, which is all that `new` asks for.
+        let Ok(placement) = Placement::new(epoch, slots) else {
+            return;
+        };
+        let nodes = placement
+            .nodes()
+            .iter()
+            .filter_map(|slots| self.nodes.get(&slots.node))
+            .map(|node| (node.name.clone(), node.address.clone()))
+            .collect();
+        self.newest_epoch = epoch;
+        self.published = Some(Published {
+            placement,
+            active: false,
+            nodes,
+        });
+        self.actions.push(Action::Publish);
+    }
+
+    /// Is the published placement what it claims to be?
+    fn judge(&mut self) {
+        let Some(published) = &self.published else {
+            return;
+        };
+        let epoch = published.placement.epoch();
+        let whole = published.placement.nodes().iter().all(|slots| {
+            self.nodes
+                .get(&slots.node)
+                .is_some_and(|node| has_loaded(node, epoch))
+        });
+        if let Some(published) = &mut self.published
+            && published.active != whole
+        {
+            published.active = whole;
+            self.actions.push(Action::Publish);
+        }
+    }
+
+    fn of_role(&self, role: Role) -> impl Iterator<Item = &Node> {
+        self.nodes.values().filter(move |node| node.role == role)
+    }
+
+    fn usable_experts(&self) -> impl Iterator<Item = &Node> {
+        self.of_role(Role::Expert).filter(|node| !node.report.draining)
+    }
+
+    fn needs_no_expert_node(&self) -> bool {
+        self.settings.layers.is_empty() || self.settings.experts == 0
+    }
+
+    fn wanted_experts(&self) -> usize {
+        if self.needs_no_expert_node() {
+            0
+        } else if self.served {
+            1
+        } else {
+            self.settings.min_expert_nodes.max(1)
+        }
+    }
+
+    fn slots_of(&self, capacity_bytes: u64) -> u64 {
+        match capacity_bytes {
+            0 => u64::MAX,
+            bytes => bytes / self.settings.slot_bytes.max(1),
+        }
+    }
+}
+
+fn has_loaded(node: &Node, epoch: u64) -> bool {
+    node.report.ready && node.report.epoch == epoch
+}
+
+fn truncate(text: &mut String) {
+    if text.len() > MAX_TEXT {
+        let end = (0..=MAX_TEXT).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+        text.truncate(end);
+    }
+}
+
+fn names(nodes: &[&Node]) -> String {
+    let mut list: Vec<&str> = nodes
+        .iter()
+        .take(MAX_NAMES_IN_REASON)
+        .map(|node| node.name.as_str())
+        .collect();
+    let rest = format!("and {} more", nodes.len().saturating_sub(MAX_NAMES_IN_REASON));
+    if nodes.len() > MAX_NAMES_IN_REASON {
+        list.push(&rest);
+    }
+    list.join(", ")
+}
+
+fn in_words(bytes: u64) -> String {
+    const UNITS: [(u64, &str); 3] = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    for (unit, name) in UNITS {
+        if bytes >= unit {
+            return format!("{:.1} {name}", bytes as f64 / unit as f64);
+        }
+    }
+    format!("{bytes} bytes")
+}

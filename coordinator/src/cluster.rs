@@ -1,0 +1,197 @@
+//! guild.cluster.v1 over the membership: checks what comes in, words what goes out.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt};
+use guild_node::member::{REASON_DIGEST, REASON_NUMERICS, REASON_UNKNOWN_NODE};
+use guild_node::{Shutdown, status};
+use guild_proto::cluster::v1::cluster_server::Cluster;
+use guild_proto::cluster::v1::{
+    HeartbeatRequest, HeartbeatResponse, LeaveRequest, LeaveResponse, NodeStatus, Placement,
+    RegisterRequest, RegisterResponse, Role, StatusRequest, StatusResponse, WatchPlacementRequest,
+};
+use guild_scheduler::membership::{self, Refused, Registration, Report, UnknownNode};
+use tokio_stream::wrappers::WatchStream;
+use tonic::{Code, Request, Response, Status};
+
+use crate::state::ClusterState;
+
+/// ErrorInfo reason when a name is in use by a node of another role.
+const REASON_NAME: &str = "NAME_TAKEN";
+/// ErrorInfo reason when the cluster takes no more nodes.
+const REASON_FULL: &str = "CLUSTER_FULL";
+
+/// The service that nodes talk to.
+pub(crate) struct ClusterService {
+    state: Arc<ClusterState>,
+    end: Shutdown,
+}
+
+impl ClusterService {
+    /// Streams end when `end` is triggered.
+    pub(crate) fn new(state: Arc<ClusterState>, end: Shutdown) -> ClusterService {
+        ClusterService { state, end }
+    }
+}
+
+#[tonic::async_trait]
+impl Cluster for ClusterService {
+    async fn register(
+        &self,
+        request: Request<RegisterRequest>,
+    ) -> Result<Response<RegisterResponse>, Status> {
+        let request = request.into_inner();
+        let role = match request.role() {
+            Role::Attention => membership::Role::Attention,
+            Role::Expert => membership::Role::Expert,
+            Role::Unspecified => {
+                return Err(status::invalid("role", "must be attention or expert"));
+            }
+        };
+        let registration = Registration {
+            role,
+            name: request.name,
+            address: request.address,
+            model_digest: request.model_digest,
+            numerics_class: request.numerics_class,
+            capacity_bytes: request.capacity_bytes,
+            newest_epoch: request.newest_epoch,
+            incarnation: request.incarnation,
+        };
+        let node_id = self
+            .state
+            .with(|membership, now| membership.register(now, registration))
+            .map_err(|refused| {
+                tracing::warn!("refused a node: {refused}");
+                refusal(&refused)
+            })?;
+        Ok(Response::new(RegisterResponse {
+            node_id,
+            lease_ms: u32::try_from(self.state.lease.as_millis()).unwrap_or(u32::MAX),
+        }))
+    }
+
+    async fn heartbeat(
+        &self,
+        request: Request<HeartbeatRequest>,
+    ) -> Result<Response<HeartbeatResponse>, Status> {
+        let beat = request.into_inner();
+        let report = Report {
+            epoch: beat.epoch,
+            ready: beat.ready,
+            reason: beat.reason,
+            running: beat.running,
+            waiting: beat.waiting,
+            draining: beat.draining,
+        };
+        self.state
+            .with(|membership, now| {
+                membership.heartbeat(now, beat.node_id, beat.incarnation, report)
+            })
+            .map_err(unknown)?;
+        Ok(Response::new(HeartbeatResponse {}))
+    }
+
+    async fn leave(
+        &self,
+        request: Request<LeaveRequest>,
+    ) -> Result<Response<LeaveResponse>, Status> {
+        let leave = request.into_inner();
+        self.state
+            .with(|membership, now| membership.leave(now, leave.node_id, leave.incarnation))
+            .map_err(unknown)?;
+        Ok(Response::new(LeaveResponse {}))
+    }
+
+    type WatchPlacementStream = Pin<Box<dyn Stream<Item = Result<Placement, Status>> + Send>>;
+
+    async fn watch_placement(
+        &self,
+        request: Request<WatchPlacementRequest>,
+    ) -> Result<Response<Self::WatchPlacementStream>, Status> {
+        let node = request.into_inner().node_id;
+        if self.state.with(|membership, _| membership.node(node).is_none()) {
+            return Err(unknown(UnknownNode(node)));
+        }
+        // A watch keeps the newest value only: a slow reader costs one placement.
+        let state = Arc::clone(&self.state);
+        let end = self.end.clone();
+        let stop = async move {
+            tokio::select! {
+                () = end.requested() => {}
+                () = state.lost(node) => {}
+            }
+        };
+        let stream = WatchStream::new(self.state.placement())
+            .filter_map(|placement| async move { placement.map(|p| Ok(Placement::clone(&p))) })
+            .take_until(stop);
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn status(
+        &self,
+        _request: Request<StatusRequest>,
+    ) -> Result<Response<StatusResponse>, Status> {
+        let reason = self.state.waiting_for().borrow().clone();
+        let (epoch, nodes) = self.state.with(|membership, _| {
+            let published = membership.published();
+            let slots = |id| {
+                published
+                    .and_then(|p| p.placement.nodes().iter().find(|slots| slots.node == id))
+                    .map_or(0, |slots| slots.slots.len() as u32)
+            };
+            let nodes = membership
+                .nodes()
+                .map(|node| NodeStatus {
+                    node_id: node.id,
+                    role: match node.role {
+                        membership::Role::Attention => Role::Attention,
+                        membership::Role::Expert => Role::Expert,
+                    }
+                    .into(),
+                    name: node.name.clone(),
+                    address: node.address.clone(),
+                    ready: node.report.ready,
+                    reason: node.report.reason.clone(),
+                    epoch: node.report.epoch,
+                    slots: slots(node.id),
+                    numerics_class: node.numerics_class.clone(),
+                })
+                .collect();
+            (published.map_or(0, |p| p.placement.epoch()), nodes)
+        });
+        Ok(Response::new(StatusResponse {
+            ready: reason.is_none(),
+            reason: reason.unwrap_or_default(),
+            epoch,
+            model: self.state.model.clone(),
+            model_digest: self.state.digest.clone(),
+            nodes,
+        }))
+    }
+}
+
+fn unknown(error: UnknownNode) -> Status {
+    status::not_found(REASON_UNKNOWN_NODE, error.to_string())
+}
+
+fn refusal(refused: &Refused) -> Status {
+    let message = refused.to_string();
+    match refused {
+        Refused::Digest { theirs, ours, .. } => status::precondition(
+            REASON_DIGEST,
+            message,
+            [("node", theirs.clone()), ("cluster", ours.clone())],
+        ),
+        Refused::Numerics { theirs, ours, .. } => status::precondition(
+            REASON_NUMERICS,
+            message,
+            [("node", theirs.clone()), ("cluster", ours.clone())],
+        ),
+        Refused::NameTaken { .. } => status::precondition(REASON_NAME, message, []),
+        Refused::Field { field, problem } => status::invalid(field, problem.as_str()),
+        // Not for good: nodes leave, too.
+        Refused::Full => status::with_reason(Code::ResourceExhausted, REASON_FULL, message, []),
+    }
+}

@@ -1,0 +1,199 @@
+//! The one place where the membership meets the clock: every event goes through
+//! [`ClusterState::with`], which carries out what follows from it.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use guild_proto::cluster::v1::{Placement, PlacementNode, PlacementState, Slot};
+use guild_scheduler::membership::{Action, Loss, Membership, Published, Settings};
+use guild_scheduler::placement::NodeId;
+use tokio::sync::{broadcast, watch};
+
+/// Shortest lease: heartbeats cannot be kept much below a third of it.
+pub(crate) const MIN_LEASE: Duration = Duration::from_millis(100);
+/// Longest lease that still deserves the name.
+pub(crate) const MAX_LEASE: Duration = Duration::from_secs(600);
+/// How often time is told to the membership, at most and at least.
+const TICK: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(200));
+/// Losses that a slow listener may miss; it then looks at the membership itself.
+const LOSSES: usize = 256;
+/// What the cluster waits for once it is shutting down.
+const DRAINING: &str = "the coordinator is shutting down";
+
+/// The membership, its clock, and those who follow it.
+pub(crate) struct ClusterState {
+    inner: Mutex<Inner>,
+    start: Instant,
+    tick: Duration,
+    pub(crate) lease: Duration,
+    pub(crate) model: String,
+    pub(crate) digest: String,
+    placement: watch::Sender<Option<Arc<Placement>>>,
+    /// What is being waited for; None: ready.
+    waiting_for: watch::Sender<Option<String>>,
+    lost: broadcast::Sender<NodeId>,
+}
+
+struct Inner {
+    membership: Membership,
+    draining: bool,
+}
+
+impl ClusterState {
+    pub(crate) fn new(settings: Settings, model: String, digest: String) -> Arc<ClusterState> {
+        let tick = (settings.lease / 8)
+            .min(settings.settle / 4)
+            .clamp(TICK.0, TICK.1);
+        let state = ClusterState {
+            start: Instant::now(),
+            tick,
+            lease: settings.lease,
+            model,
+            digest,
+            inner: Mutex::new(Inner {
+                membership: Membership::new(settings, Duration::ZERO),
+                draining: false,
+            }),
+            placement: watch::Sender::new(None),
+            waiting_for: watch::Sender::new(Some("starting".to_owned())),
+            lost: broadcast::Sender::new(LOSSES),
+        };
+        state.with(|_, _| ());
+        Arc::new(state)
+    }
+
+    /// Runs `event` on the membership at the present time and carries out what
+    /// follows.
+    pub(crate) fn with<R>(&self, event: impl FnOnce(&mut Membership, Duration) -> R) -> R {
+        // A panic elsewhere must not take the cluster down with it: the
+        // membership is consistent between its own calls.
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = event(&mut inner.membership, self.start.elapsed());
+        for action in inner.membership.take_actions() {
+            self.carry_out(&inner.membership, action);
+        }
+        let waiting = match inner.draining {
+            true => Some(DRAINING.to_owned()),
+            false => inner.membership.waiting_for(),
+        };
+        // Still under the lock, so that the last word is the newest.
+        self.waiting_for.send_if_modified(|known| {
+            if *known == waiting {
+                return false;
+            }
+            match &waiting {
+                Some(reason) => tracing::info!("not ready: {reason}"),
+                None => tracing::info!(
+                    epoch = inner.membership.active_epoch(),
+                    "ready: the cluster can serve"
+                ),
+            }
+            *known = waiting;
+            true
+        });
+        result
+    }
+
+    fn carry_out(&self, membership: &Membership, action: Action) {
+        match action {
+            Action::Publish => {
+                if let Some(published) = membership.published() {
+                    tracing::info!(
+                        epoch = published.placement.epoch(),
+                        active = published.active,
+                        nodes = published.nodes.len(),
+                        experts = published.placement.homes(),
+                        "placement"
+                    );
+                    self.placement
+                        .send_replace(Some(Arc::new(to_wire(published))));
+                }
+            }
+            Action::Joined { node, name } => tracing::info!(node, name, "a node has joined"),
+            Action::Lost { node, name, how } => {
+                match how {
+                    Loss::Left => tracing::info!(node, name, "a node has left"),
+                    Loss::Silent => tracing::warn!(
+                        node,
+                        name,
+                        "a node has been silent for its whole lease and is taken for dead"
+                    ),
+                    Loss::Replaced => {
+                        tracing::info!(node, name, "a new process has taken a node's name");
+                    }
+                }
+                // Nobody listening is fine: nothing is running then.
+                let _ = self.lost.send(node);
+            }
+        }
+    }
+
+    /// The newest placement and every change of it.
+    pub(crate) fn placement(&self) -> watch::Receiver<Option<Arc<Placement>>> {
+        self.placement.subscribe()
+    }
+
+    /// What the cluster waits for and every change of it.
+    pub(crate) fn waiting_for(&self) -> watch::Receiver<Option<String>> {
+        self.waiting_for.subscribe()
+    }
+
+    /// Completes when `node` is no longer a member.
+    pub(crate) async fn lost(&self, node: NodeId) {
+        let mut losses = self.lost.subscribe();
+        loop {
+            // Also covers what was missed: before subscribing, or by lagging.
+            if self.with(|membership, _| membership.node(node).is_none()) {
+                return;
+            }
+            while let Ok(lost) = losses.recv().await {
+                if lost == node {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// From now on the cluster is not ready, whatever its nodes say.
+    pub(crate) fn begin_drain(&self) {
+        self.inner
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .draining = true;
+        self.with(|_, _| ());
+    }
+
+    /// Tells the membership the time, for ever.
+    pub(crate) async fn keep_time(&self) {
+        let mut interval = tokio::time::interval(self.tick);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            self.with(|membership, now| membership.tick(now));
+        }
+    }
+}
+
+fn to_wire(published: &Published) -> Placement {
+    let state = match published.active {
+        true => PlacementState::Active,
+        false => PlacementState::Loading,
+    };
+    let nodes = published.placement.nodes().iter().zip(&published.nodes);
+    Placement {
+        epoch: published.placement.epoch(),
+        state: state.into(),
+        nodes: nodes
+            .map(|(slots, (name, address))| PlacementNode {
+                node_id: slots.node,
+                name: name.clone(),
+                address: address.clone(),
+                slots: slots
+                    .slots
+                    .iter()
+                    .map(|&(layer, expert)| Slot { layer, expert })
+                    .collect(),
+            })
+            .collect(),
+    }
+}

@@ -1,0 +1,224 @@
+//! Properties of the static placement.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+
+use guild_scheduler::placement::{
+    Candidate, NodeSlots, Placement, PlacementError, Shortfall, assign,
+};
+use proptest::prelude::*;
+
+const UNLIMITED: u64 = u64::MAX;
+
+fn equal(nodes: u32, capacity_slots: u64) -> Vec<Candidate> {
+    (1..=nodes)
+        .map(|node| Candidate {
+            node,
+            capacity_slots,
+        })
+        .collect()
+}
+
+fn per_layer(nodes: &[NodeSlots], layer: u32) -> Vec<usize> {
+    nodes
+        .iter()
+        .map(|n| n.slots.iter().filter(|(l, _)| *l == layer).count())
+        .collect()
+}
+
+/// Everything that must hold of an assignment, however it came about.
+fn check(layers: &[u32], experts: u32, candidates: &[Candidate], nodes: Vec<NodeSlots>) -> Placement {
+    let capacity: BTreeMap<u32, u64> = candidates
+        .iter()
+        .map(|c| (c.node, c.capacity_slots))
+        .collect();
+    for node in &nodes {
+        assert!(node.slots.len() as u64 <= capacity[&node.node], "over capacity");
+    }
+    let slots: Vec<NodeSlots> = nodes.clone();
+    // `new` refuses an expert with two homes.
+    let placement = Placement::new(7, nodes).unwrap();
+    assert!(placement.covers(layers, experts), "an expert has no home");
+    assert_eq!(placement.homes(), layers.len() * experts as usize);
+    for node in &slots {
+        for (slot, &(layer, expert)) in (0u32..).zip(&node.slots) {
+            assert_eq!(placement.resolve(layer, expert), Some((node.node, slot)));
+        }
+    }
+    placement
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn equal_nodes_differ_by_at_most_one_expert_per_layer_and_in_all(
+        first in 0u32..4, count in 1u32..12, experts in 1u32..70, nodes in 1u32..12,
+    ) {
+        let layers: Vec<u32> = (first..first + count).collect();
+        let candidates = equal(nodes, UNLIMITED);
+        let assigned = assign(&layers, experts, &candidates, None).unwrap();
+        check(&layers, experts, &candidates, assigned.clone());
+        for &layer in &layers {
+            let counts = per_layer(&assigned, layer);
+            prop_assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1);
+        }
+        let totals: Vec<usize> = assigned.iter().map(|n| n.slots.len()).collect();
+        prop_assert!(totals.iter().max().unwrap() - totals.iter().min().unwrap() <= 1, "{totals:?}");
+    }
+
+    #[test]
+    fn any_capacities_that_suffice_in_sum_suffice(
+        count in 1u32..8, experts in 1u32..40, shares in prop::collection::vec(0u64..200, 1..9), spare in 0u64..5,
+    ) {
+        let layers: Vec<u32> = (1..=count).collect();
+        let total = u64::from(count * experts);
+        let sum: u64 = shares.iter().sum();
+        let mut candidates: Vec<Candidate> = (1u32..)
+            .zip(&shares)
+            .map(|(node, &capacity_slots)| Candidate { node, capacity_slots })
+            .collect();
+        // The last one gets exactly what is missing, and a little.
+        if sum < total {
+            candidates.push(Candidate { node: 100, capacity_slots: total - sum + spare });
+        }
+        let assigned = assign(&layers, experts, &candidates, None).unwrap();
+        for node in &assigned {
+            for &layer in &layers {
+                let held: Vec<u32> = node.slots.iter().filter(|s| s.0 == layer).map(|s| s.1).collect();
+                prop_assert!(held.windows(2).all(|w| w[1] == w[0] + 1), "a range is contiguous");
+            }
+        }
+        check(&layers, experts, &candidates, assigned);
+    }
+
+    #[test]
+    fn the_order_of_the_arguments_does_not_matter(
+        mut capacities in prop::collection::vec(20u64..60, 2..6), rotate in 0usize..6,
+    ) {
+        capacities.push(200);
+        let candidates: Vec<Candidate> = (1u32..)
+            .zip(&capacities)
+            .map(|(node, &capacity_slots)| Candidate { node, capacity_slots })
+            .collect();
+        let mut turned = candidates.clone();
+        turned.rotate_left(rotate % candidates.len());
+        let a = assign(&[3, 1, 2], 33, &candidates, None).unwrap();
+        let b = assign(&[1, 2, 3], 33, &turned, None).unwrap();
+        prop_assert_eq!(a, b);
+    }
+
+    #[test]
+    fn keeping_never_moves_a_live_expert_and_fills_every_hole(
+        nodes in 2u32..8, experts in 1u32..40, count in 1u32..6,
+        dead in prop::collection::btree_set(1u32..8, 0..6), joined in 0u32..3, room in 0u64..400,
+    ) {
+        let layers: Vec<u32> = (1..=count).collect();
+        let before = equal(nodes, UNLIMITED);
+        let old = Placement::new(4, assign(&layers, experts, &before, None).unwrap()).unwrap();
+        let mut after: Vec<Candidate> = before
+            .iter()
+            .filter(|c| !dead.contains(&c.node))
+            .map(|c| Candidate { capacity_slots: 200, ..*c })
+            .collect();
+        after.extend((0..joined).map(|i| Candidate { node: 50 + i, capacity_slots: room }));
+        let total = u64::from(count * experts);
+        match assign(&layers, experts, &after, Some(&old)) {
+            Ok(assigned) => {
+                let new = check(&layers, experts, &after, assigned);
+                for &layer in &layers {
+                    for expert in 0..experts {
+                        let home = old.resolve(layer, expert).unwrap();
+                        if after.iter().any(|c| c.node == home.0) {
+                            prop_assert_eq!(new.resolve(layer, expert), Some(home));
+                        }
+                    }
+                }
+            }
+            Err(short) => {
+                let space: u64 = after.iter().map(|c| c.capacity_slots).sum();
+                prop_assert!(space < total);
+                prop_assert_eq!(short.missing(), total - space);
+            }
+        }
+    }
+
+    #[test]
+    fn a_list_of_homes_from_outside_never_panics(
+        nodes in prop::collection::vec(
+            (any::<u32>(), prop::collection::vec((0u32..70_000, 0u32..70_000), 0..20)), 0..6),
+    ) {
+        let nodes = nodes.into_iter().map(|(node, slots)| NodeSlots { node, slots }).collect();
+        if let Ok(placement) = Placement::new(1, nodes) {
+            let _ = placement.resolve(u32::MAX, u32::MAX);
+        }
+    }
+}
+
+#[test]
+fn extras_rotate_over_the_nodes() {
+    // 3 nodes, 4 experts: one node has two of a layer, another one each time.
+    let assigned = assign(&[1, 2, 3], 4, &equal(3, UNLIMITED), None).unwrap();
+    let doubles: Vec<usize> = (1..=3)
+        .map(|layer| per_layer(&assigned, layer).iter().position(|&n| n == 2).unwrap())
+        .collect();
+    let mut sorted = doubles.clone();
+    sorted.sort_unstable();
+    assert_eq!(sorted, [0, 1, 2], "{doubles:?}");
+}
+
+#[test]
+fn twice_the_capacity_gets_twice_the_experts() {
+    let candidates = [
+        Candidate { node: 1, capacity_slots: 80 },
+        Candidate { node: 2, capacity_slots: 160 },
+    ];
+    let assigned = assign(&[3, 4], 96, &candidates, None).unwrap();
+    assert_eq!(per_layer(&assigned, 3), [32, 64]);
+    assert_eq!(per_layer(&assigned, 4), [32, 64]);
+}
+
+#[test]
+fn a_shortfall_says_how_much_is_missing() {
+    let short = assign(&[1, 2], 64, &equal(2, 50), None).unwrap_err();
+    assert_eq!(short, Shortfall { needed: 128, available: 100 });
+    assert_eq!(short.missing(), 28);
+    assert_eq!(short.missing_bytes(1000), 28_000);
+    assert_eq!(assign(&[1], 8, &[], None).unwrap_err().missing(), 8);
+    assert!(short.to_string().contains("28 too few"), "{short}");
+}
+
+#[test]
+fn a_model_without_experts_needs_no_node() {
+    assert_eq!(assign(&[], 64, &[], None).unwrap(), []);
+    let placement = Placement::new(1, Vec::new()).unwrap();
+    assert!(placement.covers(&[], 64));
+    assert_eq!(placement.resolve(0, 0), None);
+}
+
+#[test]
+fn more_nodes_than_experts_leaves_some_empty() {
+    let candidates = equal(5, UNLIMITED);
+    let assigned = assign(&[1], 3, &candidates, None).unwrap();
+    check(&[1], 3, &candidates, assigned.clone());
+    assert_eq!(assigned.iter().filter(|n| n.slots.is_empty()).count(), 2);
+}
+
+#[test]
+fn what_is_not_a_placement_is_refused() {
+    let node = |node, slots: &[(u32, u32)]| NodeSlots {
+        node,
+        slots: slots.to_vec(),
+    };
+    assert_eq!(
+        Placement::new(1, vec![node(1, &[(0, 0)]), node(2, &[(0, 0)])]).unwrap_err(),
+        PlacementError::TwoHomes { layer: 0, expert: 0, first: 1, second: 2 }
+    );
+    assert_eq!(
+        Placement::new(1, vec![node(1, &[]), node(1, &[])]).unwrap_err(),
+        PlacementError::TwiceListed(1)
+    );
+    assert!(Placement::new(1, vec![node(1, &[(u32::MAX, 0)])]).is_err());
+    assert!(Placement::new(1, vec![node(1, &[(0, u32::MAX)])]).is_err());
+}
