@@ -1,0 +1,3 @@
+//! Leaves for AArch64.
+
+pub(crate) mod neon;

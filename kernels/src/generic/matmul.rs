@@ -1,0 +1,408 @@
+//! `out = x wᵀ`, in two forms that give the same bits: few rows read the weights straight from memory, many rows go
+//! over packed blocks.
+//!
+//! Secret: tiles and blocking. An output is 16 lanes, lane `j` accumulating the columns `k ≡ j (mod 16)` in ascending
+//! order by FMA from +0.0, columns past the end counting as `fma(0, 0, acc)`; then [`Lanes::sum`]. Neither tile nor
+//! block touches that order: a block edge only parks the 16 lanes in memory.
+
+use super::{
+    LANES, Lanes, Op, load_part,
+    weights::{BLOCK, Weights},
+};
+
+/// 16 f32 on a cache line of their own.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub(crate) [f32; LANES]);
+
+pub(crate) const EMPTY: Line = Line([0.0; LANES]);
+
+/// Columns of one block of the packed form: a widened weight panel of it stays in L1.
+pub(crate) const BLOCK_COLS: usize = 2048;
+/// Rows of `x` that one block of columns is run over before the next: they stay in L2.
+const SLAB_ROWS: usize = 60;
+/// Rows of weights in one task of the packed form.
+pub(crate) const TASK_ROWS: usize = 48;
+
+/// Where results go: `[m, stride]`, each task writing its own columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Output {
+    pub(crate) data: *mut f32,
+    pub(crate) stride: usize,
+}
+
+// SAFETY: tasks write disjoint columns (see `Direct` and `Packed`), and nobody reads before all are done.
+unsafe impl Send for Output {}
+// SAFETY: as above.
+unsafe impl Sync for Output {}
+
+impl Output {
+    /// The part that begins `elements` further on.
+    ///
+    /// # Safety
+    /// It lies inside the output.
+    pub(crate) unsafe fn at(self, elements: usize) -> Output {
+        // SAFETY: the caller's promise.
+        Output {
+            data: unsafe { self.data.add(elements) },
+            ..self
+        }
+    }
+
+    /// # Safety
+    /// `(row, col)` lies inside the output, and no other thread writes it.
+    #[inline(always)]
+    unsafe fn set(self, row: usize, col: usize, value: f32) {
+        // SAFETY: the caller's promise.
+        unsafe { *self.data.add(row * self.stride + col) = value }
+    }
+}
+
+/// Rows of the input: `[m, stride]`, the first `cols` of each used.
+#[derive(Clone, Copy)]
+pub(crate) struct Input<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) stride: usize,
+    pub(crate) m: usize,
+    pub(crate) cols: usize,
+}
+
+impl Input<'_> {
+    #[inline(always)]
+    fn row(&self, row: usize) -> &[f32] {
+        &self.data[row * self.stride..][..self.cols]
+    }
+}
+
+/// The few-rows form, for the weight rows `from..to`.
+///
+/// # Safety
+/// Of [`Op::run`], besides the instruction set: `w` holds rows `from..to` of `x.cols` columns, and `out` is valid for
+/// `[x.m, from..to]`, written by this task alone.
+pub(crate) struct Direct<'a, W> {
+    pub(crate) out: Output,
+    pub(crate) x: Input<'a>,
+    pub(crate) w: W,
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+}
+
+impl<W: Weights> Op for Direct<'_, W> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        // SAFETY: handed through from this operation's own contract.
+        unsafe {
+            if V::REGISTERS >= 32 {
+                self.panels::<V, 4>();
+            } else {
+                self.panels::<V, 2>();
+            }
+        }
+    }
+}
+
+impl<W: Weights> Direct<'_, W> {
+    #[inline(always)]
+    unsafe fn panels<V: Lanes, const R: usize>(&self) {
+        let mut row = self.from;
+        // SAFETY: all rows visited lie in `from..to`, all `x` rows in `0..m`.
+        unsafe {
+            while row + R <= self.to {
+                self.panel::<V, R>(row);
+                row += R;
+            }
+            while row < self.to {
+                self.panel::<V, 1>(row);
+                row += 1;
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn panel<V: Lanes, const R: usize>(&self, row: usize) {
+        let mut at = 0;
+        // SAFETY: handed through; `at + C <= m` before each tile.
+        unsafe {
+            while self.x.m - at >= 4 && V::REGISTERS >= 32 {
+                self.tile::<V, R, 4>(row, at);
+                at += 4;
+            }
+            while self.x.m - at >= 2 {
+                self.tile::<V, R, 2>(row, at);
+                at += 2;
+            }
+            if at < self.x.m {
+                self.tile::<V, R, 1>(row, at);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn tile<V: Lanes, const R: usize, const C: usize>(&self, row: usize, at: usize) {
+        let cols = self.x.cols;
+        let whole = cols / LANES * LANES;
+        // SAFETY: `row..row + R` and `at..at + C` exist by the caller's promise; chunks end at `whole <= cols`, and the
+        // slices of `x` are checked when the pointers are taken.
+        unsafe {
+            let mut x = [std::ptr::null::<f32>(); C];
+            for (c, x) in x.iter_mut().enumerate() {
+                *x = self.x.row(at + c).as_ptr();
+            }
+            let mut acc = [[V::splat(0.0); C]; R];
+            let mut col = 0;
+            while col < whole {
+                let end = (col + BLOCK).min(whole);
+                let mut scale = [V::splat(0.0); R];
+                for (r, scale) in scale.iter_mut().enumerate() {
+                    *scale = self.w.scale::<V>(row + r, col / BLOCK);
+                }
+                while col < end {
+                    let mut xs = [V::splat(0.0); C];
+                    for c in 0..C {
+                        xs[c] = V::load(x[c].add(col));
+                    }
+                    for r in 0..R {
+                        // The same place of the next panel: a row often ends where the hardware prefetcher stops.
+                        self.w.prefetch::<V>(row + R + r, col);
+                        let w = self.w.chunk::<V>(row + r, col, scale[r]);
+                        for c in 0..C {
+                            acc[r][c] = xs[c].fma(w, acc[r][c]);
+                        }
+                    }
+                    col += LANES;
+                }
+            }
+            if whole < cols {
+                for r in 0..R {
+                    let w = self.w.part::<V>(row + r, whole, cols - whole);
+                    for c in 0..C {
+                        acc[r][c] = load_part::<V>(x[c].add(whole), cols - whole).fma(w, acc[r][c]);
+                    }
+                }
+            }
+            for r in 0..R {
+                for c in 0..C {
+                    self.out.set(at + c, row + r, acc[r][c].sum());
+                }
+            }
+        }
+    }
+}
+
+/// Rows of a packed tile of `x` for a register file of `registers`.
+pub(crate) const fn tile_rows(registers: usize) -> usize {
+    if registers >= 32 { 6 } else { 3 }
+}
+
+/// Tells how many rows of `x` a packed tile has on the leaf that runs it.
+pub(crate) struct TileRows;
+
+impl Op for TileRows {
+    type Out = usize;
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) -> usize {
+        tile_rows(V::REGISTERS)
+    }
+}
+
+/// Copies tile `tile` of `x` to `out`, as `[chunk][row of the tile][16]`, zero padded in both directions.
+pub(crate) fn pack_tile(out: &mut [Line], x: Input<'_>, tile: usize, tile_rows: usize) {
+    for r in 0..tile_rows {
+        let at = tile * tile_rows + r;
+        let row = if at < x.m { x.row(at) } else { &[] };
+        let (chunks, rest) = row.as_chunks::<LANES>();
+        let mut lines = out.iter_mut().skip(r).step_by(tile_rows);
+        for (line, chunk) in lines.by_ref().zip(chunks) {
+            line.0 = *chunk;
+        }
+        for line in lines {
+            *line = EMPTY;
+        }
+        if !rest.is_empty() {
+            out[chunks.len() * tile_rows + r].0[..rest.len()].copy_from_slice(rest);
+        }
+    }
+}
+
+/// The many-rows form, for the weight rows `from..to`.
+///
+/// # Safety
+/// Of [`Op::run`], besides the instruction set: `w` holds rows `from..to` of `cols` columns, and `out` is valid for
+/// `[m, from..to]`, written by this task alone.
+pub(crate) struct Packed<'a, W> {
+    pub(crate) out: Output,
+    /// `ceil(m / tile_rows)` tiles from [`pack_tile`].
+    pub(crate) x: &'a [Line],
+    pub(crate) m: usize,
+    pub(crate) cols: usize,
+    pub(crate) w: W,
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    /// Reused between tasks.
+    pub(crate) scratch: &'a mut Vec<Line>,
+}
+
+impl<W: Weights> Op for Packed<'_, W> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        // SAFETY: handed through; the tile widths are those of `tile_rows`.
+        unsafe {
+            if V::REGISTERS >= 32 {
+                self.blocks::<V, 4, 6>();
+            } else {
+                self.blocks::<V, 2, 3>();
+            }
+        }
+    }
+}
+
+impl<W: Weights> Packed<'_, W> {
+    #[inline(always)]
+    unsafe fn blocks<V: Lanes, const R: usize, const C: usize>(self) {
+        let chunks = self.cols.div_ceil(LANES);
+        let tiles = self.m.div_ceil(C);
+        let panels = (self.to - self.from).div_ceil(R);
+        let slab_tiles = SLAB_ROWS / C;
+        assert!(self.x.len() >= tiles * chunks * C, "packed rows are short");
+        // Blocks of equal length, each a whole number of scale blocks.
+        let blocks = self.cols.div_ceil(BLOCK_COLS).max(1);
+        let step = self.cols.div_ceil(blocks).next_multiple_of(BLOCK) / LANES;
+        let panel_lines = step * R;
+        let parked = if blocks > 1 {
+            panels * slab_tiles * R * C
+        } else {
+            0
+        };
+        if self.scratch.len() < panel_lines + parked {
+            self.scratch.resize(panel_lines + parked, EMPTY);
+        }
+        let (panel, parked) = self.scratch.split_at_mut(panel_lines);
+        for slab in (0..tiles).step_by(slab_tiles) {
+            let slab_end = (slab + slab_tiles).min(tiles);
+            for begin in (0..chunks).step_by(step) {
+                let end = (begin + step).min(chunks);
+                for p in 0..panels {
+                    let row = self.from + p * R;
+                    let rows = R.min(self.to - row);
+                    // SAFETY: `row..row + rows` lies in `from..to`; `panel` holds `step >= end - begin` chunks of `R`.
+                    unsafe { widen::<V, W, R>(panel, self.w, self.cols, row, rows, begin, end) };
+                    for tile in slab..slab_end {
+                        // The tile's lines were checked to exist above.
+                        let x = &self.x[(tile * chunks + begin) * C..(tile * chunks + end) * C];
+                        // SAFETY: registers, and memory reached through checked slices: `x` holds `end - begin` chunks
+                        // of `C`, `panel` as many of `R`, and `park` one line per accumulator.
+                        unsafe {
+                            let mut acc = [[V::splat(0.0); C]; R];
+                            if begin > 0 {
+                                let park =
+                                    &parked[(p * slab_tiles + tile - slab) * R * C..][..R * C];
+                                for r in 0..R {
+                                    for c in 0..C {
+                                        acc[r][c] = V::load(park[r * C + c].0.as_ptr());
+                                    }
+                                }
+                            }
+                            let acc =
+                                accumulate::<V, R, C>(acc, panel.as_ptr(), x.as_ptr(), end - begin);
+                            if end < chunks {
+                                let park =
+                                    &mut parked[(p * slab_tiles + tile - slab) * R * C..][..R * C];
+                                for r in 0..R {
+                                    for c in 0..C {
+                                        acc[r][c].store(park[r * C + c].0.as_mut_ptr());
+                                    }
+                                }
+                            } else {
+                                let m = C.min(self.m - tile * C);
+                                for r in 0..rows {
+                                    for c in 0..m {
+                                        self.out.set(tile * C + c, row + r, acc[r][c].sum());
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `w` and `x` are valid for `chunks` chunks of `R` and `C` lines.
+#[inline(always)]
+unsafe fn accumulate<V: Lanes, const R: usize, const C: usize>(
+    mut acc: [[V; C]; R],
+    w: *const Line,
+    x: *const Line,
+    chunks: usize,
+) -> [[V; C]; R] {
+    // SAFETY: the caller's promise; `Line` is 16 f32.
+    unsafe {
+        let (w, x) = (w.cast::<f32>(), x.cast::<f32>());
+        for k in 0..chunks {
+            let mut ws = [V::splat(0.0); R];
+            for r in 0..R {
+                ws[r] = V::load(w.add((k * R + r) * LANES));
+            }
+            for c in 0..C {
+                let x = V::load(x.add((k * C + c) * LANES));
+                for r in 0..R {
+                    acc[r][c] = x.fma(ws[r], acc[r][c]);
+                }
+            }
+        }
+    }
+    acc
+}
+
+/// Widens chunks `begin..end` of rows `row..row + rows` to `panel`, as `[chunk][R][16]`; missing rows are zero.
+///
+/// # Safety
+/// The rows lie in `w`, and `panel` holds `(end - begin) * R` lines.
+#[inline(always)]
+unsafe fn widen<V: Lanes, W: Weights, const R: usize>(
+    panel: &mut [Line],
+    w: W,
+    cols: usize,
+    row: usize,
+    rows: usize,
+    begin: usize,
+    end: usize,
+) {
+    let whole = (cols / LANES).min(end);
+    for r in 0..R {
+        if r >= rows {
+            panel
+                .iter_mut()
+                .skip(r)
+                .step_by(R)
+                .for_each(|line| *line = EMPTY);
+            continue;
+        }
+        let mut chunk = begin;
+        // SAFETY: chunks below `whole` are whole chunks of an existing row; the one after is cut at `cols`. Lines are
+        // taken from the slice by checked index.
+        unsafe {
+            while chunk < whole {
+                let col = chunk * LANES;
+                let scale = w.scale::<V>(row + r, col / BLOCK);
+                let stop = ((col / BLOCK + 1) * (BLOCK / LANES)).min(whole);
+                while chunk < stop {
+                    w.chunk::<V>(row + r, chunk * LANES, scale)
+                        .store(panel[(chunk - begin) * R + r].0.as_mut_ptr());
+                    chunk += 1;
+                }
+            }
+            if chunk < end {
+                w.part::<V>(row + r, chunk * LANES, cols - chunk * LANES)
+                    .store(panel[(chunk - begin) * R + r].0.as_mut_ptr());
+            }
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! How one operation is cut into tasks for the threads.
+//!
+//! Secret: thresholds, task sizes, scratch. No cut shows in the results: every output element is computed by one task
+//! from start to end.
+
+use std::cell::Cell;
+
+use crate::{
+    HeadLayout, LatentAttention, MatrixRef, WeightsRef,
+    generic::{
+        LANES,
+        attention::{Attend, Keys},
+        matmul::{Direct, EMPTY, Input, Line, Output, Packed, TASK_ROWS, TileRows, pack_tile},
+        weights::{Bf16, F32, Fp8, Weights},
+    },
+    isa::Choice,
+    pool::Pool,
+};
+
+/// An operation estimated to take less than this runs on the caller's thread: waking another would cost as much.
+const SERIAL_NS: usize = 30_000;
+/// Weight bytes one thread streams in a nanosecond, for that estimate.
+const BYTES_PER_NS: usize = 16;
+/// Multiplications one thread does in a nanosecond, for that estimate.
+const MACS_PER_NS: usize = 64;
+/// From this many rows of x on, packing pays.
+const PACK_FROM: usize = 10;
+/// Most bytes of packed rows held at once; more rows take another pass over the weights.
+const PACK_BYTES: usize = 16 << 20;
+/// Tasks per thread that let a slow thread be overtaken.
+const TASKS_PER_THREAD: usize = 4;
+/// Heads that pass together over the cached rows in one attention task.
+const HEADS: usize = 16;
+
+thread_local! {
+    /// Packed rows of the calling thread's matrix product.
+    static PACKED: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+    /// Weight panel and parked accumulators of a task.
+    static PANEL: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+    /// Scores of an attention task.
+    static SCORES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+pub(crate) fn is_small(bytes: usize, macs: usize) -> bool {
+    bytes / BYTES_PER_NS + macs / MACS_PER_NS < SERIAL_NS
+}
+
+fn weight_bytes(w: &MatrixRef<'_>) -> usize {
+    let size = match w.data {
+        WeightsRef::F32(_) => 4,
+        WeightsRef::Bf16(_) => 2,
+        WeightsRef::Fp8 { .. } => 1,
+    };
+    w.rows * w.cols * size
+}
+
+/// `out = x wᵀ`; the caller has checked the shapes.
+///
+/// # Safety
+/// `out` is valid for `[x.m, w.rows]` and written by nobody else meanwhile; `w.data` holds `[w.rows, w.cols]`, and
+/// `x.cols == w.cols`.
+pub(crate) unsafe fn matmul(
+    isa: Choice,
+    pool: Option<&Pool>,
+    out: Output,
+    x: Input<'_>,
+    w: MatrixRef<'_>,
+) {
+    let pool = pool.filter(|_| !is_small(weight_bytes(&w), x.m * w.rows * w.cols));
+    let cols = w.cols;
+    // SAFETY: handed through.
+    unsafe {
+        match w.data {
+            WeightsRef::F32(data) => matmul_of(isa, pool, out, x, F32 { data, cols }, w.rows),
+            WeightsRef::Bf16(data) => matmul_of(isa, pool, out, x, Bf16 { data, cols }, w.rows),
+            WeightsRef::Fp8 { data, scales } => {
+                matmul_of(isa, pool, out, x, Fp8 { data, scales, cols }, w.rows)
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As for [`matmul`].
+unsafe fn matmul_of<W: Weights>(
+    isa: Choice,
+    pool: Option<&Pool>,
+    out: Output,
+    x: Input<'_>,
+    w: W,
+    rows: usize,
+) {
+    if x.m < PACK_FROM {
+        for_each_range(pool, rows, usize::MAX, |from, to| {
+            // SAFETY: the ranges are disjoint parts of `0..rows`; the rest is the caller's promise.
+            unsafe {
+                isa.run(Direct {
+                    out,
+                    x,
+                    w,
+                    from,
+                    to,
+                })
+            };
+        });
+        return;
+    }
+    // SAFETY: asks for nothing.
+    let tile_rows = unsafe { isa.run(TileRows) };
+    let tile_lines = x.cols.div_ceil(LANES) * tile_rows;
+    let pass_rows = (PACK_BYTES / (tile_lines * size_of::<Line>()).max(1)).max(1) * tile_rows;
+    let mut packed = PACKED.take();
+    for first in (0..x.m).step_by(pass_rows) {
+        let m = pass_rows.min(x.m - first);
+        let part = Input {
+            data: &x.data[first * x.stride..],
+            m,
+            ..x
+        };
+        let lines = m.div_ceil(tile_rows) * tile_lines;
+        if packed.len() < lines {
+            packed.resize(lines, EMPTY);
+        }
+        for_each_chunk(pool, &mut packed[..lines], tile_lines, |tile, lines| {
+            pack_tile(lines, part, tile, tile_rows)
+        });
+        // SAFETY: row `first` lies in the output, whose rows are `stride` apart.
+        let out = unsafe { out.at(first * out.stride) };
+        let packed = &packed[..lines];
+        for_each_range(pool, rows, TASK_ROWS, |from, to| {
+            let mut scratch = PANEL.take();
+            // SAFETY: the ranges are disjoint parts of `0..rows`, `packed` comes from `pack_tile`; the rest is the
+            // caller's promise.
+            unsafe {
+                isa.run(Packed {
+                    out,
+                    x: packed,
+                    m,
+                    cols: x.cols,
+                    w,
+                    from,
+                    to,
+                    scratch: &mut scratch,
+                })
+            };
+            PANEL.set(scratch);
+        });
+    }
+    PACKED.set(packed);
+}
+
+/// Cuts `0..rows` into ranges of whole panels, at most `most` rows each, and runs `f(from, to)` on each.
+fn for_each_range(pool: Option<&Pool>, rows: usize, most: usize, f: impl Fn(usize, usize) + Sync) {
+    let tasks = pool.map_or(1, |pool| pool.threads() * TASKS_PER_THREAD);
+    let step = rows.div_ceil(tasks).next_multiple_of(4).min(most).max(4);
+    for_each(pool, rows.div_ceil(step), |i| {
+        f(i * step, rows.min((i + 1) * step))
+    });
+}
+
+fn for_each(pool: Option<&Pool>, n: usize, f: impl Fn(usize) + Sync) {
+    match pool {
+        Some(pool) => pool.for_each(n, f),
+        None => (0..n).for_each(f),
+    }
+}
+
+fn for_each_chunk<T: Send>(
+    pool: Option<&Pool>,
+    data: &mut [T],
+    chunk: usize,
+    f: impl Fn(usize, &mut [T]) + Sync,
+) {
+    match pool {
+        Some(pool) => pool.for_each_chunk(data, chunk, f),
+        None => data
+            .chunks_mut(chunk.max(1))
+            .enumerate()
+            .for_each(|(i, piece)| f(i, piece)),
+    }
+}
+
+/// One product per head, between rows that hold the heads apart.
+pub(crate) struct Heads<'a> {
+    pub(crate) out: Output,
+    pub(crate) out_at: HeadLayout,
+    pub(crate) x: &'a [f32],
+    pub(crate) x_at: HeadLayout,
+    pub(crate) m: usize,
+    pub(crate) w: &'a [MatrixRef<'a>],
+}
+
+/// The caller has checked the shapes.
+///
+/// # Safety
+/// Every head's part of every row lies in `out` and in `x`, and the parts of `out` are disjoint.
+pub(crate) unsafe fn matmul_heads(isa: Choice, pool: &Pool, job: Heads<'_>) {
+    let Heads {
+        out,
+        out_at,
+        x,
+        x_at,
+        m,
+        w,
+    } = job;
+    let bytes = w.iter().map(weight_bytes).sum();
+    let macs = w.iter().map(|w| m * w.rows * w.cols).sum();
+    let pool = (!is_small(bytes, macs)).then_some(pool);
+    for_each(pool, w.len(), |head| {
+        let x = Input {
+            data: &x[x_at.offset + head * x_at.head..],
+            stride: x_at.row,
+            m,
+            cols: w[head].cols,
+        };
+        // SAFETY: the head's part begins inside `out`, and parts are disjoint: the caller's promise.
+        unsafe {
+            matmul(
+                isa,
+                None,
+                out.at(out_at.offset + head * out_at.head),
+                x,
+                w[head],
+            )
+        };
+    });
+}
+
+/// Absorbed latent attention; the caller has checked the shapes.
+pub(crate) fn attend(isa: Choice, pool: &Pool, job: LatentAttention<'_>) {
+    let LatentAttention {
+        q,
+        out,
+        heads,
+        width,
+        value_width,
+        scale,
+        rows,
+        cache,
+        page_tokens,
+        page_stride,
+        offset,
+    } = job;
+    let keys: usize = rows.iter().map(|row| row.visible).sum();
+    let pool = (!is_small(0, keys * heads * (width + value_width))).then_some(pool);
+    // Few rows: as many tasks as threads, so that each passes over the cache once.
+    let threads = pool.map_or(1, Pool::threads);
+    let together = if rows.len() >= threads * TASKS_PER_THREAD {
+        HEADS
+    } else {
+        (heads * rows.len())
+            .div_ceil(threads)
+            .next_multiple_of(4)
+            .min(HEADS)
+    };
+    let together = together.clamp(1, heads.max(1));
+    // Tasks of one row: the last may have fewer heads, so a task's outputs are `[row, from..to]`, not equal chunks.
+    let mut pieces: Vec<(usize, usize, &mut [f32])> =
+        Vec::with_capacity(rows.len() * heads.div_ceil(together));
+    for (row, out) in out
+        .chunks_exact_mut((heads * value_width).max(1))
+        .enumerate()
+    {
+        for (i, out) in out.chunks_mut(together * value_width).enumerate() {
+            pieces.push((row, i * together, out));
+        }
+    }
+    for_each_chunk(pool, &mut pieces, 1, |_, piece| {
+        for (row, head, out) in piece {
+            let heads_here = out.len() / value_width;
+            let visible = rows[*row].visible;
+            let mut scores = SCORES.take();
+            if scores.len() < heads_here * visible {
+                scores.resize(heads_here * visible, 0.0);
+            }
+            let keys = Keys {
+                cache,
+                pages: rows[*row].pages,
+                page_tokens,
+                page_stride,
+                offset,
+                width,
+            };
+            let q = &q[(*row * heads + *head) * width..][..heads_here * width];
+            // SAFETY: asks for nothing besides the instruction set: it checks its shapes.
+            unsafe {
+                isa.run(Attend {
+                    out,
+                    q,
+                    heads: heads_here,
+                    value_width,
+                    visible,
+                    scale,
+                    keys,
+                    scores: &mut scores,
+                })
+            };
+            SCORES.set(scores);
+        }
+    });
+}

@@ -1,0 +1,130 @@
+//! The leaf for any machine: plain arrays, `f32::mul_add`.
+//!
+//! Secret: none; it is the definition the others are held to.
+
+use half::bf16;
+
+use crate::generic::{LANES, Lanes, Op, weights::e4m3_to_f32};
+
+/// The capability to run on plain Rust; every machine has it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Portable;
+
+impl Portable {
+    /// # Safety
+    /// What `O` asks for besides the instruction set.
+    pub(crate) unsafe fn run<O: Op>(self, op: O) -> O::Out {
+        // SAFETY: plain Rust needs no instruction set; the rest is the caller's promise.
+        unsafe { op.run::<F32x16>() }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct F32x16([f32; LANES]);
+
+impl F32x16 {
+    #[inline(always)]
+    fn zip(self, b: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        F32x16(std::array::from_fn(|i| f(self.0[i], b.0[i])))
+    }
+}
+
+fn pow2(n: i32) -> f32 {
+    f32::from_bits((n.wrapping_add(127) as u32) << 23)
+}
+
+impl Lanes for F32x16 {
+    const REGISTERS: usize = 16;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        F32x16([x; LANES])
+    }
+
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: 16 readable elements by the trait's contract.
+        unsafe { F32x16(p.cast::<[f32; LANES]>().read_unaligned()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: 16 writable elements by the trait's contract.
+        unsafe { p.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self {
+        // SAFETY: 16 readable elements by the trait's contract.
+        let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
+        F32x16(bits.map(|b| bf16::from_bits(b).to_f32()))
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Self {
+        // SAFETY: 16 readable elements by the trait's contract.
+        let bytes = unsafe { p.cast::<[u8; LANES]>().read_unaligned() };
+        F32x16(bytes.map(e4m3_to_f32))
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn fma(self, b: Self, c: Self) -> Self {
+        F32x16(std::array::from_fn(|i| self.0[i].mul_add(b.0[i], c.0[i])))
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        self.zip(b, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, b: Self) -> Self {
+        self.zip(b, |a, b| a - b)
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        self.zip(b, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        self.zip(b, |a, b| a / b)
+    }
+
+    #[inline(always)]
+    unsafe fn max(self, b: Self) -> Self {
+        self.zip(b, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    unsafe fn clamp(self, lo: Self, hi: Self) -> Self {
+        let low = self.zip(hi, |a, hi| if a > hi { hi } else { a });
+        low.zip(lo, |a, lo| if a < lo { lo } else { a })
+    }
+
+    #[inline(always)]
+    unsafe fn scale_by_exponent(self, t: Self, magic: f32) -> Self {
+        self.zip(t, |x, t| {
+            let n = t.to_bits().wrapping_sub(magic.to_bits()) as i32;
+            let half = n >> 1;
+            x * pow2(half) * pow2(n.wrapping_sub(half))
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        let mut l = self.0;
+        let mut width = LANES / 2;
+        while width > 0 {
+            for i in 0..width {
+                l[i] += l[i + width];
+            }
+            width /= 2;
+        }
+        l[0]
+    }
+}

@@ -1,0 +1,74 @@
+//! The threads do every piece once, from any caller.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use guild_kernels::{Cpu, Isa};
+
+#[test]
+fn every_piece_is_done_once() {
+    for threads in [1, 2, 5] {
+        let cpu = Cpu::new(threads);
+        assert_eq!(cpu.threads(), threads);
+        for n in [0, 1, 2, 1000] {
+            let counts: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
+            cpu.par_for(n, |i| {
+                counts[i].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+            let mut data = vec![usize::MAX; n];
+            cpu.par_chunks(&mut data, 7, |i, piece| {
+                piece
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(j, d)| *d = i * 7 + j)
+            });
+            assert!(data.iter().enumerate().all(|(i, d)| i == *d));
+        }
+    }
+}
+
+#[test]
+fn callers_share_and_nest() {
+    let cpu = Cpu::new(3);
+    let total = AtomicUsize::new(0);
+    std::thread::scope(|s| {
+        for _ in 0..4 {
+            s.spawn(|| {
+                for _ in 0..50 {
+                    cpu.par_for(8, |_| {
+                        cpu.par_for(4, |_| {
+                            total.fetch_add(1, Ordering::Relaxed);
+                        });
+                    });
+                }
+            });
+        }
+    });
+    assert_eq!(total.into_inner(), 4 * 50 * 8 * 4);
+}
+
+#[test]
+fn the_choice_is_told() {
+    let available = Isa::available();
+    assert_eq!(available.last(), Some(&Isa::Portable));
+    let cpu = Cpu::new(0);
+    assert_eq!(cpu.isa(), available[0]);
+    assert!(cpu.threads() >= 1);
+    for isa in [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable] {
+        let cpu = Cpu::with_isa(1, isa);
+        assert_eq!(cpu.is_some(), available.contains(&isa));
+        assert!(cpu.is_none_or(|cpu| cpu.numerics_class() == "f32-fma16-v1"
+            && cpu.describe().contains(&format!("{isa:?}"))));
+    }
+}
+
+#[test]
+fn a_file_is_mapped_as_it_is() {
+    let path = std::env::temp_dir().join(format!("guild-kernels-map-{}", std::process::id()));
+    std::fs::write(&path, b"weights").unwrap();
+    let mapped = guild_kernels::file::map(&std::fs::File::open(&path).unwrap()).unwrap();
+    assert_eq!(mapped.as_ref(), b"weights");
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(&mapped[..3], b"wei");
+}
