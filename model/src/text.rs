@@ -13,7 +13,7 @@ use std::{
 
 use hf_chat_template::{ChatTemplate, Message, RenderInput, TokenizerConfig};
 use serde_json::{Map, Value};
-use tokenizers::{DecoderWrapper, Tokenizer};
+use tokenizers::{DecoderWrapper, NormalizerWrapper, Tokenizer};
 
 use crate::{Config, ModelError};
 
@@ -165,9 +165,15 @@ impl Text {
 
     /// Bytes of the longest token: a text of `n` bytes has at least
     /// `n / max_token_bytes` tokens, known before any is made. `None` when the
-    /// tokenizer may shorten a text first, so that nothing is known.
+    /// tokenizer may drop parts of a text, so that nothing is known.
     pub fn max_token_bytes(&self) -> Option<usize> {
-        self.tokenizer.get_normalizer().is_none().then(|| self.bytes.longest())
+        let normalizes = match self.tokenizer.get_normalizer() {
+            None => false,
+            Some(NormalizerWrapper::Sequence(s)) => !s.as_ref().is_empty(),
+            Some(_) => true,
+        };
+        let strips = self.tokenizer.get_added_vocabulary().get_added_tokens_decoder().values().any(|t| t.lstrip || t.rstrip);
+        (self.bytes.is_byte_level() && !normalizes && !strips).then(|| self.bytes.longest())
     }
 
     /// Whether the checkpoint has a chat template.

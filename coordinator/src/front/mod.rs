@@ -8,10 +8,35 @@
 
 use std::sync::Arc;
 
-use futures::{future::BoxFuture, stream::BoxStream};
+use futures::{
+    future::{BoxFuture, try_join_all},
+    stream::BoxStream,
+};
 use guild_model::{Config, text::Text};
-use guild_proto::inference::v1::{GenerateRequest, GenerateResponse};
+use guild_proto::inference::v1::{GenerateRequest, GenerateResponse, inference_server::InferenceServer};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::Status;
+
+mod answer;
+mod chat;
+mod completions;
+mod events;
+mod fault;
+mod fields;
+mod grpc;
+mod http;
+mod logprobs;
+mod params;
+mod request;
+mod sse;
+
+pub use fault::{ERROR_DOMAIN, ErrorRow, RETRY_NOT_READY, RETRY_OVERLOADED, TABLE, error_row};
+pub use grpc::{InferenceService, MAX_REQUEST_ID_BYTES};
+pub use request::{GREEDY_BELOW, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, MAX_TEMPERATURE};
+
+use events::{Outcome, TextRules};
+use fault::Fault;
+use request::{Names, Params};
 
 /// Whether the cluster can take a request now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,25 +100,85 @@ impl Default for FrontLimits {
     }
 }
 
-/// The front door of one served model. Cheap to share: all state is behind [`Arc`].
+/// JSON values of one request that are always allowed; a long context allows more.
+const MIN_JSON_VALUES: usize = 1 << 16;
+
+/// The front door of one served model.
 pub struct FrontDoor {
     model: ServedModel,
     backend: Arc<dyn Backend>,
     limits: FrontLimits,
+    in_flight: Arc<Semaphore>,
 }
 
 impl FrontDoor {
     /// A front door before a cluster.
     pub fn new(model: ServedModel, backend: Arc<dyn Backend>, limits: FrontLimits) -> Arc<Self> {
-        Arc::new(Self { model, backend, limits })
+        let in_flight = Arc::new(Semaphore::new(limits.max_in_flight.min(Semaphore::MAX_PERMITS)));
+        Arc::new(Self { model, backend, limits, in_flight })
     }
 
     /// Everything for one port: the OpenAI-shaped HTTP API and
     /// `guild.inference.v1`, over HTTP/1.1 and cleartext HTTP/2. Further gRPC
     /// services (health, reflection) join by [`with_grpc`].
     pub fn router(self: &Arc<Self>) -> axum::Router {
-        let _ = (&self.model, &self.backend, &self.limits);
-        axum::Router::new()
+        http::guarded(with_grpc(http::router(self.clone()), self.inference_service()))
+    }
+
+    /// `guild.inference.v1` alone, for a tonic server.
+    pub fn inference_service(self: &Arc<Self>) -> InferenceServer<InferenceService> {
+        InferenceServer::new(InferenceService(self.clone())).max_decoding_message_size(self.limits.max_body_bytes)
+    }
+
+    /// Requests in flight; a server that drains waits for zero.
+    pub fn in_flight(&self) -> usize {
+        self.limits.max_in_flight.min(Semaphore::MAX_PERMITS) - self.in_flight.available_permits()
+    }
+
+    fn max_choices(&self) -> usize {
+        self.limits.max_choices.min(self.limits.max_in_flight)
+    }
+
+    fn max_values(&self) -> usize {
+        MIN_JSON_VALUES.max(2 * self.model.max_context as usize)
+    }
+
+    /// Lets `count` requests in, or says why not.
+    fn admit(&self, count: usize) -> Result<Vec<OwnedSemaphorePermit>, Fault> {
+        if let Readiness::NotReady { reason } = self.backend.readiness() {
+            return Err(Fault::not_ready(&reason));
+        }
+        let permit = || self.in_flight.clone().try_acquire_owned();
+        let permits: Result<Vec<_>, _> = (0..count).map(|_| permit()).collect();
+        permits.map_err(|_| Fault::overloaded(self.limits.max_in_flight))
+    }
+
+    /// Starts every choice of every prompt, one stream each, prompt by prompt.
+    async fn open(
+        &self,
+        prompts: Vec<Vec<u32>>,
+        n: u32,
+        params: &Params,
+        names: &Names,
+        request_id: &str,
+        permits: Vec<OwnedSemaphorePermit>,
+    ) -> Result<Vec<EventStream>, Fault> {
+        let many = permits.len() > 1;
+        let choices = prompts.into_iter().flat_map(|ids| (0..n).map(move |index| (ids.clone(), index)));
+        let starting = choices.zip(permits).enumerate().map(|(i, ((ids, index), permit))| {
+            let id = if many { format!("{request_id}-{i}") } else { request_id.to_owned() };
+            let request = params.to_request(id.clone(), ids, self.model.max_context, index.into());
+            let rules = TextRules::new(&self.model, params);
+            let starting = self.backend.generate(request);
+            async move { Ok::<_, Status>(events::with_text(starting.await?, rules, id, permit)) }
+        });
+        try_join_all(starting).await.map_err(|status| Fault::from(status).rename(|f| names.of(f)))
+    }
+
+    /// Reads all streams to their end; the first error ends all of them.
+    async fn collect(&self, streams: Vec<EventStream>, names: &Names) -> Result<Vec<Outcome>, Fault> {
+        let all = try_join_all(streams.into_iter().map(events::collect)).await;
+        all.map_err(|status| Fault::from(status).rename(|f| names.of(f)))
     }
 }
 

@@ -1,5 +1,7 @@
 //! What each token stands for, in bytes: one flat table, made once.
 
+use std::collections::HashMap;
+
 use tokenizers::Tokenizer;
 
 /// Bytes of every token below the vocabulary size.
@@ -15,7 +17,7 @@ pub(super) struct TokenBytes {
 impl TokenBytes {
     pub(super) fn new(tokenizer: &Tokenizer, vocab_size: usize) -> Self {
         let byte_level = super::is_byte_level(tokenizer);
-        let alphabet = byte_alphabet();
+        let byte_of = bytes_of_alphabet();
         let mut table = Self { data: Vec::new(), ends: Vec::with_capacity(vocab_size), special: vec![false; vocab_size], longest: 1, byte_level };
         for (id, token) in tokenizer.get_added_tokens_decoder() {
             if let Some(flag) = table.special.get_mut(id as usize) {
@@ -27,14 +29,13 @@ impl TokenBytes {
             let start = table.data.len();
             match byte_fallback(&token) {
                 Some(byte) if !byte_level => table.data.push(byte),
-                _ if byte_level => match token.chars().map(|c| alphabet.iter().position(|a| *a == c)).collect::<Option<Vec<_>>>() {
-                    Some(bytes) => table.data.extend(bytes.into_iter().map(|b| b as u8)),
+                _ if byte_level => match token.chars().map(|c| byte_of.get(&c).copied()).collect::<Option<Vec<u8>>>() {
+                    Some(bytes) => table.data.extend(bytes),
                     None => table.data.extend_from_slice(token.as_bytes()),
                 },
                 _ => table.data.extend_from_slice(token.replace('▁', " ").as_bytes()),
             }
             table.ends.push(table.data.len() as u32);
-            // In the text a token is never longer than its spelling here.
             table.longest = table.longest.max(table.data.len() - start);
         }
         table
@@ -67,21 +68,14 @@ pub(super) fn byte_fallback(token: &str) -> Option<u8> {
     (hex.len() == 2).then(|| u8::from_str_radix(hex, 16).ok()).flatten()
 }
 
-/// The printable character that stands for each byte in a byte-level
+/// The byte that each printable character stands for in a byte-level
 /// vocabulary (GPT-2 report, section 2.2): printable Latin-1 is itself, the
-/// rest follow from U+0100 on in order.
-fn byte_alphabet() -> [char; 256] {
-    let mut next = 0x100u32;
-    std::array::from_fn(|b| {
-        let printable = matches!(b as u8, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-        let code = if printable {
-            b as u32
-        } else {
-            next += 1;
-            next - 1
-        };
-        char::from_u32(code).unwrap_or('\u{FFFD}')
-    })
+/// characters from U+0100 on are the other bytes in order.
+fn bytes_of_alphabet() -> HashMap<char, u8> {
+    let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    let themselves = (0..=255u8).filter(|b| printable(*b)).map(|b| (char::from(b), b));
+    let moved = ('\u{100}'..).zip((0..=255u8).filter(|b| !printable(*b)));
+    themselves.chain(moved).collect()
 }
 
 #[cfg(test)]
@@ -90,8 +84,9 @@ mod tests {
 
     #[test]
     fn the_byte_alphabet_is_the_published_one() {
-        let a = byte_alphabet();
-        assert_eq!((a[b'A' as usize], a[b' ' as usize], a[b'\n' as usize], a[0], a[0xAD]), ('A', 'Ġ', 'Ċ', 'Ā', 'Ń'));
+        let byte = bytes_of_alphabet();
+        assert_eq!(byte.len(), 256);
+        assert_eq!(['A', 'Ġ', 'Ċ', 'Ā', 'Ń', 'ÿ'].map(|c| byte[&c]), [b'A', b' ', b'\n', 0, 0xAD, 0xFF]);
     }
 
     #[test]

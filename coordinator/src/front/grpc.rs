@@ -1,0 +1,92 @@
+//! `guild.inference.v1` at the front door: text and token ids.
+
+use std::sync::Arc;
+
+use guild_proto::inference::v1::{
+    GenerateRequest, ModelInfoRequest, ModelInfoResponse, SamplingParams, generate_request::Input, inference_server::Inference,
+};
+use tonic::{Request, Response, Status};
+
+use super::{
+    EventStream, FrontDoor,
+    fault::Fault,
+    request::{Names, Params, Prompt},
+};
+
+/// Bytes of a client's request id at most.
+pub const MAX_REQUEST_ID_BYTES: usize = 128;
+
+/// The service, for `InferenceServer`.
+#[derive(Clone)]
+pub struct InferenceService(pub(super) Arc<FrontDoor>);
+
+/// Unset parameters take the defaults that the schema names.
+fn params(sampling: SamplingParams) -> Params {
+    Params {
+        max_tokens: sampling.max_tokens,
+        default_max_tokens: None,
+        temperature: sampling.temperature.unwrap_or(0.0),
+        top_p: sampling.top_p.unwrap_or(1.0),
+        top_k: sampling.top_k.unwrap_or(0),
+        seed: sampling.seed,
+        stop: sampling.stop,
+        stop_token_ids: sampling.stop_token_ids,
+        ignore_eos: sampling.ignore_eos,
+        min_tokens: sampling.min_tokens.unwrap_or(0),
+        logprobs: sampling.logprobs,
+        prompt_logprobs: sampling.prompt_logprobs,
+        skip_special_tokens: true,
+    }
+}
+
+impl FrontDoor {
+    async fn generate(&self, request: GenerateRequest) -> Result<EventStream, Fault> {
+        self.check_model(&request.model)?;
+        let (field, prompt) = match request.input {
+            Some(Input::Text(text)) => ("text", Prompt::Text(text)),
+            Some(Input::TokenIds(ids)) => ("token_ids", Prompt::Ids(ids.ids)),
+            None => return Err(Fault::missing("input", "`text` or `token_ids`")),
+        };
+        let names = Names { prompt: field, max_tokens: "max_tokens", logprobs: "logprobs", prefix: "sampling." };
+        let mut id = request.request_id;
+        if id.len() > MAX_REQUEST_ID_BYTES {
+            return Err(Fault::invalid("request_id", format!("more than {MAX_REQUEST_ID_BYTES} bytes")));
+        }
+        if id.is_empty() {
+            id = format!("gen-{}", uuid::Uuid::new_v4().simple());
+        }
+        let params = params(request.sampling.unwrap_or_default());
+        if params.max_tokens == Some(0) {
+            return Err(Fault::invalid("sampling.max_tokens", "at least 1 token is generated"));
+        }
+        params.check(&self.model, &names)?;
+        let permits = self.admit(1)?;
+        let ids = self.tokenize(vec![prompt], &params, &names).await?;
+        let mut streams = self.open(ids, 1, &params, &names, &id, permits).await?;
+        streams.pop().ok_or_else(|| Fault::internal("no stream for the request"))
+    }
+}
+
+#[tonic::async_trait]
+impl Inference for InferenceService {
+    type GenerateStream = EventStream;
+
+    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<EventStream>, Status> {
+        Ok(Response::new(self.0.generate(request.into_inner()).await?))
+    }
+
+    async fn model_info(&self, _: Request<ModelInfoRequest>) -> Result<Response<ModelInfoResponse>, Status> {
+        let model = &self.0.model;
+        Ok(Response::new(ModelInfoResponse {
+            model: model.name.clone(),
+            model_type: model.config.model_type.clone(),
+            digest: model.digest.clone(),
+            vocab_size: model.config.vocab_size as u32,
+            max_context: model.max_context,
+            has_tokenizer: model.text.is_some(),
+            has_chat_template: model.text.as_ref().is_some_and(|t| t.has_template()),
+            eos_token_ids: model.config.eos_token_ids.clone(),
+            bos_token_id: model.config.bos_token_id,
+        }))
+    }
+}
