@@ -326,6 +326,12 @@ impl<'a> TensorView<'a> {
     }
 }
 
+impl std::fmt::Debug for TensorView<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TensorView").field("name", &self.name).field("dtype", &self.dtype()).field("shape", &self.shape).finish()
+    }
+}
+
 /// The value of an e4m3fn byte: bias 7, subnormals, no infinities, NaN at 0x7f and 0xff.
 pub fn e4m3_to_f32(byte: u8) -> f32 {
     let (exponent, mantissa) = ((byte >> 3) & 15, f32::from(byte & 7));
