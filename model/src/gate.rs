@@ -13,6 +13,9 @@ use crate::ModelError;
 /// Added to the sum of the chosen weights before dividing by it.
 const NORM_EPS: f32 = 1e-20;
 
+/// Rows that one task scores and chooses for.
+const ROWS: usize = 16;
+
 /// The routing rule, as data.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GateConfig {
@@ -95,20 +98,21 @@ impl Gate {
     pub fn route(&self, cpu: &Cpu, x: &[f32]) -> Routes {
         let GateConfig { experts, top_k, .. } = self.rule;
         let logits = self.weight.apply(cpu, x);
-        let n = logits.len() / experts;
         let mut scores = logits.clone();
-        match self.rule.scoring {
-            Scoring::Sigmoid => cpu.sigmoid(&mut scores),
+        let mut choices = vec![(0, 0.0); logits.len() / experts * top_k];
+        cpu.par_chunks(&mut scores, ROWS * experts, |_, scores| match self.rule.scoring {
+            Scoring::Sigmoid => cpu.sigmoid(scores),
             Scoring::Softmax => scores.chunks_exact_mut(experts).for_each(|row| cpu.softmax(row)),
-        }
-        let mut routes =
-            Routes { top_k, experts: Vec::with_capacity(n * top_k), weights: Vec::with_capacity(n * top_k), logits };
-        for row in scores.chunks_exact(experts) {
-            let (ids, weights) = select(row, self.bias.as_deref(), &self.rule);
-            routes.experts.extend(ids);
-            routes.weights.extend(weights);
-        }
-        routes
+        });
+        cpu.par_chunks(&mut choices, ROWS * top_k, |block, choices| {
+            let rows = scores[block * ROWS * experts..].chunks_exact(experts);
+            for (row, out) in rows.zip(choices.chunks_exact_mut(top_k)) {
+                let (ids, weights) = select(row, self.bias.as_deref(), &self.rule);
+                out.iter_mut().zip(ids.into_iter().zip(weights)).for_each(|(to, choice)| *to = choice);
+            }
+        });
+        let (experts, weights) = choices.into_iter().unzip();
+        Routes { top_k, experts, weights, logits }
     }
 
     pub(crate) fn bytes(&self) -> u64 {

@@ -7,7 +7,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use guild_kernels::{Cpu, LatentAttention, QueryRow};
+use guild_kernels::{Cpu, HeadLayout, LatentAttention, MatrixRef, QueryRow};
 
 use crate::cache::{LatentCache, SeqRows};
 use crate::config::{Config, LATENT_NORM_EPS};
@@ -131,8 +131,8 @@ impl Mla {
             page_stride: cache.page_stride(),
             offset: cache.layer_offset(layer),
         });
-        let values = per_head(cpu, &self.w_uv, &attended, latent);
-        self.output.forward(cpu, &rows_first(&values, heads, self.w_uv[0].rows()))
+        let values = per_head(cpu, &self.w_uv, &attended, latent, self.w_uv[0].rows());
+        self.output.forward(cpu, &values)
     }
 
     /// Resident bytes.
@@ -171,17 +171,13 @@ impl Mla {
         };
         let (heads, latent, rope) = (self.w_uk.len(), self.kv_a_norm.len(), self.rope.dim);
         let (head_width, width) = (self.nope + rope, latent + rope);
-        let carried = per_head(cpu, &self.w_uk, &q, head_width);
-        let n = q.len() / (heads * head_width);
-        let mut absorbed = vec![0.0; n * heads * width];
-        let mut position_of = vec![0; n];
-        positions(seqs).for_each(|(row, _, position)| position_of[row] = position);
+        let mut absorbed = per_head(cpu, &self.w_uk, &q, head_width, width);
+        let mut at = vec![0; q.len() / (heads * head_width)];
+        positions(seqs).for_each(|(row, _, position)| at[row] = position);
         cpu.par_chunks(&mut absorbed, heads * width, |row, out| {
             for (h, out) in out.chunks_exact_mut(width).enumerate() {
-                let (to_latent, to_rope) = out.split_at_mut(latent);
-                to_latent.copy_from_slice(&carried[(h * n + row) * latent..][..latent]);
-                to_rope.copy_from_slice(&q[(row * heads + h) * head_width + self.nope..][..rope]);
-                self.rope.rotate(position_of[row], to_rope);
+                out[latent..].copy_from_slice(&q[(row * heads + h) * head_width + self.nope..][..rope]);
+                self.rope.rotate(at[row], &mut out[latent..]);
             }
         });
         absorbed
@@ -193,31 +189,14 @@ fn positions<'s, 'p>(seqs: &'s [SeqRows<'p>]) -> impl Iterator<Item = (usize, &'
     seqs.iter().flat_map(|seq| seq.rows.clone().zip(seq.start..).map(move |(row, position)| (row, seq, position)))
 }
 
-/// Applies each head's matrix to the first `cols` elements of that head's part of `x` `[n, heads, stride]`;
-/// gives `[heads, n, rows]`.
-fn per_head(cpu: &Cpu, weights: &[Matrix], x: &[f32], stride: usize) -> Vec<f32> {
-    let (heads, rows, cols) = (weights.len(), weights[0].rows(), weights[0].cols());
-    let n = x.len() / (heads * stride);
-    let mut out = vec![0.0; heads * n * rows];
-    cpu.par_chunks(&mut out, n * rows, |h, out| {
-        let mut part = Vec::with_capacity(n * cols);
-        for row in 0..n {
-            part.extend_from_slice(&x[(row * heads + h) * stride..][..cols]);
-        }
-        cpu.matmul(out, &part, weights[h].as_ref());
-    });
-    out
-}
-
-/// `[heads, n, width]` to `[n, heads, width]`.
-fn rows_first(x: &[f32], heads: usize, width: usize) -> Vec<f32> {
-    let n = x.len() / (heads * width);
-    let mut out = Vec::with_capacity(x.len());
-    for row in 0..n {
-        for h in 0..heads {
-            out.extend_from_slice(&x[(h * n + row) * width..][..width]);
-        }
-    }
+/// Applies each head's matrix to its part of rows `x` `[n, heads, x_width]`, of which it takes the first
+/// elements; the results are the first elements of rows `[n, heads, out_width]`.
+fn per_head(cpu: &Cpu, weights: &[Matrix], x: &[f32], x_width: usize, out_width: usize) -> Vec<f32> {
+    let layout = |width: usize| HeadLayout { row: weights.len() * width, head: width, offset: 0 };
+    let n = x.len() / (weights.len() * x_width);
+    let mut out = vec![0.0; n * weights.len() * out_width];
+    let weights: Vec<MatrixRef<'_>> = weights.iter().map(Matrix::as_ref).collect();
+    cpu.matmul_heads(&mut out, layout(out_width), x, layout(x_width), n, &weights);
     out
 }
 

@@ -385,7 +385,7 @@ fn damaged_checkpoints_are_refused_by_name() {
             Err(_) => faults.push(format!("{}: panicked", case.name)),
             Ok(Ok(())) => faults.push(format!("{}: accepted", case.name)),
             Ok(Err(refusal)) => {
-                let text = refusal.to_string();
+                let text = refusal.to_string(); if std::env::var("SHOW").is_ok() { eprintln!("{i} {} => {}", case.name, text.replace(root.path().to_str().unwrap(), "")); }
                 let silent = case.mentions.iter().filter(|m| !text.contains(*m));
                 faults.extend(silent.map(|m| format!("{}: `{text}` does not mention `{m}`", case.name)));
             }

@@ -4,3 +4,4 @@
 pub mod bounds;
 pub mod golden;
 pub mod oracle;
+pub mod tiny;
