@@ -43,12 +43,10 @@ impl Output {
     /// It lies inside the output.
     pub(crate) unsafe fn at(self, elements: usize) -> Output {
         // SAFETY: the caller's promise.
-        Output {
-            data: unsafe { self.data.add(elements) },
-            ..self
-        }
+        let data = unsafe { self.data.add(elements) };
+        Output { data, ..self }
     }
-
+    }
     /// # Safety
     /// `(row, col)` lies inside the output, and no other thread writes it.
     #[inline(always)]
