@@ -46,7 +46,6 @@ impl Output {
         let data = unsafe { self.data.add(elements) };
         Output { data, ..self }
     }
-    }
     /// # Safety
     /// `(row, col)` lies inside the output, and no other thread writes it.
     #[inline(always)]
