@@ -163,6 +163,8 @@ impl Desk {
         for id in sequences.chain(arrivals.iter().map(|&(id, _)| id)) {
             state.scheduler.cancel(id);
         }
+        // Should a step have been out, it is over.
+        state.scheduler.commit(&[]);
     }
 
     /// A panic under the lock ends the engine, and with it the node; until then the state is

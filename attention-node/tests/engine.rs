@@ -72,11 +72,12 @@ async fn mixed(
         order.swap(at, random.below(at + 1));
     }
     let mut readers: Vec<(usize, Events)> = Vec::new();
-    for (nth, &which) in order.iter().enumerate() {
+    for &which in &order {
         readers.push((which, rig.submit(&requests[which])));
         // Until an earlier one has come a little further, sometimes.
+        let at = random.below(readers.len());
         if random.below(2) == 0 {
-            let (_, reader) = &mut readers[random.below(nth + 1)];
+            let (_, reader) = &mut readers[at];
             let seen = reader.len();
             while reader.len() == seen && !reader.is_closed() {
                 tokio::task::yield_now().await;

@@ -149,6 +149,26 @@ impl SlotHost for Host {
     }
 }
 
+/// What the node of this id is called.
+pub fn name(node: NodeId) -> String {
+    format!("expert-{node}")
+}
+
+/// The expert nodes of a placement, in this process.
+pub fn board(model: &'static Model, placement: &Placement, trouble: &Arc<Trouble>) -> Switchboard {
+    let board = Switchboard::default();
+    for node in placement.nodes() {
+        let host = Host {
+            model,
+            name: name(node.node),
+            slots: HashMap::from([(placement.epoch(), node.slots.clone())]),
+            trouble: Arc::clone(trouble),
+        };
+        board.attach(name(node.node), Arc::new(host));
+    }
+    board
+}
+
 /// A running engine and the experts behind it.
 pub struct Rig {
     model: &'static Model,
@@ -197,23 +217,13 @@ impl Rig {
 
     /// Makes a placement active; its nodes know no other epoch.
     pub fn place(&self, placement: Placement) {
-        let board = Switchboard::default();
-        let name = |node: NodeId| format!("expert-{node}");
-        let mut endpoints = Vec::new();
-        for node in placement.nodes() {
-            let host = Host {
-                model: self.model,
-                name: name(node.node),
-                slots: HashMap::from([(placement.epoch(), node.slots.clone())]),
-                trouble: Arc::clone(&self.trouble),
-            };
-            board.attach(name(node.node), Arc::new(host));
-            endpoints.push((node.node, name(node.node), String::new()));
-        }
+        let board = board(self.model, &placement, &self.trouble);
+        let nodes = placement.nodes().iter().map(|node| node.node);
+        let nodes: Vec<(NodeId, String)> = nodes.map(|node| (node, name(node))).collect();
+        let endpoints = nodes.iter().map(|(node, name)| (*node, name.clone(), String::new()));
         self.links.set_nodes(&[], None);
-        self.links.set_nodes(&endpoints, Some(&board));
-        let names = endpoints.into_iter().map(|(node, name, _)| (node, name));
-        let view = View::new(placement, names);
+        self.links.set_nodes(&endpoints.collect::<Vec<_>>(), Some(&board));
+        let view = View::new(placement, nodes);
         self.views.send_replace(Some(Arc::new(view)));
     }
 
