@@ -95,14 +95,22 @@ fn main() {
             .map_or(f64::NAN, |l| median(&l.rates))
     };
     let (bandwidth, peak) = (limit(Limit::Bandwidth), limit(Limit::Peak));
-    println!("{:<44} {:>12} {:>10}", "", "median", "of limit");
+    println!(
+        "{:<44} {:>12} {:>10} {:>10}",
+        "", "median", "of limit", "best"
+    );
     for line in &lines {
         let rate = median(&line.rates);
         let (shown, of) = match line.limit {
             Limit::Bandwidth => (format!("{:.1} GB/s", rate / 1e9), rate / bandwidth),
             Limit::Peak => (format!("{:.0} GFLOPS", rate / 1e9), rate / peak),
         };
-        println!("{:<44} {shown:>12} {:>9.0}%", line.name, of * 100.0);
+        let best = line.rates.iter().copied().fold(0.0, f64::max) / 1e9;
+        println!(
+            "{:<44} {shown:>12} {:>9.0}% {best:>10.1}",
+            line.name,
+            of * 100.0
+        );
     }
 }
 

@@ -18,7 +18,7 @@ pub(crate) struct Line(pub(crate) [f32; LANES]);
 pub(crate) const EMPTY: Line = Line([0.0; LANES]);
 
 /// Columns of one block of the packed form: a widened weight panel of it stays in L1.
-pub(crate) const BLOCK_COLS: usize = 2048;
+pub(crate) const BLOCK_COLS: usize = 1024;
 /// Rows of `x` that one block of columns is run over before the next: they stay in L2.
 const SLAB_ROWS: usize = 60;
 /// Rows of weights in one task of the packed form.
@@ -154,6 +154,8 @@ impl<W: Weights> Direct<'_, W> {
                 let mut scale = [V::splat(0.0); R];
                 for (r, scale) in scale.iter_mut().enumerate() {
                     *scale = self.w.scale::<V>(row + r, col / BLOCK);
+                    // The same place of the next panel: a row often ends where the hardware prefetcher stops.
+                    self.w.prefetch::<V>(row + R + r, col);
                 }
                 while col < end {
                     let mut xs = [V::splat(0.0); C];
@@ -161,8 +163,6 @@ impl<W: Weights> Direct<'_, W> {
                         xs[c] = V::load(x[c].add(col));
                     }
                     for r in 0..R {
-                        // The same place of the next panel: a row often ends where the hardware prefetcher stops.
-                        self.w.prefetch::<V>(row + R + r, col);
                         let w = self.w.chunk::<V>(row + r, col, scale[r]);
                         for c in 0..C {
                             acc[r][c] = xs[c].fma(w, acc[r][c]);
@@ -389,6 +389,8 @@ unsafe fn widen<V: Lanes, W: Weights, const R: usize>(
             while chunk < whole {
                 let col = chunk * LANES;
                 let scale = w.scale::<V>(row + r, col / BLOCK);
+                // The next panel arrives while this one is multiplied.
+                w.prefetch::<V>(row + R + r, col);
                 let stop = ((col / BLOCK + 1) * (BLOCK / LANES)).min(whole);
                 while chunk < stop {
                     w.chunk::<V>(row + r, chunk * LANES, scale)

@@ -20,7 +20,7 @@ pub(crate) trait Weights: Copy + Sync {
     unsafe fn chunk<V: Lanes>(self, row: usize, col: usize, scale: V) -> V;
     /// One element, for ragged ends.
     unsafe fn element(self, row: usize, col: usize) -> f32;
-    /// Asks for the cache line of an element; the element need not exist.
+    /// Asks for the cache lines of the column block that begins at `col`; they need not exist.
     unsafe fn prefetch<V: Lanes>(self, row: usize, col: usize);
 
     /// Columns `col .. col + n` of `row`, zero padded to 16.
@@ -63,14 +63,14 @@ impl Weights for F32<'_> {
 
     #[inline(always)]
     unsafe fn prefetch<V: Lanes>(self, row: usize, col: usize) {
-        // SAFETY: a prefetch faults on no address, and `wrapping_add` makes no claim about it.
-        unsafe {
-            V::prefetch(
-                self.data
-                    .as_ptr()
-                    .wrapping_add(row * self.cols + col)
-                    .cast(),
-            )
+        for line in 0..BLOCK * 4 / 64 {
+            let at = self
+                .data
+                .as_ptr()
+                .wrapping_add(row * self.cols + col)
+                .cast::<u8>();
+            // SAFETY: a prefetch faults on no address, and `wrapping_add` makes no claim about it.
+            unsafe { V::prefetch(at.wrapping_add(line * 64)) }
         }
     }
 }
@@ -101,14 +101,14 @@ impl Weights for Bf16<'_> {
 
     #[inline(always)]
     unsafe fn prefetch<V: Lanes>(self, row: usize, col: usize) {
-        // SAFETY: a prefetch faults on no address, and `wrapping_add` makes no claim about it.
-        unsafe {
-            V::prefetch(
-                self.data
-                    .as_ptr()
-                    .wrapping_add(row * self.cols + col)
-                    .cast(),
-            )
+        for line in 0..BLOCK * 2 / 64 {
+            let at = self
+                .data
+                .as_ptr()
+                .wrapping_add(row * self.cols + col)
+                .cast::<u8>();
+            // SAFETY: a prefetch faults on no address, and `wrapping_add` makes no claim about it.
+            unsafe { V::prefetch(at.wrapping_add(line * 64)) }
         }
     }
 }
@@ -141,8 +141,11 @@ impl Weights for Fp8<'_> {
 
     #[inline(always)]
     unsafe fn prefetch<V: Lanes>(self, row: usize, col: usize) {
-        // SAFETY: a prefetch faults on no address, and `wrapping_add` makes no claim about it.
-        unsafe { V::prefetch(self.data.as_ptr().wrapping_add(row * self.cols + col)) }
+        for line in 0..BLOCK * 1 / 64 {
+            let at = self.data.as_ptr().wrapping_add(row * self.cols + col);
+            // SAFETY: a prefetch faults on no address, and `wrapping_add` makes no claim about it.
+            unsafe { V::prefetch(at.wrapping_add(line * 64)) }
+        }
     }
 }
 

@@ -167,13 +167,7 @@ pub fn matmul(x: &[f32], w: &Matrix) -> Vec<f32> {
 
 pub fn exp(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0;
-    let x = if x > 89.0 {
-        89.0
-    } else if x < -104.0 {
-        -104.0
-    } else {
-        x
-    };
+    let x = x.clamp(-104.0, 89.0);
     let t = x.mul_add(std::f32::consts::LOG2_E, MAGIC);
     let n = t - MAGIC;
     let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
