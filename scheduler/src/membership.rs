@@ -334,8 +334,12 @@ impl Membership {
             .filter(|node| node.incarnation == incarnation)
             .ok_or(UnknownNode(id))?;
         truncate(&mut report.reason);
+        let returns = node.role == Role::Expert && node.report.draining && !report.draining;
         node.report = report;
         self.note_seen(now, id);
+        if returns && self.has_holes() {
+            self.plan_at.get_or_insert(now);
+        }
         self.step(now);
         Ok(())
     }
@@ -363,9 +367,10 @@ impl Membership {
         self.step(now);
     }
 
-    /// A request is being served: nothing live moves from now on.
+    /// A request is being served: nothing live moves from now on. Means nothing
+    /// while no placement is active, because then nothing can be served.
     pub fn mark_served(&mut self) {
-        self.served = true;
+        self.served |= self.active_epoch().is_some();
     }
 
     /// What has followed from the events since the last call.

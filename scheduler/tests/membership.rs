@@ -1,0 +1,485 @@
+//! The membership: single transitions, and what must hold after any of them.
+
+#![allow(clippy::unwrap_used)]
+
+use std::time::Duration;
+
+use guild_scheduler::membership::{
+    Action, Loss, Membership, Refused, Registration, Report, Role, Settings,
+};
+use guild_scheduler::placement::{NodeId, Placement};
+use proptest::prelude::*;
+
+const LEASE: Duration = Duration::from_millis(3000);
+const SETTLE: Duration = Duration::from_millis(500);
+const LAYERS: [u32; 3] = [1, 2, 3];
+const EXPERTS: u32 = 8;
+const SLOT_BYTES: u64 = 1 << 30;
+
+fn settings(min_expert_nodes: usize) -> Settings {
+    Settings {
+        model_digest: "digest-a".into(),
+        layers: LAYERS.to_vec(),
+        experts: EXPERTS,
+        slot_bytes: SLOT_BYTES,
+        lease: LEASE,
+        settle: SETTLE,
+        min_expert_nodes,
+    }
+}
+
+fn registration(role: Role, name: &str, incarnation: u64) -> Registration {
+    Registration {
+        role,
+        name: name.into(),
+        address: format!("{name}:1"),
+        model_digest: "digest-a".into(),
+        numerics_class: "class-a".into(),
+        capacity_bytes: 0,
+        newest_epoch: 0,
+        incarnation,
+    }
+}
+
+fn ready(epoch: u64) -> Report {
+    Report {
+        epoch,
+        ready: true,
+        ..Report::default()
+    }
+}
+
+/// A membership with a hand on its clock.
+struct Cluster {
+    m: Membership,
+    now: Duration,
+}
+
+impl Cluster {
+    fn new(min_expert_nodes: usize) -> Cluster {
+        Cluster {
+            m: Membership::new(settings(min_expert_nodes), Duration::ZERO),
+            now: Duration::ZERO,
+        }
+    }
+
+    fn join(&mut self, role: Role, name: &str) -> NodeId {
+        let new = registration(role, name, name.bytes().map(u64::from).sum());
+        self.m.register(self.now, new).unwrap()
+    }
+
+    fn wait(&mut self, time: Duration) {
+        self.now += time;
+        self.m.tick(self.now);
+    }
+
+    fn beat(&mut self, id: NodeId, report: Report) {
+        let incarnation = self.m.node(id).unwrap().name.bytes().map(u64::from).sum();
+        self.m.heartbeat(self.now, id, incarnation, report).unwrap();
+    }
+
+    fn epoch(&self) -> u64 {
+        self.m.published().unwrap().placement.epoch()
+    }
+
+    fn placement(&self) -> &Placement {
+        &self.m.published().unwrap().placement
+    }
+
+    fn reason(&self) -> String {
+        self.m.waiting_for().expect("not ready")
+    }
+
+    /// Two loaded expert nodes and one attention node.
+    fn serving() -> (Cluster, [NodeId; 3]) {
+        let mut c = Cluster::new(1);
+        let ids = [
+            c.join(Role::Expert, "expert-1"),
+            c.join(Role::Expert, "expert-2"),
+            c.join(Role::Attention, "attention-1"),
+        ];
+        c.wait(SETTLE);
+        let epoch = c.epoch();
+        for id in ids {
+            c.beat(id, ready(epoch));
+        }
+        assert_eq!(c.m.waiting_for(), None);
+        (c, ids)
+    }
+}
+
+#[test]
+fn a_cluster_comes_up_and_says_at_every_step_what_it_waits_for() {
+    let mut c = Cluster::new(2);
+    assert_eq!(c.reason(), "waiting for 2 expert nodes");
+    let attention = c.join(Role::Attention, "attention-1");
+    let one = c.join(Role::Expert, "expert-1");
+    assert_eq!(c.reason(), "waiting for 1 more of 2 expert nodes");
+    c.wait(SETTLE * 2);
+    assert!(c.m.published().is_none());
+    let two = c.join(Role::Expert, "expert-2");
+    assert_eq!(c.reason(), "waiting a moment for further expert nodes to join");
+    c.wait(SETTLE);
+    let epoch = c.epoch();
+    assert!(c.placement().covers(&LAYERS, EXPERTS));
+    assert_eq!(
+        c.reason(),
+        format!("waiting for 2 of 2 expert nodes to load epoch {epoch} (expert-1, expert-2)")
+    );
+    c.m.take_actions();
+    c.beat(one, ready(epoch));
+    assert_eq!(
+        c.reason(),
+        format!("waiting for 1 of 2 expert nodes to load epoch {epoch} (expert-2)")
+    );
+    assert_eq!(c.m.take_actions(), []);
+    c.beat(two, ready(epoch));
+    assert_eq!(c.m.take_actions(), [Action::Publish]);
+    assert_eq!(c.m.active_epoch(), Some(epoch));
+    assert_eq!(
+        c.reason(),
+        format!("no attention node is ready at epoch {epoch} (attention-1)")
+    );
+    c.beat(attention, ready(epoch));
+    assert_eq!(c.m.waiting_for(), None);
+    assert_eq!(c.m.serving().count(), 1);
+}
+
+#[test]
+fn missing_memory_is_named_and_further_nodes_help() {
+    let mut c = Cluster::new(1);
+    let mut small = registration(Role::Expert, "expert-1", 1);
+    small.capacity_bytes = 10 * SLOT_BYTES + 5;
+    c.m.register(c.now, small).unwrap();
+    c.wait(SETTLE);
+    assert_eq!(
+        c.reason(),
+        "expert memory is short by 14.0 GiB (14 of 24 experts have no room): add expert nodes"
+    );
+    let two = c.join(Role::Expert, "expert-2");
+    c.wait(SETTLE);
+    assert!(c.placement().covers(&LAYERS, EXPERTS));
+    let held = |id| c.placement().nodes().iter().find(|n| n.node == id).unwrap().slots.len();
+    assert!(held(two) >= 14);
+}
+
+#[test]
+fn a_join_before_the_first_request_shares_out_anew_and_later_ones_move_nothing() {
+    let (mut c, [one, ..]) = Cluster::serving();
+    let first = c.epoch();
+    c.join(Role::Expert, "expert-3");
+    assert_eq!(c.m.waiting_for(), None, "the old placement serves until the new one is made");
+    c.wait(SETTLE);
+    assert_eq!(c.epoch(), first + 1);
+    assert_eq!(c.placement().nodes().len(), 3);
+
+    let (mut c, ids) = Cluster::serving();
+    c.m.mark_served();
+    c.join(Role::Expert, "expert-3");
+    for _ in 0..4 {
+        c.wait(SETTLE);
+        for id in ids {
+            c.beat(id, ready(first));
+        }
+    }
+    assert_eq!(c.epoch(), first);
+    assert_eq!(c.m.waiting_for(), None);
+    assert!(c.placement().nodes().iter().any(|n| n.node == one));
+}
+
+#[test]
+fn a_silent_expert_node_takes_readiness_away_and_its_experts_get_a_new_home() {
+    let (mut c, [one, two, attention]) = Cluster::serving();
+    c.m.mark_served();
+    let before = c.placement().clone();
+    c.wait(LEASE / 2);
+    c.beat(one, ready(before.epoch()));
+    c.beat(attention, ready(before.epoch()));
+    c.m.take_actions();
+    c.wait(LEASE / 2 + Duration::from_millis(1));
+    let lost = Action::Lost {
+        node: two,
+        name: "expert-2".into(),
+        how: Loss::Silent,
+    };
+    assert_eq!(c.m.take_actions(), [lost, Action::Publish]);
+    assert_eq!(c.epoch(), before.epoch() + 1);
+    assert_eq!(c.m.active_epoch(), None);
+    assert!(c.reason().contains("waiting for 1 of 1 expert nodes to load epoch"));
+    for layer in LAYERS {
+        for expert in 0..EXPERTS {
+            let home = before.resolve(layer, expert).unwrap();
+            if home.0 == one {
+                assert_eq!(c.placement().resolve(layer, expert), Some(home));
+            }
+        }
+    }
+    let epoch = c.epoch();
+    c.beat(one, ready(epoch));
+    assert!(c.reason().contains("no attention node is ready at epoch"));
+    c.beat(attention, ready(epoch));
+    assert_eq!(c.m.waiting_for(), None);
+}
+
+#[test]
+fn holes_that_nobody_has_room_for_wait_for_the_next_node() {
+    let mut c = Cluster::new(1);
+    let mut ids = Vec::new();
+    for name in ["expert-1", "expert-2"] {
+        let mut new = registration(Role::Expert, name, name.bytes().map(u64::from).sum());
+        new.capacity_bytes = 12 * SLOT_BYTES;
+        ids.push(c.m.register(c.now, new).unwrap());
+    }
+    c.wait(SETTLE);
+    let epoch = c.epoch();
+    for &id in &ids {
+        c.beat(id, ready(epoch));
+    }
+    c.m.mark_served();
+    let incarnation = "expert-2".bytes().map(u64::from).sum();
+    c.m.leave(c.now, ids[1], incarnation).unwrap();
+    assert_eq!(c.m.active_epoch(), None, "ACTIVE is taken back at once");
+    assert!(!c.m.published().unwrap().active);
+    assert!(c.reason().starts_with("expert memory is short by 12.0 GiB"), "{}", c.reason());
+    let kept = c.placement().nodes()[0].clone();
+    let three = c.join(Role::Expert, "expert-3");
+    c.wait(SETTLE);
+    assert_eq!(c.epoch(), epoch + 1);
+    assert_eq!(c.placement().nodes()[0], kept);
+    assert_eq!(c.placement().nodes()[1].node, three);
+}
+
+#[test]
+fn another_model_and_another_numerics_class_are_refused_with_both_values() {
+    let (mut c, _) = Cluster::serving();
+    let mut other = registration(Role::Expert, "expert-9", 9);
+    other.model_digest = "digest-b".into();
+    let text = c.m.register(c.now, other).unwrap_err().to_string();
+    assert!(text.contains("digest-a") && text.contains("digest-b"), "{text}");
+
+    let mut other = registration(Role::Attention, "attention-9", 9);
+    other.numerics_class = "class-b".into();
+    let text = c.m.register(c.now, other).unwrap_err().to_string();
+    assert!(text.contains("class-a") && text.contains("class-b"), "{text}");
+
+    let taken = c.m.register(c.now, registration(Role::Expert, "attention-1", 9));
+    assert!(matches!(taken, Err(Refused::NameTaken { .. })));
+
+    for (field, new) in [
+        ("name", Registration { name: String::new(), ..registration(Role::Expert, "x", 1) }),
+        ("name", Registration { name: "a\nb".into(), ..registration(Role::Expert, "x", 1) }),
+        ("address", Registration { address: "x".repeat(1000), ..registration(Role::Expert, "x", 1) }),
+        ("newest_epoch", Registration { newest_epoch: u64::MAX, ..registration(Role::Expert, "x", 1) }),
+    ] {
+        match c.m.register(c.now, new) {
+            Err(Refused::Field { field: named, .. }) => assert_eq!(named, field),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(c.m.waiting_for(), None, "a refusal changes nothing");
+}
+
+#[test]
+fn a_new_process_replaces_the_old_one_of_its_name() {
+    let (mut c, [one, ..]) = Cluster::serving();
+    c.m.mark_served();
+    let old = "expert-1".bytes().map(u64::from).sum();
+    let again = c.m.register(c.now, registration(Role::Expert, "expert-1", old)).unwrap();
+    assert_eq!(again, one, "the same process asking twice keeps its place");
+    assert_eq!(c.m.waiting_for(), None);
+
+    let new = c.m.register(c.now, registration(Role::Expert, "expert-1", 77)).unwrap();
+    assert_ne!(new, one);
+    assert_eq!(c.m.active_epoch(), None);
+    assert!(c.m.heartbeat(c.now, one, old, ready(1)).is_err());
+    assert!(c.m.leave(c.now, one, old).is_err());
+    assert!(c.m.heartbeat(c.now, new, old, ready(1)).is_err(), "not its incarnation");
+    c.wait(SETTLE);
+    assert!(c.placement().covers(&LAYERS, EXPERTS));
+}
+
+#[test]
+fn epochs_go_above_everything_any_node_has_seen() {
+    let mut c = Cluster::new(1);
+    let mut node = registration(Role::Expert, "expert-1", 1);
+    node.newest_epoch = 41;
+    let one = c.m.register(c.now, node).unwrap();
+    c.wait(SETTLE);
+    assert_eq!(c.epoch(), 42);
+    c.m.heartbeat(c.now, one, 1, ready(42)).unwrap();
+    c.m.mark_served();
+    // Saw epoch 42 of an earlier coordinator, which meant something else.
+    let mut late = registration(Role::Attention, "attention-1", 2);
+    late.newest_epoch = 42;
+    let held = c.placement().nodes().to_vec();
+    c.m.register(c.now, late.clone()).unwrap();
+    assert_eq!(c.epoch(), 43);
+    assert_eq!(c.placement().nodes(), held);
+    // The same process, back after its lease has run out, has it from here.
+    late.newest_epoch = 43;
+    c.wait(LEASE / 2);
+    c.m.heartbeat(c.now, one, 1, ready(43)).unwrap();
+    c.wait(LEASE / 2 + Duration::from_millis(1));
+    assert!(c.m.nodes().all(|node| node.role == Role::Expert));
+    c.m.register(c.now, late).unwrap();
+    assert_eq!(c.epoch(), 43);
+}
+
+#[test]
+fn draining_nodes_get_nothing_new() {
+    let (mut c, [_, _, attention]) = Cluster::serving();
+    let epoch = c.epoch();
+    c.beat(attention, Report { draining: true, ..ready(epoch) });
+    assert_eq!(c.m.serving().count(), 0);
+    assert!(c.reason().contains("no attention node is ready"));
+}
+
+#[test]
+fn a_model_without_experts_serves_with_an_attention_node_alone() {
+    let mut m = Membership::new(
+        Settings { layers: Vec::new(), experts: 0, ..settings(1) },
+        Duration::ZERO,
+    );
+    m.tick(SETTLE);
+    let epoch = m.active_epoch().unwrap();
+    let id = m.register(SETTLE, registration(Role::Attention, "a", 1)).unwrap();
+    m.heartbeat(SETTLE, id, 1, ready(epoch)).unwrap();
+    assert_eq!(m.waiting_for(), None);
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Register { role: bool, name: u8, incarnation: u64, capacity: u64, newest: u64 },
+    Beat { id: NodeId, epoch_behind: u64, ready: bool, draining: bool },
+    Leave { id: NodeId },
+    Wait { ms: u64 },
+    Serve,
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        3 => (any::<bool>(), 0u8..6, 0u64..3, 0u64..40, 0u64..12).prop_map(
+            |(role, name, incarnation, capacity, newest)| Event::Register {
+                role, name, incarnation, capacity, newest
+            }),
+        8 => (1u32..14, 0u64..3, prop::bool::weighted(0.8), prop::bool::weighted(0.05)).prop_map(
+            |(id, epoch_behind, ready, draining)| Event::Beat {
+                id, epoch_behind: epoch_behind / 2, ready, draining
+            }),
+        1 => (1u32..14).prop_map(|id| Event::Leave { id }),
+        3 => (0u64..1200).prop_map(|ms| Event::Wait { ms }),
+        1 => Just(Event::Serve),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    #[test]
+    fn whatever_happens_the_promises_hold(
+        min in 1usize..3, events in prop::collection::vec(event(), 1..120),
+    ) {
+        let mut m = Membership::new(settings(min), Duration::ZERO);
+        let mut now = Duration::ZERO;
+        let mut incarnations = std::collections::HashMap::new();
+        let mut reports = std::collections::HashMap::new();
+        let mut last_epoch = 0;
+        let mut told: Option<(u64, bool)> = None;
+        let mut served = false;
+        let mut before: Option<Placement> = None;
+        for event in events {
+            match event {
+                Event::Register { role, name, incarnation, capacity, newest } => {
+                    let role = if role { Role::Expert } else { Role::Attention };
+                    let mut new = registration(role, &format!("node-{name}"), incarnation);
+                    new.capacity_bytes = capacity * SLOT_BYTES;
+                    new.newest_epoch = newest;
+                    if let Ok(id) = m.register(now, new) {
+                        incarnations.insert(id, incarnation);
+                        reports.entry(id).or_insert_with(Report::default);
+                    }
+                }
+                Event::Beat { id, epoch_behind, ready, draining } => {
+                    let epoch = last_epoch.max(epoch_behind) - epoch_behind;
+                    let report = Report { epoch, ready, draining, ..Report::default() };
+                    let incarnation = incarnations.get(&id).copied().unwrap_or(0);
+                    if m.heartbeat(now, id, incarnation, report.clone()).is_ok() {
+                        reports.insert(id, report);
+                    }
+                }
+                Event::Leave { id } => {
+                    let _ = m.leave(now, id, incarnations.get(&id).copied().unwrap_or(0));
+                }
+                Event::Wait { ms } => {
+                    now += Duration::from_millis(ms);
+                    m.tick(now);
+                }
+                Event::Serve => {
+                    served |= m.active_epoch().is_some();
+                    m.mark_served();
+                }
+            }
+            let published = m.published();
+            let publishes = m.published().map(|p| (p.placement.epoch(), p.active));
+
+            // Epochs only grow, and one epoch is one placement.
+            if let Some(p) = published {
+                let epoch = p.placement.epoch();
+                prop_assert!(epoch >= last_epoch);
+                if let Some(old) = &before {
+                    if old.epoch() == epoch {
+                        prop_assert_eq!(old, &p.placement);
+                    } else if served {
+                        // Once serving, what is live stays where it is.
+                        for node in old.nodes() {
+                            let stays = m.node(node.node).is_some_and(|n| !n.report.draining);
+                            if stays {
+                                let now_holds = p.placement.nodes().iter().find(|n| n.node == node.node);
+                                prop_assert!(now_holds.is_some_and(|n| n.slots.starts_with(&node.slots)));
+                            }
+                        }
+                    }
+                }
+                last_epoch = epoch;
+                prop_assert!(p.placement.covers(&LAYERS, EXPERTS));
+                prop_assert_eq!(p.nodes.len(), p.placement.nodes().len());
+                before = Some(p.placement.clone());
+            }
+
+            // ACTIVE means that every expert is live and loaded.
+            if let Some(epoch) = m.active_epoch() {
+                for node in m.published().unwrap().placement.nodes() {
+                    prop_assert!(m.node(node.node).is_some(), "a home is gone");
+                    let report = &reports[&node.node];
+                    prop_assert!(report.ready && report.epoch == epoch);
+                }
+            }
+
+            // Readiness tells the truth and says why not.
+            let can_serve = m.active_epoch().is_some_and(|epoch| {
+                m.nodes().any(|node| {
+                    let report = &reports[&node.id];
+                    node.role == Role::Attention && report.ready && !report.draining && report.epoch == epoch
+                })
+            });
+            prop_assert_eq!(m.waiting_for().is_none(), can_serve);
+            if let Some(reason) = m.waiting_for() {
+                prop_assert!(!reason.is_empty() && !reason.contains("waiting for 0 of"), "{}", reason);
+            }
+
+            // Everybody is told of everything.
+            if m.take_actions().contains(&Action::Publish) {
+                told = publishes;
+            }
+            prop_assert_eq!(told, publishes);
+
+            // Nobody is remembered beyond the lease, and names are unique.
+            let mut names: Vec<&str> = m.nodes().map(|node| node.name.as_str()).collect();
+            names.sort_unstable();
+            let count = names.len();
+            names.dedup();
+            prop_assert_eq!(count, names.len());
+        }
+        prop_assert!(m.published().is_none() || last_epoch > 0);
+    }
+}
