@@ -22,9 +22,13 @@ pub struct LatentCache {
 impl LatentCache {
     /// A cache of `pages` pages of `page_tokens` tokens each, for `layers` layers (the MTP layer counts
     /// as one more after the main model's when drafts are computed).
+    ///
+    /// # Panics
+    /// More memory than there is address space; whoever sizes the cache asks the machine first.
     pub fn new(cfg: &Config, layers: usize, pages: usize, page_tokens: usize) -> LatentCache {
         let width = cfg.latent_width();
-        LatentCache { data: vec![0.0; pages * layers * page_tokens * width], layers, pages, page_tokens, width }
+        let elements = [layers, page_tokens, width].into_iter().fold(pages, usize::saturating_mul);
+        LatentCache { data: vec![0.0; elements], layers, pages, page_tokens, width }
     }
 
     /// Tokens of one page.

@@ -311,3 +311,48 @@ impl Aligned {
         bytemuck::cast_slice_mut(&mut self.memory[self.start..self.start + self.len])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 300 x 200 FP8 values: blocks of 3 x 2, ragged at both ends.
+    fn fp8() -> Matrix {
+        let data = Aligned::collect(300 * 200, (0..300 * 200u32).map(|i| (i * 7 % 126) as u8 | (i as u8 & 0x80)));
+        Matrix { rows: 300, cols: 200, storage: Storage::Fp8 { data, scales: vec![0.5, 3.0, 0.25, 7.0, 1.0, 0.1] } }
+    }
+
+    #[test]
+    fn cutting_and_transposing_move_every_value_where_it_belongs() {
+        for matrix in [fp8(), Matrix { storage: Storage::F32(fp8().widened(|v| v)), ..fp8() }] {
+            for range in [0..300, 0..130, 128..300, 256..300, 128..200, 130..260, 299..300] {
+                let cut = matrix.slice(range.clone());
+                let turned = cut.transposed();
+                assert_eq!((cut.rows(), cut.cols(), turned.rows(), turned.cols()), (range.len(), 200, 200, range.len()));
+                for (i, row) in range.enumerate() {
+                    for col in 0..200 {
+                        assert_eq!(cut.value(i, col).to_bits(), matrix.value(row, col).to_bits());
+                        assert_eq!(turned.value(col, i).to_bits(), matrix.value(row, col).to_bits());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn fp8_stays_fp8_where_blocks_survive_the_cut() {
+        let matrix = fp8();
+        assert_eq!(matrix.slice(128..300).bytes(), 172 * 200 + 4 * 4);
+        assert_eq!(matrix.slice(128..300).transposed().bytes(), 172 * 200 + 4 * 4);
+        assert_eq!(matrix.slice(130..300).bytes(), 170 * 200 * 4);
+    }
+
+    #[test]
+    fn weights_start_at_a_cache_line() {
+        for len in [1, 63, 64, 1000] {
+            let aligned = Aligned::copy(&vec![7; len]);
+            assert!(aligned.bytes().as_ptr().addr().is_multiple_of(ALIGNMENT));
+            assert_eq!(aligned.bytes(), vec![7; len]);
+        }
+    }
+}

@@ -201,6 +201,39 @@ fn weights_widened_at_load_give_the_same_bits() {
     }
 }
 
+#[test]
+fn f16_weights_give_the_bits_of_the_same_weights_in_f32() {
+    let run = |stored| {
+        let dir = tempfile::tempdir().unwrap();
+        tiny::write_as(dir.path(), &tiny::config(), stored, |_| true);
+        Oracle::open(dir.path(), Dtype::Auto, Cpu::new(1)).prefill(&[3, 1, 4, 1, 5]).logits
+    };
+    assert_same_bits("f16", &run(safetensors::Dtype::F16), &run(safetensors::Dtype::F32));
+}
+
+/// Without copies of its own, the MTP module takes embedding and head of the main model; with, its own.
+#[test]
+fn the_mtp_module_uses_its_own_embedding_and_head_if_it_has_them() {
+    let tokens: Vec<u32> = (0..20).map(|i| i * 37 % 96).collect();
+    let config = tiny::config_with(json!({"num_nextn_predict_layers": 1}));
+    let drafts = |copies: bool| {
+        let dir = tempfile::tempdir().unwrap();
+        let is_copy = |name: &str| name.starts_with("model.layers.2.embed_tokens") || name.contains("shared_head.head");
+        tiny::write_as(dir.path(), &config, safetensors::Dtype::F32, |name| copies || !is_copy(name));
+        let model = Oracle::open(dir.path(), Dtype::Auto, Cpu::new(1));
+        let mtp = model.trunk.mtp().unwrap();
+        let hidden = model.prefill(&tokens[..19]).final_norm;
+        let mut stream = mtp.combine_input(&tokens[1..], &hidden);
+        let seqs = [SeqRows { rows: 0..19, start: 0, pages: &[0] }];
+        model.layer(mtp.layer(), &mut stream, &seqs, &mut model.cache(1, 19));
+        let reference = Reference::load(&model.checkpoint).unwrap().mtp(&tokens, &hidden).unwrap();
+        (mtp.draft_logits(&stream), reference.draft_logits)
+    };
+    let (shared, reference) = drafts(false);
+    assert_close("drafts", &shared, &reference, F32.logits);
+    assert_ne!(drafts(true).0, shared);
+}
+
 /// Rounding bf16 to bf16 changes nothing; rounding more than that is another model, but a working one.
 #[test]
 fn weights_rounded_to_bf16_work() {

@@ -19,4 +19,9 @@ pub struct Bounds {
 }
 
 /// f32 arithmetic over f32, bf16, f16 or block-scaled FP8 weights, none of them rounded again.
-pub const F32: Bounds = Bounds { logits: 5e-4, hidden: 1e-4, router_logits: 1e-4, router_weights: 1e-4 };
+pub const F32: Bounds = Bounds {
+    logits: 5e-4,
+    hidden: 1e-4,
+    router_logits: 1e-4,
+    router_weights: 1e-4,
+};

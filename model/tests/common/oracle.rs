@@ -45,7 +45,13 @@ impl Oracle {
     pub fn open(dir: &Path, dtype: Dtype, cpu: Cpu) -> Oracle {
         let checkpoint = Checkpoint::open(dir).unwrap();
         let trunk = Trunk::load(&checkpoint, dtype, &cpu, &|_, _| ()).unwrap();
-        Oracle { checkpoint, cpu, trunk, dtype, experts: Mutex::new(HashMap::new()) }
+        Oracle {
+            checkpoint,
+            cpu,
+            trunk,
+            dtype,
+            experts: Mutex::new(HashMap::new()),
+        }
     }
 
     /// A cache for the main model and, if there is one, the MTP layer.
@@ -60,19 +66,31 @@ impl Oracle {
         let mut seqs = Vec::new();
         let mut row = 0;
         for piece in pieces {
-            seqs.push(SeqRows { rows: row..row + piece.tokens.len(), start: piece.start, pages: piece.pages });
+            seqs.push(SeqRows {
+                rows: row..row + piece.tokens.len(),
+                start: piece.start,
+                pages: piece.pages,
+            });
             row += piece.tokens.len();
         }
         let mut stream = self.trunk.embed(&tokens);
         let mut hidden = vec![stream.clone()];
         let mut routes = BTreeMap::new();
         for layer in self.trunk.layers() {
-            routes.extend(self.layer(layer, &mut stream, &seqs, cache).map(|r| (layer.index(), r)));
+            routes.extend(
+                self.layer(layer, &mut stream, &seqs, cache)
+                    .map(|r| (layer.index(), r)),
+            );
             hidden.push(stream.clone());
         }
         let final_norm = self.trunk.final_norm(&stream);
         let logits = self.trunk.logits(&final_norm);
-        Pass { hidden, routes, final_norm, logits }
+        Pass {
+            hidden,
+            routes,
+            final_norm,
+            logits,
+        }
     }
 
     /// One layer, attention and feed-forward, of the main model or the MTP module.
@@ -103,7 +121,14 @@ impl Oracle {
     /// The whole prompt in one piece.
     pub fn prefill(&self, tokens: &[u32]) -> Pass {
         let mut cache = self.cache(1, tokens.len());
-        self.forward(&[Piece { tokens, start: 0, pages: &[0] }], &mut cache)
+        self.forward(
+            &[Piece {
+                tokens,
+                start: 0,
+                pages: &[0],
+            }],
+            &mut cache,
+        )
     }
 
     /// Prefill, then one token at a time.
@@ -112,9 +137,20 @@ impl Oracle {
         let mut tokens = prompt.to_vec();
         let mut done = 0;
         while tokens.len() < prompt.len() + count {
-            let pass = self.forward(&[Piece { tokens: &tokens[done..], start: done, pages: &[0] }], &mut cache);
+            let pass = self.forward(
+                &[Piece {
+                    tokens: &tokens[done..],
+                    start: done,
+                    pages: &[0],
+                }],
+                &mut cache,
+            );
             done = tokens.len();
-            let last = pass.logits.chunks_exact(self.trunk.config().vocab_size).next_back().unwrap();
+            let last = pass
+                .logits
+                .chunks_exact(self.trunk.config().vocab_size)
+                .next_back()
+                .unwrap();
             tokens.push(sampler::sample(&self.cpu, last, &Sampling::GREEDY, done as u64, 0).token);
         }
         tokens.split_off(prompt.len())
@@ -129,7 +165,11 @@ impl Oracle {
         }
         let mut out = vec![0.0; routes.experts.len() * width];
         for (expert, choices) in choices {
-            let rows = choices.iter().flat_map(|c| &x[c / routes.top_k * width..][..width]).copied().collect::<Vec<_>>();
+            let rows = choices
+                .iter()
+                .flat_map(|c| &x[c / routes.top_k * width..][..width])
+                .copied()
+                .collect::<Vec<_>>();
             let returned = self.expert(layer, expert).forward(&self.cpu, &rows);
             for (choice, row) in choices.iter().zip(returned.chunks_exact(width)) {
                 out[choice * width..][..width].copy_from_slice(row);
@@ -140,7 +180,9 @@ impl Oracle {
 
     fn expert(&self, layer: usize, expert: u32) -> Arc<Expert> {
         let mut experts = self.experts.lock().unwrap();
-        let load = || Arc::new(Expert::load(&self.checkpoint, layer, expert as usize, self.dtype).unwrap());
+        let load = || {
+            Arc::new(Expert::load(&self.checkpoint, layer, expert as usize, self.dtype).unwrap())
+        };
         Arc::clone(experts.entry((layer, expert)).or_insert_with(load))
     }
 }

@@ -30,21 +30,31 @@ pub fn config_with(changes: Value) -> Value {
     config
 }
 
-/// Writes a checkpoint of f32 weights of this configuration.
+/// Writes a checkpoint of f32 weights of this configuration. Every value is one that f16 can hold.
 pub fn write(dir: &Path, config: &Value) {
+    write_as(dir, config, Dtype::F32, |_| true);
+}
+
+/// The same weights, stored in f16 or f32, without the tensors that `keep` refuses.
+pub fn write_as(dir: &Path, config: &Value, dtype: Dtype, keep: impl Fn(&str) -> bool) {
     let text = config.to_string();
     std::fs::write(dir.join("config.json"), &text).unwrap();
     let parsed = Config::from_json(&text).unwrap();
     let mut state = 1;
-    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = schema(&parsed)
-        .map(|spec| {
-            let centre = if spec.name.contains("norm") { 1.0 } else { 0.0 };
-            let values = random(&mut state, spec.elements() as usize, 0.25);
-            let bytes = values.iter().flat_map(|v| (centre + v).to_le_bytes()).collect();
-            (spec.name, spec.shape, bytes)
-        })
-        .collect();
-    let views = tensors.iter().map(|(n, s, b)| (n.as_str(), TensorView::new(Dtype::F32, s.clone(), b).unwrap()));
+    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    for spec in schema(&parsed) {
+        let centre = if spec.name.contains("norm") { 1.0 } else { 0.0 };
+        let values = random(&mut state, spec.elements() as usize, 0.25);
+        let values = values.iter().map(|v| half::f16::from_f32(centre + v));
+        let bytes = match dtype {
+            Dtype::F16 => values.flat_map(|v| v.to_le_bytes()).collect(),
+            _ => values.flat_map(|v| v.to_f32().to_le_bytes()).collect(),
+        };
+        if keep(&spec.name) {
+            tensors.push((spec.name, spec.shape, bytes));
+        }
+    }
+    let views = tensors.iter().map(|(n, s, b)| (n.as_str(), TensorView::new(dtype, s.clone(), b).unwrap()));
     std::fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
@@ -57,5 +67,7 @@ pub fn random(state: &mut u64, count: usize, scale: f32) -> Vec<f32> {
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)
     };
-    (0..count).map(|_| ((next() >> 40) as f32 / (1 << 23) as f32 - 1.0) * scale).collect()
+    (0..count)
+        .map(|_| ((next() >> 40) as f32 / (1 << 23) as f32 - 1.0) * scale)
+        .collect()
 }
