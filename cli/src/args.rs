@@ -1,0 +1,413 @@
+//! The command line. Names and flags are a contract with users and scripts.
+
+use std::path::PathBuf;
+use std::str::FromStr as _;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use guild_attention_node::{AttentionNodeConfig as Defaults, KvMemory};
+use guild_model::checkpoint::Dtype;
+use guild_node::telemetry::LogFormat;
+
+use crate::failure::EXIT_CODES;
+use crate::listen::EPHEMERAL;
+
+/// Serves the DeepSeek-V3 family with its experts spread over ordinary machines.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "guild", version, propagate_version = true, after_help = EXIT_CODES)]
+#[command(disable_help_subcommand = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do.
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum Command {
+    /// A whole cluster in one process
+    Up(Up),
+    /// Front door, membership and placement
+    Coordinator(Coordinator),
+    /// Attention, KV cache and everything but the routed experts
+    AttentionNode(AttentionNode),
+    /// Routed experts
+    ExpertNode(ExpertNode),
+    /// One completion, from a server or from a checkpoint
+    Generate(Generate),
+    /// A conversation with a server
+    Chat(Chat),
+    /// What a checkpoint is and what a cluster for it needs
+    Inspect(Inspect),
+    /// Writes a checkpoint of any shape with random weights
+    RandomModel(RandomModel),
+}
+
+/// Flags of every command.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Common {
+    /// TOML file with flags by name, at the top or in a table named like the command
+    #[arg(long, value_name = "FILE", help_heading = "Common")]
+    pub(crate) config: Option<PathBuf>,
+    /// Form of the log on stderr
+    #[arg(long, value_enum, default_value_t, value_name = "text|json", hide_possible_values = true, help_heading = "Common")]
+    pub(crate) log_format: LogFormat,
+    /// error, warn, info, debug, trace, or directives such as `info,guild_node=debug`
+    #[arg(long, default_value = "info", value_name = "LEVEL", help_heading = "Common")]
+    pub(crate) log_level: String,
+}
+
+/// How weights are kept and computed with.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Compute {
+    /// Weights in memory: as stored, widened to f32, or rounded to bf16
+    #[arg(long, default_value_t, value_parser = Dtype::from_str, value_name = "auto|f32|bf16")]
+    pub(crate) dtype: Dtype,
+    /// Threads for the arithmetic; 0: one per physical core
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1024), value_name = "N")]
+    pub(crate) threads: u16,
+}
+
+/// Leaving loopback.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Exposure {
+    /// Allow addresses that other machines can reach: there is no TLS and no key yet
+    #[arg(long)]
+    pub(crate) insecure: bool,
+    /// Seconds that running requests get to end after SIGTERM or Ctrl-C
+    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    pub(crate) drain: u32,
+}
+
+/// Limits of an attention node.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Engine {
+    /// Memory for the KV cache: `auto`, or a size such as 8GiB
+    #[arg(long, default_value = "auto", value_name = "SIZE", help_heading = "Engine")]
+    pub(crate) kv_memory: KvMemory,
+    /// Tokens of prompt and output together; 0: as many as the model was made for
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Engine")]
+    pub(crate) max_context: u32,
+    /// Requests in one batch
+    #[arg(long, default_value_t = Defaults::MAX_RUNNING as u32, value_name = "N", help_heading = "Engine")]
+    pub(crate) max_running: u32,
+    /// Requests that may wait for a place in the batch; further ones are refused
+    #[arg(long, default_value_t = Defaults::MAX_WAITING as u32, value_name = "N", help_heading = "Engine")]
+    pub(crate) max_waiting: u32,
+    /// Tokens of one step, prefill and decode together
+    #[arg(long, default_value_t = Defaults::MAX_STEP_TOKENS as u32, value_name = "N", help_heading = "Engine")]
+    pub(crate) max_step_tokens: u32,
+    /// Tokens of one page of the KV cache
+    #[arg(long, default_value_t = Defaults::PAGE_TOKENS as u32, value_name = "N", help_heading = "Engine")]
+    pub(crate) page_tokens: u32,
+}
+
+impl Default for Engine {
+    fn default() -> Self {
+        Self {
+            kv_memory: KvMemory::Auto,
+            max_context: 0,
+            max_running: Defaults::MAX_RUNNING as u32,
+            max_waiting: Defaults::MAX_WAITING as u32,
+            max_step_tokens: Defaults::MAX_STEP_TOKENS as u32,
+            page_tokens: Defaults::PAGE_TOKENS as u32,
+        }
+    }
+}
+
+/// How rows travel between the nodes of one process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FabricKind {
+    /// Handed over in memory
+    #[default]
+    Local,
+    /// Over loopback gRPC, as between machines
+    Grpc,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Examples:
+  guild up --model models/demo
+  guild up --model models/demo --attention-nodes 2 --expert-nodes 3 --fabric grpc
+  guild up --model models/demo --http 127.0.0.1:0 --grpc 127.0.0.1:0    # free ports, printed
+
+When the cluster serves, one line on stdout says where:
+  guild: serving http=127.0.0.1:8000 grpc=127.0.0.1:8001
+
+{EXIT_CODES}"))]
+pub(crate) struct Up {
+    /// Folder of the checkpoint
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Name that clients see; default: the name of the folder
+    #[arg(long, value_name = "NAME")]
+    pub(crate) served_model_name: Option<String>,
+    /// Attention nodes
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64), value_name = "N")]
+    pub(crate) attention_nodes: u16,
+    /// Expert nodes
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64), value_name = "N")]
+    pub(crate) expert_nodes: u16,
+    /// How rows travel between them
+    #[arg(long, value_enum, default_value_t, value_name = "local|grpc", hide_possible_values = true)]
+    pub(crate) fabric: FabricKind,
+    /// OpenAI-compatible front door
+    #[arg(long, default_value = "127.0.0.1:8000", value_name = "HOST:PORT")]
+    pub(crate) http: String,
+    /// gRPC front door
+    #[arg(long, default_value = "127.0.0.1:8001", value_name = "HOST:PORT")]
+    pub(crate) grpc: String,
+    #[command(flatten)]
+    pub(crate) compute: Compute,
+    #[command(flatten)]
+    pub(crate) exposure: Exposure,
+    #[command(flatten)]
+    pub(crate) engine: Engine,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Example, one role a terminal, in any order:
+  guild coordinator    --model models/demo
+  guild attention-node --model models/demo --coordinator http://127.0.0.1:7000
+  guild expert-node    --model models/demo --coordinator http://127.0.0.1:7000
+  guild expert-node    --model models/demo --coordinator http://127.0.0.1:7000
+
+{EXIT_CODES}"))]
+pub(crate) struct Coordinator {
+    /// Folder of the checkpoint; only its configuration, tokenizer and identity are read
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Name that clients see; default: the name of the folder
+    #[arg(long, value_name = "NAME")]
+    pub(crate) served_model_name: Option<String>,
+    /// Where nodes join
+    #[arg(long, default_value = "127.0.0.1:7000", value_name = "HOST:PORT")]
+    pub(crate) listen: String,
+    /// OpenAI-compatible front door
+    #[arg(long, default_value = "127.0.0.1:8000", value_name = "HOST:PORT")]
+    pub(crate) http: String,
+    /// gRPC front door
+    #[arg(long, default_value = "127.0.0.1:8001", value_name = "HOST:PORT")]
+    pub(crate) grpc: String,
+    /// Expert nodes to wait for before experts are placed
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..), value_name = "N")]
+    pub(crate) min_expert_nodes: u16,
+    /// Tokens of prompt and output together; 0: as many as the model was made for
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) max_context: u32,
+    #[command(flatten)]
+    pub(crate) compute: Compute,
+    #[command(flatten)]
+    pub(crate) exposure: Exposure,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+/// How a node joins.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Joining {
+    /// Folder of the checkpoint, the same one in the whole cluster
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Where the coordinator lets nodes join
+    #[arg(long, value_name = "URL")]
+    pub(crate) coordinator: String,
+    /// Where this node serves; port 0: a free one
+    #[arg(long, default_value = EPHEMERAL, value_name = "HOST:PORT")]
+    pub(crate) listen: String,
+    /// Where others reach it; default: where it listens
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) advertise: Option<String>,
+    /// Unique in the cluster and kept over restarts; default: role and address
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Example:
+  guild attention-node --model models/demo --coordinator http://127.0.0.1:7000
+
+{EXIT_CODES}"))]
+pub(crate) struct AttentionNode {
+    #[command(flatten)]
+    pub(crate) joining: Joining,
+    #[command(flatten)]
+    pub(crate) compute: Compute,
+    #[command(flatten)]
+    pub(crate) exposure: Exposure,
+    #[command(flatten)]
+    pub(crate) engine: Engine,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Example:
+  guild expert-node --model models/demo --coordinator http://127.0.0.1:7000
+
+{EXIT_CODES}"))]
+pub(crate) struct ExpertNode {
+    #[command(flatten)]
+    pub(crate) joining: Joining,
+    /// Memory for resident experts, such as 32GiB; 0: as much as is placed here
+    #[arg(long, default_value = "0", value_parser = crate::units::parse_bytes, value_name = "SIZE")]
+    pub(crate) capacity: u64,
+    #[command(flatten)]
+    pub(crate) compute: Compute,
+    #[command(flatten)]
+    pub(crate) exposure: Exposure,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Examples:
+  guild generate --prompt 'ROMEO:' --max-tokens 40
+  guild generate --token-ids 0,839,30 --logprobs 3 --prompt-logprobs 3 --ignore-eos --json
+  guild generate --model models/demo --prompt 'ROMEO:'       # no server needed
+
+{EXIT_CODES}"))]
+pub(crate) struct Generate {
+    /// gRPC front door, or an attention node (token ids only)
+    #[arg(long, default_value = "http://127.0.0.1:8001", value_name = "URL")]
+    pub(crate) endpoint: String,
+    /// Serve this checkpoint in this process instead of asking a server
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// Text to continue
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) prompt: Option<String>,
+    /// Token ids to continue
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', num_args = 1)]
+    pub(crate) token_ids: Vec<u32>,
+    /// Tokens to generate at most
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub(crate) max_tokens: u32,
+    /// 0: always the most probable token
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    pub(crate) temperature: f32,
+    /// Same seed, same prompt, same tokens
+    #[arg(long, value_name = "S")]
+    pub(crate) seed: Option<u64>,
+    /// Sample from the most probable tokens that make up this share
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    pub(crate) top_p: f32,
+    /// Sample from this many most probable tokens; 0: all
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    pub(crate) top_k: u32,
+    /// Text that ends the output; may be given more than once
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// Log-probability of every output token and of the K best at its place
+    #[arg(long, value_name = "K")]
+    pub(crate) logprobs: Option<u32>,
+    /// The same for the prompt, from its second token on
+    #[arg(long, value_name = "K")]
+    pub(crate) prompt_logprobs: Option<u32>,
+    /// Go on after an end-of-sequence token
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    /// Print one JSON object: token_ids, text, logprobs, prompt_logprobs, finish_reason, usage
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) compute: Compute,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("In a conversation: /reset forgets what was said, /exit or Ctrl-D ends,
+Ctrl-C stops a reply. Lines from a pipe are turns as well:
+  echo 'What say you, my lord?' | guild chat
+
+{EXIT_CODES}"))]
+pub(crate) struct Chat {
+    /// HTTP front door
+    #[arg(long, default_value = "http://127.0.0.1:8000", value_name = "URL")]
+    pub(crate) endpoint: String,
+    /// System message that every conversation begins with
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// Tokens of one reply at most
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub(crate) max_tokens: u32,
+    /// 0: always the most probable token; default: the server's
+    #[arg(long, value_name = "T")]
+    pub(crate) temperature: Option<f32>,
+    /// Sample from the most probable tokens that make up this share
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f32>,
+    /// Same seed, same conversation, same replies
+    #[arg(long, value_name = "S")]
+    pub(crate) seed: Option<u64>,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Examples:
+  guild inspect --model models/demo --nodes 4
+  guild inspect --model models/demo --reference --token-ids 0,839,30 --max-tokens 8 --json
+  guild inspect --cpu
+
+{EXIT_CODES}"))]
+pub(crate) struct Inspect {
+    /// Folder of the checkpoint
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// Expert nodes of the cluster to plan for
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..), value_name = "N")]
+    pub(crate) nodes: u16,
+    /// Run the slow f32 reference on --token-ids and print what `generate --json` prints
+    #[arg(long, requires = "token_ids")]
+    pub(crate) reference: bool,
+    /// Prompt of the reference
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', num_args = 1)]
+    pub(crate) token_ids: Vec<u32>,
+    /// Tokens that the reference continues greedily
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    pub(crate) max_tokens: u32,
+    /// Best alternatives at every place of the reference
+    #[arg(long, default_value_t = 5, value_name = "K")]
+    pub(crate) logprobs: u32,
+    /// Say which instruction set this machine's arithmetic uses, and why
+    #[arg(long)]
+    pub(crate) cpu: bool,
+    /// One JSON object instead of words
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) compute: Compute,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Examples:
+  guild random-model --shape tiny --out /tmp/tiny
+  guild random-model --shape moonlight-4L --set num_hidden_layers=6 --out /tmp/moonlight
+
+Every value is a function of seed, tensor name and index alone: the same command
+writes the same bytes anywhere.
+
+{EXIT_CODES}"))]
+pub(crate) struct RandomModel {
+    /// Shape to start from; an unknown one is answered with the list
+    #[arg(long, value_name = "SHAPE")]
+    pub(crate) shape: String,
+    /// Change one key of its config.json; may be given more than once
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Seed of the weights
+    #[arg(long, default_value_t = 1, value_name = "S")]
+    pub(crate) seed: u64,
+    /// Largest file, in GB
+    #[arg(long, default_value_t = 4.0, value_name = "GB")]
+    pub(crate) shard_gb: f64,
+    /// Folder to write
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}

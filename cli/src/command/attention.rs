@@ -1,0 +1,34 @@
+//! `guild attention-node`.
+
+use guild_model::Checkpoint;
+
+use super::{block_on, cpu, join, log_role, served_name, signals};
+use crate::args::AttentionNode;
+use crate::banner::Banner;
+use crate::failure::Failure;
+use crate::shells;
+
+pub(crate) fn run(args: &AttentionNode) -> Result<(), Failure> {
+    log_role(&args.common)?;
+    block_on(serve(args))
+}
+
+async fn serve(args: &AttentionNode) -> Result<(), Failure> {
+    let shutdown = signals()?;
+    let (place, listener) = join("attention", &args.joining, args.exposure).await?;
+    let checkpoint = Checkpoint::open(&place.model)?;
+    let cpu = cpu(args.compute.threads);
+    let name = served_name(None, &place.model);
+    let mut banner = Banner::new(format!("attention-node {}", place.name));
+    banner
+        .model(&name, &checkpoint)?
+        .weights(&checkpoint, args.compute.dtype)
+        .kv(&checkpoint, args.engine)
+        .cpu(&cpu)
+        .line("cluster", &place.coordinator)
+        .line("reached at", &place.address)
+        .insecure(args.exposure.insecure)
+        .show(args.common.log_format);
+    let config = shells::attention(&place, &name, args.compute, args.engine, args.exposure);
+    guild_attention_node::run(config, listener, cpu, None, shutdown).await.map_err(|error| Failure::of(&error))
+}

@@ -1,0 +1,49 @@
+//! `guild coordinator`.
+
+use guild_coordinator::Listeners;
+use guild_model::Checkpoint;
+
+use super::{block_on, log_role, served_name, signals};
+use crate::args::Coordinator;
+use crate::banner::Banner;
+use crate::failure::Failure;
+use crate::listen::{address_of, bind, reachable};
+use crate::shells;
+
+pub(crate) fn run(args: &Coordinator) -> Result<(), Failure> {
+    log_role(&args.common)?;
+    block_on(serve(args))
+}
+
+async fn serve(args: &Coordinator) -> Result<(), Failure> {
+    let shutdown = signals()?;
+    let insecure = args.exposure.insecure;
+    let listeners = Listeners {
+        cluster: bind("listen", &args.listen, insecure).await?,
+        http: bind("http", &args.http, insecure).await?,
+        grpc: bind("grpc", &args.grpc, insecure).await?,
+    };
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let name = served_name(args.served_model_name.as_deref(), &args.model);
+    let http = address_of(&listeners.http)?;
+    let mut banner = Banner::new("coordinator");
+    banner
+        .model(&name, &checkpoint)?
+        .line("waits for", format!("{} expert nodes and an attention node", args.min_expert_nodes))
+        .line("nodes join", format!("http://{}", address_of(&listeners.cluster)?))
+        .line("http", format!("http://{http}/v1"))
+        .line("grpc", format!("http://{}", address_of(&listeners.grpc)?))
+        .try_it(&name, reachable(http))
+        .insecure(insecure)
+        .show(args.common.log_format);
+    let config = shells::coordinator(&shells::FrontDesk {
+        model: &args.model,
+        model_name: &name,
+        compute: args.compute,
+        max_context: args.max_context,
+        min_expert_nodes: args.min_expert_nodes,
+        settle: None,
+        exposure: args.exposure,
+    });
+    guild_coordinator::run(config, listeners, shutdown).await.map_err(|error| Failure::of(&error))
+}

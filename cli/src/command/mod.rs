@@ -1,0 +1,105 @@
+//! One module a command. Here: what is common to all of them, from the command
+//! line to the runtime.
+
+mod attention;
+mod chat;
+mod coordinator;
+mod expert;
+mod generate;
+mod inspect;
+mod random;
+mod reference;
+mod up;
+
+use std::future::Future;
+use std::path::Path;
+
+use guild_model::Cpu;
+use guild_node::{ExitKind, Shutdown, channel, config, telemetry};
+use tokio::net::TcpListener;
+
+use crate::args::{Cli, Command, Common, Exposure, Joining};
+use crate::failure::Failure;
+use crate::listen::{address_of, bind};
+use crate::shells::Place;
+
+/// Runs the command that this process was started with.
+pub(crate) fn run() -> Result<(), Failure> {
+    let config::Loaded { value: cli, origins } = config::load::<Cli>()?;
+    match cli.command {
+        Command::Up(args) => up::run(&args),
+        Command::Coordinator(args) => coordinator::run(&args),
+        Command::AttentionNode(args) => attention::run(&args),
+        Command::ExpertNode(args) => expert::run(&args),
+        Command::Generate(args) => generate::run(&args, &origins),
+        Command::Chat(args) => chat::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::RandomModel(args) => random::run(&args),
+    }
+}
+
+/// Sets up logging for a role: everything at the level that was asked for.
+fn log_role(common: &Common) -> Result<(), Failure> {
+    telemetry::init(common.log_format, &common.log_level).map_err(|error| Failure::of(&error))
+}
+
+/// Sets up logging for a tool, whose output is its result: only what is wrong,
+/// unless a level was asked for.
+fn log_tool(common: &Common) -> Result<(), Failure> {
+    let level = if common.log_level == "info" { "warn" } else { &common.log_level };
+    telemetry::init(common.log_format, level).map_err(|error| Failure::of(&error))
+}
+
+/// Runs a future to its end on all cores.
+fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| {
+            Failure::new(ExitKind::Resources, format!("cannot start the runtime: {error}"))
+        })?
+        .block_on(future)
+}
+
+/// The request to end that SIGTERM and Ctrl-C make.
+fn signals() -> Result<Shutdown, Failure> {
+    Shutdown::from_signals()
+        .map_err(|error| Failure::new(ExitKind::Resources, format!("cannot listen to signals: {error}")))
+}
+
+/// The arithmetic with the threads that were asked for.
+fn cpu(threads: u16) -> Cpu {
+    Cpu::new(usize::from(threads))
+}
+
+/// What clients call the model: the name given, else the folder's.
+pub(crate) fn served_name(given: Option<&str>, model: &Path) -> String {
+    if let Some(name) = given {
+        return name.to_owned();
+    }
+    let full = model.canonicalize().unwrap_or_else(|_| model.to_owned());
+    full.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Opens a node's listener and settles who and where it is.
+async fn join(role: &str, joining: &Joining, exposure: Exposure) -> Result<(Place, TcpListener), Failure> {
+    channel::lazy(&joining.coordinator).map_err(|error| Failure::usage(format!("--coordinator: {error}")))?;
+    let listener = bind("listen", &joining.listen, exposure.insecure).await?;
+    let address = match &joining.advertise {
+        Some(address) => address.clone(),
+        None => {
+            let address = address_of(&listener)?;
+            if address.ip().is_unspecified() {
+                return Err(Failure::usage(format!("--advertise is missing: {address} is no address to be reached at")));
+            }
+            address.to_string()
+        }
+    };
+    let place = Place {
+        model: joining.model.clone(),
+        name: joining.name.clone().unwrap_or_else(|| format!("{role}-{address}")),
+        address,
+        coordinator: joining.coordinator.clone(),
+    };
+    Ok((place, listener))
+}

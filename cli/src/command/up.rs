@@ -1,0 +1,88 @@
+//! `guild up`: a whole cluster in one process.
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+
+use guild_model::{Checkpoint, Cpu};
+
+use super::{block_on, cpu, log_role, served_name};
+use crate::args::{FabricKind, Up};
+use crate::banner::Banner;
+use crate::failure::Failure;
+use crate::listen::{address_of, bind, reachable};
+use crate::local::{Local, Plan};
+
+pub(crate) fn run(args: &Up) -> Result<(), Failure> {
+    log_role(&args.common)?;
+    block_on(serve(args))
+}
+
+async fn serve(args: &Up) -> Result<(), Failure> {
+    let shutdown = super::signals()?;
+    let insecure = args.exposure.insecure;
+    let http = bind("http", &args.http, insecure).await?;
+    let grpc = bind("grpc", &args.grpc, insecure).await?;
+    let doors = (address_of(&http)?, address_of(&grpc)?);
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let cpu = cpu(args.compute.threads);
+    let plan = Plan {
+        model: args.model.clone(),
+        model_name: served_name(args.served_model_name.as_deref(), &args.model),
+        attention_nodes: args.attention_nodes,
+        expert_nodes: args.expert_nodes,
+        fabric: args.fabric,
+        compute: args.compute,
+        exposure: args.exposure,
+        engine: args.engine,
+    };
+    banner(args, &plan, &checkpoint, &cpu, doors)?.show(args.common.log_format);
+    let mut local = Local::start(&plan, &cpu, http, grpc).await?;
+    let ended = tokio::select! {
+        ended = announce(&mut local, doors) => ended,
+        () = shutdown.requested() => Ok(()),
+    };
+    let ended = match ended {
+        Ok(()) => tokio::select! {
+            failure = local.failed() => Err(failure),
+            () = shutdown.requested() => Ok(()),
+        },
+        failed => failed,
+    };
+    let stopped = local.stop().await;
+    ended.and(stopped)
+}
+
+/// Waits until the cluster serves and says so to programs: one line on stdout.
+async fn announce(local: &mut Local, (http, grpc): (SocketAddr, SocketAddr)) -> Result<(), Failure> {
+    local.ready().await?;
+    let mut stdout = std::io::stdout();
+    writeln!(stdout, "guild: serving http={http} grpc={grpc}")?;
+    Ok(stdout.flush()?)
+}
+
+fn banner(
+    args: &Up,
+    plan: &Plan,
+    checkpoint: &Checkpoint,
+    cpu: &Cpu,
+    (http, grpc): (SocketAddr, SocketAddr),
+) -> Result<Banner, Failure> {
+    let fabric = match args.fabric {
+        FabricKind::Local => "in memory",
+        FabricKind::Grpc => "over loopback gRPC",
+    };
+    let mut banner = Banner::new(format!(
+        "up: coordinator, {} attention, {} expert in one process, rows {fabric}",
+        args.attention_nodes, args.expert_nodes
+    ));
+    banner
+        .model(&plan.model_name, checkpoint)?
+        .weights(checkpoint, args.compute.dtype)
+        .kv(checkpoint, args.engine)
+        .cpu(cpu)
+        .line("http", format!("http://{http}/v1"))
+        .line("grpc", format!("http://{grpc}"))
+        .try_it(&plan.model_name, reachable(http))
+        .insecure(args.exposure.insecure);
+    Ok(banner)
+}

@@ -1,0 +1,159 @@
+//! A small HTTP/1.1 client for `guild chat`: one request a connection, cleartext,
+//! bodies read as they come.
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::{Method, Request, Response, Uri};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+use crate::failure::Failure;
+
+/// Bytes of a body that is read whole, and of one line of a stream.
+const MAX_BODY_BYTES: usize = 8 << 20;
+
+/// A server by its `http://HOST[:PORT]`.
+pub(crate) struct Server {
+    authority: String,
+}
+
+impl Server {
+    /// # Errors
+    /// The URL has another scheme, a path or no host.
+    pub(crate) fn new(endpoint: &str) -> Result<Self, Failure> {
+        let wrong = |why: &str| {
+            Failure::usage(format!("--endpoint: `{endpoint}` {why}")).hint("write http://HOST:PORT")
+        };
+        let text = if endpoint.contains("://") { endpoint.to_owned() } else { format!("http://{endpoint}") };
+        let uri: Uri = text.parse().map_err(|_| wrong("is no URL"))?;
+        if uri.scheme_str() != Some("http") {
+            return Err(wrong("has a scheme other than http"));
+        }
+        if uri.path() != "/" {
+            return Err(wrong("has a path"));
+        }
+        let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(|| wrong("has no host"))?;
+        Ok(Self { authority: format!("{host}:{}", uri.port_u16().unwrap_or(80)) })
+    }
+
+    /// GET, answered with JSON.
+    pub(crate) async fn get(&self, path: &str) -> Result<serde_json::Value, Failure> {
+        let response = self.send(Method::GET, path, Bytes::new()).await?;
+        let whole = whole(response.into_body()).await?;
+        serde_json::from_slice(&whole)
+            .map_err(|_| Failure::network(format!("http://{}{path} answered no JSON", self.authority)))
+    }
+
+    /// POST of JSON, answered with server-sent events.
+    pub(crate) async fn stream(&self, path: &str, body: &serde_json::Value) -> Result<Events, Failure> {
+        let response = self.send(Method::POST, path, Bytes::from(body.to_string())).await?;
+        Ok(Events { body: response.into_body(), buffer: Vec::new() })
+    }
+
+    async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, Failure> {
+        let failed = |why: &dyn std::fmt::Display| {
+            Failure::network(format!("http://{}: {why}", self.authority))
+                .hint("is a Guild serving HTTP there? `guild up --model DIR` starts one")
+        };
+        let stream = TcpStream::connect(&self.authority).await.map_err(|error| failed(&error))?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| failed(&error))?;
+        // Ends with the body; its error comes out of the body as well.
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(HOST, &self.authority)
+            .header(CONTENT_TYPE, "application/json")
+            .body(Full::new(body))
+            .map_err(|error| failed(&error))?;
+        let response = sender.send_request(request).await.map_err(|error| failed(&error))?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let status = response.status();
+        let retry = response.headers().get("retry-after").and_then(|v| v.to_str().ok()).map(str::to_owned);
+        let body = whole(response.into_body()).await?;
+        let mut failure = refused(status.as_u16(), &body);
+        if let Some(seconds) = retry {
+            failure = failure.hint(format!("try again in {seconds} s"));
+        }
+        Err(failure)
+    }
+}
+
+/// An error in OpenAI's shape, or whatever came instead.
+fn refused(status: u16, body: &[u8]) -> Failure {
+    use guild_node::ExitKind;
+    let json: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
+    let error = &json["error"];
+    let message = error["message"]
+        .as_str()
+        .map_or_else(|| String::from_utf8_lossy(body).into_owned(), str::to_owned);
+    let kind = match status {
+        404 => ExitKind::Model,
+        400..=428 => ExitKind::Usage,
+        429 => ExitKind::Resources,
+        502..=504 => ExitKind::Network,
+        _ => ExitKind::Internal,
+    };
+    let failure = Failure::new(kind, format!("the server answered {status}: {message}"));
+    match error["param"].as_str() {
+        Some(field) => failure.hint(format!("field `{field}`")),
+        None => failure,
+    }
+}
+
+async fn whole(mut body: Incoming) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| Failure::network(format!("the answer broke off: {error}")))?;
+        bytes.extend_from_slice(frame.data_ref().map_or(&[], Bytes::as_ref));
+        if bytes.len() > MAX_BODY_BYTES {
+            return Err(Failure::network(format!("the answer is longer than {MAX_BODY_BYTES} bytes")));
+        }
+    }
+    Ok(bytes)
+}
+
+/// The data of server-sent events, one JSON value each.
+pub(crate) struct Events {
+    body: Incoming,
+    buffer: Vec<u8>,
+}
+
+impl Events {
+    /// The next value; None after `[DONE]` or the end.
+    ///
+    /// # Errors
+    /// The connection broke, or an event is no JSON.
+    pub(crate) async fn next(&mut self) -> Result<Option<serde_json::Value>, Failure> {
+        loop {
+            while let Some(end) = self.buffer.iter().position(|&b| b == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                let Some(data) = line.strip_prefix(b"data:") else { continue };
+                let data = data.trim_ascii();
+                if data == b"[DONE]" {
+                    return Ok(None);
+                }
+                return serde_json::from_slice(data)
+                    .map(Some)
+                    .map_err(|_| Failure::network("the server sent an event that is no JSON"));
+            }
+            if self.buffer.len() > MAX_BODY_BYTES {
+                return Err(Failure::network(format!("an event is longer than {MAX_BODY_BYTES} bytes")));
+            }
+            match self.body.frame().await {
+                Some(Ok(frame)) => {
+                    self.buffer.extend_from_slice(frame.data_ref().map_or(&[], Bytes::as_ref));
+                }
+                Some(Err(error)) => {
+                    return Err(Failure::network(format!("the answer broke off: {error}")));
+                }
+                None => return Ok(None),
+            }
+        }
+    }
+}

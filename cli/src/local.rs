@@ -1,0 +1,209 @@
+//! A whole cluster in this process: the real shells on loopback listeners,
+//! sharing one `Cpu`, started together and ended front to back.
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use guild_coordinator::Listeners;
+use guild_model::Cpu;
+use guild_node::{ExitKind, HasExitKind, Shutdown, channel};
+use guild_proto::cluster::v1::StatusRequest;
+use guild_proto::cluster::v1::cluster_client::ClusterClient;
+use guild_transport::Switchboard;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+use crate::command::served_name;
+use crate::args::{Compute, Engine, Exposure, FabricKind};
+use crate::failure::Failure;
+use crate::listen::{EPHEMERAL, address_of, bind};
+use crate::shells;
+
+/// Between two looks at whether the cluster is ready.
+const READY_POLL: Duration = Duration::from_millis(20);
+
+/// What the cluster is made of.
+pub(crate) struct Plan {
+    pub(crate) model: PathBuf,
+    pub(crate) model_name: String,
+    pub(crate) attention_nodes: u16,
+    pub(crate) expert_nodes: u16,
+    pub(crate) fabric: FabricKind,
+    pub(crate) compute: Compute,
+    pub(crate) exposure: Exposure,
+    pub(crate) engine: Engine,
+}
+
+impl Plan {
+    /// One node of each kind, for one request.
+    pub(crate) fn smallest(model: &Path, compute: Compute) -> Self {
+        Self {
+            model: model.to_owned(),
+            model_name: served_name(None, model),
+            attention_nodes: 1,
+            expert_nodes: 1,
+            fabric: FabricKind::Local,
+            compute,
+            exposure: Exposure { insecure: false, drain: 1 },
+            engine: Engine { max_running: 1, ..Engine::default() },
+        }
+    }
+}
+
+/// A running cluster. Dropped, it ends without a drain.
+pub(crate) struct Local {
+    coordinator: Tier,
+    attention: Tier,
+    experts: Tier,
+    cluster: String,
+}
+
+impl Local {
+    /// Starts every role; `http` and `grpc` are the front doors.
+    ///
+    /// # Errors
+    /// No port is free.
+    pub(crate) async fn start(plan: &Plan, cpu: &Cpu, http: TcpListener, grpc: TcpListener) -> Result<Self, Failure> {
+        let listener = bind("listen", EPHEMERAL, false).await?;
+        let cluster = format!("http://{}", address_of(&listener)?);
+        let switchboard = (plan.fabric == FabricKind::Local).then(Switchboard::default);
+        let mut local = Self {
+            coordinator: Tier::default(),
+            attention: Tier::default(),
+            experts: Tier::default(),
+            cluster,
+        };
+
+        let listeners = Listeners { cluster: listener, http, grpc };
+        let config = shells::coordinator(&shells::FrontDesk {
+            model: &plan.model,
+            model_name: &plan.model_name,
+            compute: plan.compute,
+            max_context: plan.engine.max_context,
+            // All that will ever join are known: nothing is to be waited for after them.
+            min_expert_nodes: plan.expert_nodes,
+            settle: Some(Duration::ZERO),
+            exposure: plan.exposure,
+        });
+        local.coordinator.spawn("coordinator", |end| guild_coordinator::run(config, listeners, end));
+        for index in 0..plan.attention_nodes {
+            let (place, listener) = local.place(plan, format!("attention-{index}")).await?;
+            let config = shells::attention(&place, &plan.model_name, plan.compute, plan.engine, plan.exposure);
+            let (cpu, switchboard) = (cpu.clone(), switchboard.clone());
+            local.attention.spawn(&place.name, |end| guild_attention_node::run(config, listener, cpu, switchboard, end));
+        }
+        for index in 0..plan.expert_nodes {
+            let (place, listener) = local.place(plan, format!("expert-{index}")).await?;
+            let config = shells::expert(&place, plan.compute, 0, plan.exposure);
+            let (cpu, switchboard) = (cpu.clone(), switchboard.clone());
+            local.experts.spawn(&place.name, |end| guild_expert_node::run(config, listener, cpu, switchboard, end));
+        }
+        Ok(local)
+    }
+
+    async fn place(&self, plan: &Plan, name: String) -> Result<(shells::Place, TcpListener), Failure> {
+        let listener = bind("listen", EPHEMERAL, false).await?;
+        let place = shells::Place {
+            model: plan.model.clone(),
+            name,
+            address: address_of(&listener)?.to_string(),
+            coordinator: self.cluster.clone(),
+        };
+        Ok((place, listener))
+    }
+
+    /// Completes when the cluster serves.
+    ///
+    /// # Errors
+    /// A role has ended before.
+    pub(crate) async fn ready(&mut self) -> Result<(), Failure> {
+        let channel = channel::lazy(&self.cluster).map_err(|error| Failure::of(&error))?;
+        let mut client = ClusterClient::new(channel);
+        let serves = async {
+            let mut last = String::new();
+            loop {
+                if let Ok(status) = client.status(StatusRequest {}).await {
+                    let status = status.into_inner();
+                    if status.ready {
+                        return;
+                    }
+                    if status.reason != last {
+                        tracing::info!("waiting: {}", status.reason);
+                        last = status.reason;
+                    }
+                }
+                tokio::time::sleep(READY_POLL).await;
+            }
+        };
+        tokio::select! {
+            () = serves => Ok(()),
+            failure = self.failed() => Err(failure),
+        }
+    }
+
+    /// Completes when a role ends without having been asked to: none may be missing.
+    pub(crate) async fn failed(&mut self) -> Failure {
+        tokio::select! {
+            failure = self.coordinator.failed() => failure,
+            failure = self.attention.failed() => failure,
+            failure = self.experts.failed() => failure,
+        }
+    }
+
+    /// Ends one tier after the other: the door closes first, and experts stay
+    /// until the last request is through.
+    ///
+    /// # Errors
+    /// The first role that did not end well.
+    pub(crate) async fn stop(mut self) -> Result<(), Failure> {
+        let coordinator = self.coordinator.stop().await;
+        let attention = self.attention.stop().await;
+        let experts = self.experts.stop().await;
+        coordinator.and(attention).and(experts)
+    }
+}
+
+/// Roles that are ended together.
+#[derive(Default)]
+struct Tier {
+    end: Shutdown,
+    roles: JoinSet<(String, Result<(), Failure>)>,
+}
+
+impl Tier {
+    fn spawn<E, F>(&mut self, name: &str, run: impl FnOnce(Shutdown) -> F)
+    where
+        E: HasExitKind + 'static,
+        F: Future<Output = Result<(), E>> + Send + 'static,
+    {
+        let (name, role) = (name.to_owned(), run(self.end.clone()));
+        self.roles.spawn(async move {
+            let outcome = role.await.map_err(|error| Failure::of(&error));
+            (name, outcome)
+        });
+    }
+
+    /// Never completes while every role runs.
+    async fn failed(&mut self) -> Failure {
+        match self.roles.join_next().await {
+            Some(Ok((_, Err(failure)))) => failure,
+            Some(Ok((name, Ok(())))) => Failure::new(ExitKind::Internal, format!("{name} has ended by itself")),
+            Some(Err(error)) => Failure::new(ExitKind::Internal, format!("a role has failed: {error}")),
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn stop(&mut self) -> Result<(), Failure> {
+        self.end.trigger();
+        let mut outcome = Ok(());
+        while let Some(ended) = self.roles.join_next().await {
+            let this = match ended {
+                Ok((_, this)) => this,
+                Err(error) => Err(Failure::new(ExitKind::Internal, format!("a role has failed: {error}"))),
+            };
+            outcome = outcome.and(this);
+        }
+        outcome
+    }
+}

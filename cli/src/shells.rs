@@ -1,0 +1,83 @@
+//! From flags to the configurations of the three shells.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use guild_attention_node::AttentionNodeConfig;
+use guild_coordinator::CoordinatorConfig;
+use guild_expert_node::ExpertNodeConfig;
+
+use crate::args::{Compute, Engine, Exposure};
+
+/// Where a node stands in its cluster.
+pub(crate) struct Place {
+    pub(crate) model: PathBuf,
+    pub(crate) name: String,
+    /// `host:port` where others reach it.
+    pub(crate) address: String,
+    /// URL of the coordinator.
+    pub(crate) coordinator: String,
+}
+
+pub(crate) fn attention(
+    place: &Place,
+    model_name: &str,
+    compute: Compute,
+    engine: Engine,
+    exposure: Exposure,
+) -> AttentionNodeConfig {
+    AttentionNodeConfig {
+        model_name: model_name.to_owned(),
+        dtype: compute.dtype,
+        kv_memory: engine.kv_memory,
+        page_tokens: engine.page_tokens as usize,
+        max_running: engine.max_running as usize,
+        max_waiting: engine.max_waiting as usize,
+        max_step_tokens: engine.max_step_tokens as usize,
+        max_context: context(engine.max_context),
+        drain: drain(exposure),
+        ..AttentionNodeConfig::new(&place.model, &place.name, &place.address, &place.coordinator)
+    }
+}
+
+pub(crate) fn expert(place: &Place, compute: Compute, capacity: u64, exposure: Exposure) -> ExpertNodeConfig {
+    ExpertNodeConfig {
+        dtype: compute.dtype,
+        capacity_bytes: capacity,
+        drain: drain(exposure),
+        ..ExpertNodeConfig::new(&place.model, &place.name, &place.address, &place.coordinator)
+    }
+}
+
+/// What a coordinator is told beyond its addresses.
+pub(crate) struct FrontDesk<'a> {
+    pub(crate) model: &'a Path,
+    pub(crate) model_name: &'a str,
+    pub(crate) compute: Compute,
+    /// 0: what the model was made for.
+    pub(crate) max_context: u32,
+    pub(crate) min_expert_nodes: u16,
+    /// Wait for further expert nodes; None: as long as usual.
+    pub(crate) settle: Option<Duration>,
+    pub(crate) exposure: Exposure,
+}
+
+pub(crate) fn coordinator(desk: &FrontDesk<'_>) -> CoordinatorConfig {
+    CoordinatorConfig {
+        model_name: desk.model_name.to_owned(),
+        dtype: desk.compute.dtype,
+        max_context: context(desk.max_context),
+        min_expert_nodes: usize::from(desk.min_expert_nodes),
+        settle: desk.settle.unwrap_or(CoordinatorConfig::SETTLE),
+        drain: drain(desk.exposure),
+        ..CoordinatorConfig::new(desk.model)
+    }
+}
+
+fn context(max_context: u32) -> Option<usize> {
+    (max_context > 0).then_some(max_context as usize)
+}
+
+fn drain(exposure: Exposure) -> Duration {
+    Duration::from_secs(u64::from(exposure.drain))
+}
