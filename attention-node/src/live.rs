@@ -76,8 +76,9 @@ pub async fn run(
         Ok(Err(error)) = &mut serving => return Err(error.into()),
     };
     down.trigger();
-    // What is left to say is said, or the connections are cut with the task.
-    if timeout(LAST_WORDS, &mut serving).await.is_err() {
+    // What is left to say is said, or the connections are cut with the task. After a drain the
+    // server has often ended first.
+    if !serving.is_finished() && timeout(LAST_WORDS, &mut serving).await.is_err() {
         serving.abort();
     }
     outcome
