@@ -1,1 +1,96 @@
-//! placeholder
+//! The expert node: resident routed experts, and the rows that are sent to them.
+//!
+//! Secret of this room: which experts are in memory, and when. [`residents`]
+//! reads exactly the experts that a placement gives to this node, [`host`] runs
+//! rows by the slot tables of the newest placements, and [`run`] is the whole
+//! node: it joins the cluster, follows the placement, reports truthfully and
+//! drains. It uses `model` for the experts, `transport` for the rows, `node` for
+//! the host and `proto` for the placement. It must not know attention, gates or
+//! weights of experts in a sum: rows come in and go out unweighted.
+
+pub mod host;
+mod live;
+pub mod residents;
+
+use std::{path::PathBuf, time::Duration};
+
+use guild_model::{ModelError, checkpoint::Dtype};
+use guild_node::{ExitKind, HasExitKind, member::MemberError, serve::ServeError};
+
+pub use live::run;
+
+/// What an expert node is told.
+#[derive(Clone, Debug)]
+pub struct ExpertNodeConfig {
+    /// Directory of the checkpoint.
+    pub model: PathBuf,
+    /// How weights are kept.
+    pub dtype: Dtype,
+    /// Stable and unique in the cluster.
+    pub name: String,
+    /// `host:port` where others reach this node.
+    pub address: String,
+    /// `http://host:port` of the coordinator.
+    pub coordinator: String,
+    /// Bytes for resident experts; 0 is unlimited.
+    pub capacity_bytes: u64,
+    /// How long a node that is asked to end goes on serving those that still
+    /// send rows here.
+    pub drain: Duration,
+}
+
+impl ExpertNodeConfig {
+    /// Drain limit, by default.
+    pub const DRAIN: Duration = Duration::from_secs(30);
+
+    /// Everything by default but what has none.
+    pub fn new(
+        model: impl Into<PathBuf>,
+        name: impl Into<String>,
+        address: impl Into<String>,
+        coordinator: impl Into<String>,
+    ) -> Self {
+        Self {
+            model: model.into(),
+            dtype: Dtype::Auto,
+            name: name.into(),
+            address: address.into(),
+            coordinator: coordinator.into(),
+            capacity_bytes: 0,
+            drain: Self::DRAIN,
+        }
+    }
+}
+
+/// Why an expert node ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The checkpoint cannot be used.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The server could not be set up or has failed.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// The node cannot be a member of the cluster.
+    #[error(transparent)]
+    Member(#[from] MemberError),
+    /// A part of the node stopped without being asked to.
+    #[error("expert node: {what} has failed: {reason}")]
+    Task {
+        /// Which part.
+        what: &'static str,
+        /// How it ended.
+        reason: String,
+    },
+}
+
+impl HasExitKind for Error {
+    fn exit_kind(&self) -> ExitKind {
+        match self {
+            Self::Model(_) => ExitKind::Model,
+            Self::Serve(error) => error.exit_kind(),
+            Self::Member(error) => error.exit_kind(),
+            Self::Task { .. } => ExitKind::Internal,
+        }
+    }
+}

@@ -15,7 +15,7 @@ use guild_proto::{
         experts_server::{Experts, ExpertsServer},
     },
     frame::Dispatch,
-    limits::MAX_FRAME_BYTES,
+    limits::{F32_BYTES, MAX_FRAME_BYTES, MAX_PAYLOAD_BYTES},
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
@@ -186,11 +186,13 @@ impl Inner {
             ));
         }
         let pairs: usize = frame.slots.iter().map(|slot| slot.row_index.len()).sum();
-        let row_bytes = (frame.width as usize).saturating_mul(size_of::<f32>());
-        let bytes = frame
-            .rows
-            .len()
-            .saturating_add(pairs.saturating_mul(row_bytes));
+        // Not checked yet: an answer beyond the wire's limit will be refused as
+        // malformed, and holds no more than that until then.
+        let answer = pairs
+            .saturating_mul(frame.width as usize)
+            .saturating_mul(F32_BYTES)
+            .min(MAX_PAYLOAD_BYTES);
+        let bytes = frame.rows.len() + answer;
         // A frame larger than the whole budget may still run alone.
         let most = self.limits.max_bytes / BYTES_PERMIT;
         let permits = u32::try_from(bytes.div_ceil(BYTES_PERMIT).min(most)).unwrap_or(u32::MAX);

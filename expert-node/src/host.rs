@@ -1,0 +1,159 @@
+//! Rows to slots: the tables of the newest placements, and the work itself.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use guild_model::{Cpu, expert::Expert};
+use guild_transport::{ExchangeCode, ExchangeError, SlotHost, Work};
+
+/// Tables kept: the present placement, and the one before it for those who have
+/// not heard of the present one yet.
+pub const TABLES: usize = 2;
+
+/// The slots of one placement.
+struct Table {
+    epoch: u64,
+    slots: Vec<Arc<Expert>>,
+}
+
+/// Runs rows through resident experts.
+pub struct Host {
+    name: String,
+    /// Elements in a row: `hidden_size`.
+    width: usize,
+    cpu: Cpu,
+    /// Oldest first, at most [`TABLES`].
+    tables: RwLock<Vec<Arc<Table>>>,
+    working: AtomicUsize,
+    /// When rows were last here.
+    last_work: Mutex<Option<Instant>>,
+}
+
+impl Host {
+    /// A node `name` without experts, for rows of `width` elements.
+    pub fn new(name: impl Into<String>, width: usize, cpu: Cpu) -> Self {
+        Self {
+            name: name.into(),
+            width,
+            cpu,
+            tables: RwLock::new(Vec::new()),
+            working: AtomicUsize::new(0),
+            last_work: Mutex::new(None),
+        }
+    }
+
+    /// Makes `slots` (the index is the slot) the table of `epoch`, beside the
+    /// one before it; older ones go. Work that has begun keeps its table.
+    pub fn publish(&self, epoch: u64, slots: Vec<Arc<Expert>>) {
+        let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
+        tables.retain(|table| table.epoch != epoch);
+        tables.push(Arc::new(Table { epoch, slots }));
+        tables.sort_by_key(|table| table.epoch);
+        let old = tables.len().saturating_sub(TABLES);
+        tables.drain(..old);
+    }
+
+    /// The epochs that rows can be run by, oldest first.
+    pub fn epochs(&self) -> Vec<u64> {
+        let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
+        tables.iter().map(|table| table.epoch).collect()
+    }
+
+    /// Whether no rows are here and none have been for `time`.
+    pub fn is_quiet(&self, time: Duration) -> bool {
+        let last = self
+            .last_work
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.working.load(Ordering::Acquire) == 0 && last.is_none_or(|at| at.elapsed() >= time)
+    }
+
+    fn table(&self, epoch: u64) -> Result<Arc<Table>, ExchangeError> {
+        let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
+        let found = tables.iter().find(|table| table.epoch == epoch).cloned();
+        drop(tables);
+        found.ok_or_else(|| {
+            let known = self.epochs();
+            self.error(
+                ExchangeCode::UnknownEpoch,
+                format!("epoch {epoch} is not resident here; {known:?} are"),
+            )
+        })
+    }
+
+    fn error(&self, code: ExchangeCode, message: String) -> ExchangeError {
+        ExchangeError::new(code, self.name.as_str(), message)
+    }
+}
+
+impl SlotHost for Host {
+    fn execute(&self, work: Work) -> Result<Vec<f32>, ExchangeError> {
+        let _working = Working::begin(self);
+        let (epoch, width) = (work.epoch, self.width);
+        if work.width != width {
+            return Err(self.error(
+                ExchangeCode::Malformed,
+                format!(
+                    "epoch {epoch}: rows have width {}, the model {width}",
+                    work.width
+                ),
+            ));
+        }
+        let table = self.table(epoch)?;
+        // All or nothing: no row is computed for a batch that will be refused.
+        let mut jobs = Vec::with_capacity(work.slots.len());
+        for (slot, rows) in &work.slots {
+            let Some(expert) = table.slots.get(*slot as usize) else {
+                return Err(self.error(
+                    ExchangeCode::UnknownSlot,
+                    format!(
+                        "epoch {epoch} has {} slots here, there is no slot {slot}",
+                        table.slots.len()
+                    ),
+                ));
+            };
+            jobs.push((expert, rows));
+        }
+        let mut out = Vec::with_capacity(work.pairs() * width);
+        let mut gathered = Vec::new();
+        for (expert, rows) in jobs {
+            if rows.is_empty() {
+                continue;
+            }
+            gathered.clear();
+            for &row in rows {
+                let start = row as usize * width;
+                gathered.extend_from_slice(&work.rows[start..start + width]);
+            }
+            out.extend_from_slice(&expert.forward(&self.cpu, &gathered));
+        }
+        Ok(out)
+    }
+}
+
+/// Counts work in and out.
+struct Working<'a>(&'a Host);
+
+impl<'a> Working<'a> {
+    fn begin(host: &'a Host) -> Self {
+        host.working.fetch_add(1, Ordering::AcqRel);
+        Self(host)
+    }
+}
+
+impl Drop for Working<'_> {
+    fn drop(&mut self) {
+        let mut last = self
+            .0
+            .last_work
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *last = Some(Instant::now());
+        self.0.working.fetch_sub(1, Ordering::AcqRel);
+    }
+}

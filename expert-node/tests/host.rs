@@ -1,0 +1,253 @@
+//! Rows come out as the expert alone would compute them, whatever travels with
+//! them, and placements follow each other without a gap.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    cell::{Cell, RefCell},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use guild_expert_node::{
+    host::Host,
+    residents::{ExpertKey, LoadError, Progress, Residents},
+};
+use guild_model::{Checkpoint, Cpu, checkpoint::Dtype, expert::Expert};
+use guild_transport::{ExchangeCode, ExchangeError, Rows, SlotHost, Work};
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3-basic")
+}
+
+fn checkpoint() -> Checkpoint {
+    Checkpoint::open(&golden()).unwrap()
+}
+
+/// `n` rows that differ in every element.
+fn rows(n: usize, width: usize) -> Vec<f32> {
+    (0..n * width)
+        .map(|i| ((i * 37 + 11) % 101) as f32 / 50.0 - 1.0)
+        .collect()
+}
+
+fn run(
+    host: &Host,
+    epoch: u64,
+    width: usize,
+    rows: &[f32],
+    slots: &[(u32, Vec<u32>)],
+) -> Result<Vec<f32>, ExchangeError> {
+    host.execute(Work {
+        epoch,
+        width,
+        rows: Rows::from(rows.to_vec()),
+        slots: slots.to_vec(),
+        deadline: None,
+    })
+}
+
+fn load(residents: &mut Residents, slots: &[ExpertKey]) -> Vec<Arc<Expert>> {
+    residents.load(slots, || false, |_| ()).unwrap().unwrap()
+}
+
+fn bits(rows: &[f32]) -> Vec<u32> {
+    rows.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn rows_equal_the_expert_alone_whatever_the_grouping() {
+    let checkpoint = checkpoint();
+    let width = checkpoint.config().hidden_size;
+    let cpu = Cpu::new(2);
+    let host = Host::new("e0", width, cpu.clone());
+    let slots: Vec<ExpertKey> = (1..4).flat_map(|layer| [(layer, 3), (layer, 14)]).collect();
+    let mut residents = Residents::new(checkpoint.clone(), Dtype::Auto, 0);
+    host.publish(1, load(&mut residents, &slots));
+
+    let n = 9;
+    let input = rows(n, width);
+    let alone = |slot: u32, row: u32| {
+        let (layer, expert) = slots[slot as usize];
+        let expert =
+            Expert::load(&checkpoint, layer as usize, expert as usize, Dtype::Auto).unwrap();
+        let start = row as usize * width;
+        expert.forward(&cpu, &input[start..start + width])
+    };
+    let all: Vec<u32> = (0..n as u32).collect();
+    let groupings: Vec<Vec<(u32, Vec<u32>)>> = vec![
+        vec![(0, vec![4])],
+        vec![(5, all.clone()), (0, all.clone())],
+        vec![
+            (0, vec![8, 0, 8, 3]),
+            (2, vec![]),
+            (1, vec![3]),
+            (0, vec![1]),
+        ],
+        (0..6)
+            .rev()
+            .map(|slot| (slot, vec![slot, 8 - slot]))
+            .collect(),
+    ];
+    for grouping in groupings {
+        let out = run(&host, 1, width, &input, &grouping).unwrap();
+        let expected: Vec<f32> = grouping
+            .iter()
+            .flat_map(|(slot, rows)| rows.iter().flat_map(|row| alone(*slot, *row)))
+            .collect();
+        assert_eq!(bits(&out), bits(&expected), "{grouping:?}");
+    }
+    assert!(run(&host, 1, width, &[], &[]).unwrap().is_empty());
+}
+
+#[test]
+fn what_does_not_fit_the_placement_is_refused_by_name() {
+    let checkpoint = checkpoint();
+    let width = checkpoint.config().hidden_size;
+    let host = Host::new("e0", width, Cpu::new(1));
+    let input = rows(1, width);
+    let code = |epoch, width, input: &[f32], slot| {
+        let error = run(&host, epoch, width, input, &[(slot, vec![0])]).unwrap_err();
+        assert_eq!(error.node, "e0");
+        (error.code, error.is_retryable())
+    };
+    assert_eq!(
+        code(1, width, &input, 0),
+        (ExchangeCode::UnknownEpoch, true)
+    );
+    let mut residents = Residents::new(checkpoint, Dtype::Auto, 0);
+    host.publish(1, load(&mut residents, &[(1, 0)]));
+    assert!(run(&host, 1, width, &input, &[(0, vec![0])]).is_ok());
+    assert_eq!(
+        code(2, width, &input, 0),
+        (ExchangeCode::UnknownEpoch, true)
+    );
+    assert_eq!(
+        code(1, width, &input, 1),
+        (ExchangeCode::UnknownSlot, false)
+    );
+    assert_eq!(code(1, 1, &input, 0), (ExchangeCode::Malformed, false));
+}
+
+#[test]
+fn an_epoch_serves_on_while_its_successor_is_here_and_then_goes() {
+    let checkpoint = checkpoint();
+    let width = checkpoint.config().hidden_size;
+    let host = Host::new("e0", width, Cpu::new(1));
+    let input = rows(1, width);
+    let mut residents = Residents::new(checkpoint, Dtype::Auto, 0);
+    let mut publish = |epoch, slots: &[ExpertKey]| {
+        let experts = load(&mut residents, slots);
+        host.publish(epoch, experts.clone());
+        residents.release();
+        drop(experts);
+        residents.release();
+        residents.len()
+    };
+    let first = |epoch| run(&host, epoch, width, &input, &[(0, vec![0])]).map(|out| bits(&out));
+
+    assert_eq!(publish(1, &[(1, 0), (1, 1)]), 2);
+    let by_1 = first(1).unwrap();
+    // Expert (1, 0) moves to another slot and stays resident.
+    assert_eq!(publish(2, &[(2, 5), (1, 0)]), 3);
+    assert_eq!(first(1).unwrap(), by_1);
+    assert_ne!(first(2).unwrap(), by_1);
+    let moved = run(&host, 2, width, &input, &[(1, vec![0])]).unwrap();
+    assert_eq!(bits(&moved), by_1);
+    // The table of epoch 1 goes, and with it the expert that only it used.
+    assert_eq!(publish(3, &[(2, 5)]), 2);
+    assert_eq!(host.epochs(), [2, 3]);
+    assert_eq!(first(1).unwrap_err().code, ExchangeCode::UnknownEpoch);
+    assert_eq!(first(2).unwrap(), first(3).unwrap());
+    assert_eq!(publish(4, &[]), 1);
+    assert_eq!(first(4).unwrap_err().code, ExchangeCode::UnknownSlot);
+    assert_eq!(publish(5, &[]), 0);
+}
+
+#[test]
+fn resident_experts_are_kept_and_only_missing_ones_are_read() {
+    let mut residents = Residents::new(checkpoint(), Dtype::Auto, 0);
+    let before = load(&mut residents, &[(1, 0), (1, 1)]);
+    let told = RefCell::new(Vec::new());
+    let asked = Cell::new(0);
+    let superseded = || {
+        asked.set(asked.get() + 1);
+        false
+    };
+    let after = residents
+        .load(&[(1, 1), (3, 15), (1, 1)], superseded, |now| {
+            told.borrow_mut().push(now)
+        })
+        .unwrap()
+        .unwrap();
+    assert!(Arc::ptr_eq(&before[1], &after[0]) && Arc::ptr_eq(&after[0], &after[2]));
+    assert_eq!(asked.get(), 1, "one expert was missing");
+    let bytes = before[0].bytes();
+    let progress = |done, bytes| Progress {
+        done,
+        wanted: 2,
+        bytes,
+    };
+    assert_eq!(*told.borrow(), [progress(1, bytes), progress(2, 2 * bytes)]);
+}
+
+#[test]
+fn a_superseded_load_leaves_what_it_has_read_to_the_next() {
+    let mut residents = Residents::new(checkpoint(), Dtype::Auto, 0);
+    let left = Cell::new(2);
+    let superseded = || {
+        left.set(left.get() - 1);
+        left.get() < 0
+    };
+    let slots = [(1, 0), (1, 1), (1, 2), (1, 3)];
+    assert!(
+        residents
+            .load(&slots, superseded, |_| ())
+            .unwrap()
+            .is_none()
+    );
+    assert_eq!(residents.len(), 2);
+    assert_eq!(load(&mut residents, &[(1, 1)]).len(), 1);
+    // (1, 0) is asked for no more and in no table.
+    assert_eq!(residents.len(), 1);
+}
+
+#[test]
+fn a_load_that_fails_names_its_reason_and_holds_no_memory() {
+    let checkpoint = checkpoint();
+    let mut residents = Residents::new(checkpoint.clone(), Dtype::Auto, 0);
+    let kept = load(&mut residents, &[(1, 0)]);
+    let fail = |residents: &mut Residents, slots: &[ExpertKey]| {
+        let error = residents.load(slots, || false, |_| ()).unwrap_err();
+        error.to_string()
+    };
+    let error = fail(&mut residents, &[(1, 1), (1, 16)]);
+    assert!(error.contains("layer 1, expert 16"), "{error}");
+    assert_eq!(residents.len(), 1);
+    // Layer 0 is dense, layer 9 does not exist.
+    assert!(fail(&mut residents, &[(0, 0)]).contains("layer 0"));
+    assert!(fail(&mut residents, &[(9, 0)]).contains("layer 9"));
+    assert!(fail(&mut residents, &[(u32::MAX, u32::MAX)]).contains("layer 4294967295"));
+
+    let capacity = kept[0].bytes() * 2;
+    let mut residents = Residents::new(checkpoint, Dtype::Auto, capacity);
+    drop(load(&mut residents, &[(1, 0), (1, 1), (1, 0)]));
+    let error = residents
+        .load(&[(1, 0), (1, 1), (1, 2)], || false, |_| ())
+        .unwrap_err();
+    assert!(
+        matches!(error, LoadError::Capacity { wanted: 3, .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains("--capacity"), "{error}");
+    assert!(residents.is_empty());
+}
+
+#[test]
+fn a_kept_dtype_is_the_one_asked_for() {
+    let checkpoint = checkpoint();
+    let bytes = |dtype| {
+        let mut residents = Residents::new(checkpoint.clone(), dtype, 0);
+        load(&mut residents, &[(1, 0)])[0].bytes()
+    };
+    assert_eq!(bytes(Dtype::F32), 2 * bytes(Dtype::Bf16));
+}
