@@ -59,15 +59,13 @@ fn naive(ckpt: &Checkpoint, hidden: &[f32]) -> Vec<f32> {
     let (nope, value, latent) = (cfg.qk_nope_head_dim, cfg.v_head_dim, cfg.kv_lora_rank);
     let linear = |n: &str| Linear::load(ckpt, &name(n));
     let (kv_a, kv_b, output) = (linear("kv_a_proj_with_mqa"), linear("kv_b_proj"), linear("o_proj"));
-    let query: Box<dyn Fn(&[f64]) -> Vec<f64>> = match cfg.q_lora_rank {
-        Some(_) => {
-            let (a, b) = (linear("q_a_proj"), linear("q_b_proj"));
-            Box::new(move |x| b.forward(&rms_norm(ckpt, &name("q_a_layernorm"), &a.forward(x), LATENT_NORM_EPS)))
-        }
-        None => {
-            let q = linear("q_proj");
-            Box::new(move |x| q.forward(x))
-        }
+    let queries: Vec<Linear> = match cfg.q_lora_rank {
+        Some(_) => vec![linear("q_a_proj"), linear("q_b_proj")],
+        None => vec![linear("q_proj")],
+    };
+    let query = |x: &[f64]| match queries.as_slice() {
+        [a, b] => b.forward(&rms_norm(ckpt, &name("q_a_layernorm"), &a.forward(x), LATENT_NORM_EPS)),
+        direct => direct[0].forward(x),
     };
     let mut keys: Vec<Vec<Vec<f64>>> = Vec::new();
     let mut values: Vec<Vec<Vec<f64>>> = Vec::new();
@@ -76,7 +74,7 @@ fn naive(ckpt: &Checkpoint, hidden: &[f32]) -> Vec<f32> {
         let row: Vec<f64> = row.iter().map(|v| f64::from(*v)).collect();
         let x = rms_norm(ckpt, "model.layers.0.input_layernorm", &row, cfg.rms_norm_eps);
         let kv = kv_a.forward(&x);
-        let c_kv = rms_norm(ckpt, "model.layers.0.self_attn.kv_a_layernorm", &kv[..latent], LATENT_NORM_EPS);
+        let c_kv = rms_norm(ckpt, &name("kv_a_layernorm"), &kv[..latent], LATENT_NORM_EPS);
         let k_pe = rotate(cfg, position, &kv[latent..]);
         let up = kv_b.forward(&c_kv);
         let heads = || up.chunks(nope + value);
