@@ -5,12 +5,12 @@ use std::sync::Arc;
 use super::Text;
 use crate::ModelError;
 
-/// Tokens before the present ones that the decoder is shown again, because
-/// some decoders treat the first token of a text differently.
-const CONTEXT: usize = 4;
-/// Tokens that are held back at most for a character that does not become
-/// complete; no character needs more than four bytes.
+/// Byte-fallback tokens in a row that are held back: some decoders give up a
+/// whole run of them when its last one is wrong. A longer run is released up
+/// to here as soon as it is valid.
 const MAX_HELD: usize = 64;
+/// Further tokens that are held back for a character to become complete.
+const MAX_CHARACTER: usize = 4;
 
 /// Turns tokens into text one by one.
 ///
@@ -34,7 +34,8 @@ enum State {
 struct Window {
     /// All tokens so far.
     ids: Vec<u32>,
-    /// Where the context of the present tokens begins.
+    /// The tokens released last begin here. The decoder is shown them again,
+    /// because it may treat the first token of a text differently.
     context: usize,
     /// The first token whose text has not been released.
     pending: usize,
@@ -93,21 +94,21 @@ fn complete_characters(bytes: &mut Vec<u8>) -> String {
 
 impl Window {
     fn push(&mut self, text: &Text, id: u32) -> Result<String, ModelError> {
+        // Decoding skips ids that are no tokens.
+        let Some(token) = text.tokenizer.id_to_token(id) else { return Ok(String::new()) };
         self.ids.push(id);
         let held = self.ids.len() - self.pending;
-        let token = text.tokenizer.id_to_token(id).unwrap_or_default();
-        // A run of byte tokens is decoded as a whole: later bytes decide about earlier ones.
         if super::bytes::byte_fallback(&token).is_some() && held < MAX_HELD {
             return Ok(String::new());
         }
         let before = text.decode(&self.ids[self.context..self.pending], false)?;
         let now = text.decode(&self.ids[self.context..], false)?;
-        if now.ends_with(char::REPLACEMENT_CHARACTER) && held < MAX_HELD {
+        if now.ends_with(char::REPLACEMENT_CHARACTER) && held < MAX_HELD + MAX_CHARACTER {
             return Ok(String::new());
         }
         let Some(new) = now.strip_prefix(before.as_str()) else { return Ok(String::new()) };
         self.released.push_str(new);
-        self.context = self.pending.max(self.ids.len().saturating_sub(CONTEXT));
+        self.context = self.pending;
         self.pending = self.ids.len();
         Ok(new.to_owned())
     }
