@@ -6,10 +6,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use guild_scheduler::batch::{Counts, InvalidLimits, Limits, NewRequest, Refusal, Scheduler, Step};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
 use crate::sequence::{Events, Request, Sequence};
+
+/// Readers that may hold on to events for each request that may run or wait. A reader that does
+/// not read keeps the events of its request in memory after the request has left the scheduler.
+pub const READERS_PER_PLACE: usize = 2;
 
 /// Why a request was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -17,6 +21,12 @@ pub enum SubmitError {
     /// The scheduler's reason.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// Too many results are waiting to be read.
+    #[error("{readers} streams are open and hold results that nobody reads")]
+    TooManyReaders {
+        /// Streams that are open.
+        readers: usize,
+    },
     /// The engine takes no more requests: it drains or has ended.
     #[error("the attention node is draining")]
     Draining,
@@ -40,6 +50,10 @@ impl EngineHandle {
         if state.closed {
             return Err(SubmitError::Draining);
         }
+        let place = Arc::clone(&self.0.readers).try_acquire_owned();
+        let place = place.map_err(|_| SubmitError::TooManyReaders {
+            readers: max_readers(state.scheduler.limits()),
+        })?;
         let id = state.next_id;
         state.scheduler.submit(NewRequest {
             id,
@@ -47,7 +61,7 @@ impl EngineHandle {
             max_tokens: request.max_tokens,
         })?;
         state.next_id += 1;
-        let (sequence, events) = Sequence::new(request);
+        let (sequence, events) = Sequence::new(request, place);
         state.arrivals.push((id, sequence));
         drop(state);
         self.0.wake.notify_one();
@@ -90,10 +104,17 @@ pub(crate) enum Turn {
     Halted,
 }
 
+fn max_readers(limits: &Limits) -> usize {
+    let places = limits.max_running.saturating_add(limits.max_waiting);
+    places.saturating_mul(READERS_PER_PLACE).min(Semaphore::MAX_PERMITS)
+}
+
 #[derive(Debug)]
 pub(crate) struct Desk {
     state: Mutex<State>,
     wake: Notify,
+    /// Places for readers, open or not yet dropped.
+    readers: Arc<Semaphore>,
     /// What the scheduler's time counts from.
     opened: Instant,
 }
@@ -110,6 +131,7 @@ struct State {
 
 impl Desk {
     pub(crate) fn new(limits: Limits) -> Result<Desk, InvalidLimits> {
+        let readers = Arc::new(Semaphore::new(max_readers(&limits)));
         let state = State {
             scheduler: Scheduler::new(limits)?,
             arrivals: Vec::new(),
@@ -120,6 +142,7 @@ impl Desk {
         Ok(Desk {
             state: Mutex::new(state),
             wake: Notify::new(),
+            readers,
             opened: Instant::now(),
         })
     }

@@ -22,6 +22,8 @@ pub const EXCHANGE_DEADLINE: Duration = Duration::from_secs(10);
 pub const BACKOFF_FIRST: Duration = Duration::from_millis(10);
 /// The longest pause between two attempts.
 pub const BACKOFF_MAX: Duration = Duration::from_millis(500);
+/// How much longer than the deadline a fabric may take to say which node was silent.
+const SILENCE_GRACE: Duration = Duration::from_millis(250);
 /// Experts named in a failure; more add nothing for the reader.
 const EXPERTS_NAMED: usize = 8;
 
@@ -181,7 +183,7 @@ impl<F: Fabric> Away<'_, F> {
 }
 
 impl<F: Fabric> Exchange<F> {
-    /// Waits for an attempt that is out. Given up when the deadline passes, and when a newer
+    /// Waits for an attempt that is out. Given up when the deadline has passed, and when a newer
     /// placement no longer has one of the nodes that it went to: that one will not answer.
     async fn receive(
         &self,
@@ -204,7 +206,7 @@ impl<F: Fabric> Exchange<F> {
         };
         tokio::select! {
             biased;
-            answer = timeout_at(deadline, self.fabric.combine(handle)) => match answer {
+            answer = timeout_at(deadline + SILENCE_GRACE, self.fabric.combine(handle)) => match answer {
                 Ok(answer) => answer.map(|returned| returned.rows).map_err(Fault::from),
                 Err(_) => Err(Fault::retryable("no answer before the deadline")),
             },

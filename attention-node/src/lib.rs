@@ -27,7 +27,7 @@ use guild_node::{ExitKind, HasExitKind};
 use guild_proto::limits::max_step_tokens;
 use guild_scheduler::batch::{InvalidLimits, Limits};
 
-pub use desk::{EngineHandle, SubmitError};
+pub use desk::{EngineHandle, READERS_PER_PLACE, SubmitError};
 pub use live::run;
 pub use memory::KvMemory;
 

@@ -175,7 +175,6 @@ impl Node {
                     let Some(view) = newest.and_then(|p| self.adopt(&p, &links)) else { continue };
                     let epoch = view.epoch();
                     let first = views.send_replace(Some(Arc::new(view))).is_none();
-                    member.set_state(NodeState { epoch, ready: true, reason: String::new() });
                     if first {
                         let (engine, digest) = (handle.clone(), digest.clone());
                         self.phase.send_replace(Phase::Serving { engine, digest });
@@ -183,6 +182,8 @@ impl Node {
                         self.health.set_serving("", true).await;
                         tracing::info!(epoch, "ready");
                     }
+                    // Last: who hears this may send requests at once.
+                    member.set_state(NodeState { epoch, ready: true, reason: String::new() });
                 },
                 _ = tick.tick() => member.set_load(load(&handle)),
             }

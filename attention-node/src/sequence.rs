@@ -3,7 +3,7 @@
 
 use guild_model::Cpu;
 use guild_model::sampler::{self, Sampled, Sampling};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::exchange::ExchangeFailure;
 
@@ -77,7 +77,30 @@ pub enum Event {
 }
 
 /// The reader's end of a request. Dropping it cancels the request within a step.
-pub type Events = mpsc::Receiver<Event>;
+#[derive(Debug)]
+pub struct Events {
+    reader: mpsc::Receiver<Event>,
+    /// Given back when the reader is done, not when the request is: what nobody reads is
+    /// memory too.
+    _place: OwnedSemaphorePermit,
+}
+
+impl Events {
+    /// The next event; None when there will be no more.
+    pub async fn recv(&mut self) -> Option<Event> {
+        self.reader.recv().await
+    }
+
+    /// Events that are there and not read yet.
+    pub fn unread(&self) -> usize {
+        self.reader.len()
+    }
+
+    /// Whether no event will be added to the unread ones.
+    pub fn is_complete(&self) -> bool {
+        self.reader.is_closed()
+    }
+}
 
 /// A request that waits or runs.
 #[derive(Debug)]
@@ -93,7 +116,7 @@ pub(crate) struct Sequence {
 impl Sequence {
     /// The events of a request are bounded by `max_tokens`, so its channel has room for all of
     /// them: a slow reader holds up nothing but its own memory.
-    pub(crate) fn new(request: Request) -> (Sequence, Events) {
+    pub(crate) fn new(request: Request, place: OwnedSemaphorePermit) -> (Sequence, Events) {
         let (events, reader) = mpsc::channel(request.max_tokens + 2);
         let sequence = Sequence {
             tokens: request.prompt.clone(),
@@ -107,7 +130,8 @@ impl Sequence {
                 logprobs: Vec::new(),
             });
         }
-        (sequence, reader)
+        let _place = place;
+        (sequence, Events { reader, _place })
     }
 
     /// Whether its reader has gone.

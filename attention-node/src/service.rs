@@ -300,6 +300,9 @@ fn refused(error: SubmitError) -> Status {
         SubmitError::Refused(Refusal::Invalid(invalid)) => {
             status::invalid("token_ids", invalid.to_string())
         }
+        SubmitError::TooManyReaders { .. } => {
+            status::exhausted("TOO_MANY_STREAMS", error.to_string(), RETRY_NOT_READY)
+        }
         SubmitError::Draining => draining(),
     }
 }

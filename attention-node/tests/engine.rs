@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use common::{DEADLINE, Model, Random, Rig, bits, limits, read_all, repository, request, tokens};
-use guild_attention_node::SubmitError;
+use guild_attention_node::{READERS_PER_PLACE, SubmitError};
 use guild_attention_node::sequence::{Event, Events, Failure, Finish, Request};
 use guild_model::sampler::Sampling;
 use guild_scheduler::batch::{Limits, Refusal};
@@ -78,8 +78,8 @@ async fn mixed(
         let at = random.below(readers.len());
         if random.below(2) == 0 {
             let (_, reader) = &mut readers[at];
-            let seen = reader.len();
-            while reader.len() == seen && !reader.is_closed() {
+            let seen = reader.unread();
+            while reader.unread() == seen && !reader.is_complete() {
                 tokio::task::yield_now().await;
             }
         }
@@ -232,6 +232,56 @@ async fn an_expert_without_a_home_is_waited_for_and_then_named() {
     };
     assert_eq!((failure.layer, failure.epoch, failure.experts.len()), (1, 3, 1));
     rig.settle().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_node_is_given_up_when_the_placement_drops_it() {
+    let model = Model::v3_basic();
+    let rig = Rig::new(model);
+    let request = request(vec![3, 1, 4, 1, 5], 40);
+    let expected = bits(&rig.run(&request).await);
+    let mut reader = rig.submit(&request);
+    let mut got = vec![reader.recv().await.unwrap()];
+    rig.wire.silent.store(true, Ordering::SeqCst);
+    while reader.unread() > 0 {
+        got.push(reader.recv().await.unwrap());
+    }
+    rig.wire.silent.store(false, Ordering::SeqCst);
+    // Whatever was lost stays lost; only going elsewhere helps.
+    rig.place(model.deal(2, 50, 2, 9));
+    got.extend(read_all(reader).await);
+    assert_eq!(bits(&got), expected);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silence_ends_at_the_deadline() {
+    let model = Model::v3_basic();
+    let rig = Rig::with(model, limits(), model.deal(1, 1, 2, 0), Duration::from_millis(30));
+    rig.wire.silent.store(true, Ordering::SeqCst);
+    let events = rig.run(&request(vec![1, 2], 2)).await;
+    assert!(matches!(events.last(), Some(Event::Failed(Failure::Exchange(_)))), "{events:?}");
+    rig.wire.silent.store(false, Ordering::SeqCst);
+    assert_eq!(tokens(&rig.run(&request(vec![1, 2], 2)).await).len(), 2);
+    rig.settle().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn results_that_nobody_reads_are_bounded() {
+    let model = Model::v3_basic();
+    let small = Limits { max_running: 2, max_waiting: 2, ..limits() };
+    let rig = Rig::with(model, small, model.deal(1, 1, 2, 0), DEADLINE);
+    let mut unread = Vec::new();
+    let refusal = loop {
+        match rig.engine.submit(request(vec![1], 2)) {
+            Ok(reader) => unread.push(reader),
+            Err(refusal) => break refusal,
+        }
+        rig.settle().await;
+    };
+    assert_eq!(refusal, SubmitError::TooManyReaders { readers: 4 * READERS_PER_PLACE });
+    assert_eq!(unread.len(), 4 * READERS_PER_PLACE);
+    unread.pop();
+    rig.run(&request(vec![1], 2)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -20,7 +20,8 @@ use guild_model::{Checkpoint, Cpu};
 use guild_scheduler::batch::Limits;
 use guild_scheduler::placement::{NodeSlots, Placement};
 use guild_transport::{
-    ExchangeCode, ExchangeError, LinkLimits, Links, NodeId, SlotHost, Switchboard, Work,
+    Batch, ExchangeCode, ExchangeError, Fabric, Handle, LinkLimits, Links, NodeId, Returned,
+    SlotHost, Switchboard, Work,
 };
 use tokio::sync::{oneshot, watch};
 
@@ -176,7 +177,26 @@ pub struct Rig {
     pub ended: oneshot::Receiver<Result<(), String>>,
     pub trouble: Arc<Trouble>,
     pub views: watch::Sender<Option<Arc<View>>>,
-    links: Arc<Links>,
+    pub wire: Arc<Wire>,
+}
+
+/// The links, with a switch that makes answers get lost without a word.
+pub struct Wire {
+    links: Links,
+    pub silent: AtomicBool,
+}
+
+impl Fabric for Wire {
+    fn dispatch(&self, batch: Batch<'_>) -> Result<Handle, ExchangeError> {
+        self.links.dispatch(batch)
+    }
+
+    async fn combine(&self, handle: Handle) -> Result<Returned, ExchangeError> {
+        if self.silent.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
+        self.links.combine(handle).await
+    }
 }
 
 impl Rig {
@@ -192,12 +212,15 @@ impl Rig {
         deadline: Duration,
     ) -> Rig {
         let runtime = tokio::runtime::Handle::current();
-        let links = Arc::new(Links::new("attention", LinkLimits::default(), runtime));
+        let wire = Arc::new(Wire {
+            links: Links::new("attention", LinkLimits::default(), runtime),
+            silent: AtomicBool::new(false),
+        });
         let (views, newest): (_, Views) = watch::channel(None);
         let (engine, handle) = Engine::new(
             Arc::clone(&model.trunk),
             model.cpu.clone(),
-            Arc::clone(&links),
+            Arc::clone(&wire),
             newest,
             limits,
             deadline,
@@ -209,7 +232,7 @@ impl Rig {
             ended: engine.spawn("test").unwrap(),
             trouble: Arc::default(),
             views,
-            links,
+            wire,
         };
         rig.place(placement);
         rig
@@ -221,8 +244,8 @@ impl Rig {
         let nodes = placement.nodes().iter().map(|node| node.node);
         let nodes: Vec<(NodeId, String)> = nodes.map(|node| (node, name(node))).collect();
         let endpoints = nodes.iter().map(|(node, name)| (*node, name.clone(), String::new()));
-        self.links.set_nodes(&[], None);
-        self.links.set_nodes(&endpoints.collect::<Vec<_>>(), Some(&board));
+        self.wire.links.set_nodes(&[], None);
+        self.wire.links.set_nodes(&endpoints.collect::<Vec<_>>(), Some(&board));
         let view = View::new(placement, nodes);
         self.views.send_replace(Some(Arc::new(view)));
     }
