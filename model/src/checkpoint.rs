@@ -40,7 +40,10 @@ impl FromStr for Dtype {
             "auto" => Ok(Dtype::Auto),
             "f32" => Ok(Dtype::F32),
             "bf16" => Ok(Dtype::Bf16),
-            other => Err(ModelError::input("dtype", format!("`{other}` is unknown; auto, f32 or bf16"))),
+            other => Err(ModelError::input(
+                "dtype",
+                format!("`{other}` is unknown; auto, f32 or bf16"),
+            )),
         }
     }
 }
@@ -121,11 +124,20 @@ impl Checkpoint {
     /// Maps and checks a checkpoint directory.
     ///
     /// # Errors
-    /// Anything in the configuration, index or headers that does not fit, with file and tensor or field named.
+    /// Anything in the configuration, index or headers that does not fit, with file and tensor or
+    /// field named.
     pub fn open(dir: &Path) -> Result<Checkpoint, ModelError> {
         let config = Config::from_dir(dir)?;
         let (shards, tensors) = open::open(dir, &config)?;
-        Ok(Checkpoint { inner: Arc::new(Inner { dir: dir.to_path_buf(), config, shards, tensors, digest: OnceLock::new() }) })
+        Ok(Checkpoint {
+            inner: Arc::new(Inner {
+                dir: dir.to_path_buf(),
+                config,
+                shards,
+                tensors,
+                digest: OnceLock::new(),
+            }),
+        })
     }
 
     /// What the model is.
@@ -138,9 +150,11 @@ impl Checkpoint {
         &self.inner.dir
     }
 
-    /// Identity of configuration and weights, whatever the sharding: `full:` or `sampled:` and 64 hex digits.
+    /// Identity of configuration and weights, whatever the sharding: `full:` or `sampled:` and 64
+    /// hex digits.
     ///
-    /// Reads every required byte once (above 64 GiB of weights: the first, middle and last 4 KiB of every tensor); later calls are free.
+    /// Reads every required byte once (above 64 GiB of weights: the first, middle and last 4 KiB
+    /// of every tensor); later calls are free.
     ///
     /// # Errors
     /// A configuration that cannot be written as JSON.
@@ -164,21 +178,31 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, ModelError> {
         match self.inner.tensors.get_key_value(name) {
             Some((name, entry)) => Ok(self.view(name, entry)),
-            None => Err(ModelError::tensor(&self.inner.dir, name, "missing from every shard")),
+            None => Err(ModelError::tensor(
+                &self.inner.dir,
+                name,
+                "missing from every shard",
+            )),
         }
     }
 
     /// Every tensor of a supported dtype, in no order.
     pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
-        self.inner.tensors.iter().map(|(name, entry)| self.view(name, entry))
+        self.inner
+            .tensors
+            .iter()
+            .map(|(name, entry)| self.view(name, entry))
     }
 
-    /// What the configuration requires of this checkpoint, in model order (optional tensors only where they exist).
+    /// What the configuration requires of this checkpoint, in model order (optional tensors only
+    /// where they exist).
     pub fn required(&self) -> impl Iterator<Item = TensorView<'_>> {
-        schema(self.config()).filter_map(|spec| self.tensor(&spec.name).ok()).flat_map(|view| {
-            let scales = view.scales().ok().flatten();
-            std::iter::once(view).chain(scales)
-        })
+        schema(self.config())
+            .filter_map(|spec| self.tensor(&spec.name).ok())
+            .flat_map(|view| {
+                let scales = view.scales().ok().flatten();
+                std::iter::once(view).chain(scales)
+            })
     }
 
     /// Bytes of one expert of a layer as stored, scales included; 0 for a dense layer.
@@ -186,12 +210,17 @@ impl Checkpoint {
         if !self.config().is_moe(layer) {
             return 0;
         }
-        schema::expert(self.config(), layer, 0).iter().map(|spec| self.stored_bytes(&spec.name)).sum()
+        schema::expert(self.config(), layer, 0)
+            .iter()
+            .map(|spec| self.stored_bytes(&spec.name))
+            .sum()
     }
 
     /// Bytes of a tensor as stored, scales included; 0 when it is absent.
     pub fn stored_bytes(&self, name: &str) -> u64 {
-        let Ok(view) = self.tensor(name) else { return 0 };
+        let Ok(view) = self.tensor(name) else {
+            return 0;
+        };
         let scales = view.scales().ok().flatten().map_or(0, |s| s.bytes().len());
         (view.bytes().len() + scales) as u64
     }
@@ -214,7 +243,8 @@ impl Checkpoint {
             let scales = scales.to_f32()?;
             for (i, row) in values.chunks_exact_mut(cols).enumerate() {
                 for (j, w) in row.iter_mut().enumerate() {
-                    *w *= scales[i / crate::config::FP8_BLOCK * blocks + j / crate::config::FP8_BLOCK];
+                    *w *= scales
+                        [i / crate::config::FP8_BLOCK * blocks + j / crate::config::FP8_BLOCK];
                 }
             }
         }
@@ -222,13 +252,21 @@ impl Checkpoint {
     }
 
     fn view<'a>(&'a self, name: &'a str, entry: &'a Entry) -> TensorView<'a> {
-        TensorView { checkpoint: self, name, entry, shape: &entry.shape }
+        TensorView {
+            checkpoint: self,
+            name,
+            entry,
+            shape: &entry.shape,
+        }
     }
 }
 
 impl std::fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Checkpoint").field("dir", &self.inner.dir).field("tensors", &self.inner.tensors.len()).finish()
+        f.debug_struct("Checkpoint")
+            .field("dir", &self.inner.dir)
+            .field("tensors", &self.inner.tensors.len())
+            .finish()
     }
 }
 
@@ -281,7 +319,9 @@ impl<'a> TensorView<'a> {
         if self.dtype() != Stored::F8E4M3 {
             return Ok(None);
         }
-        self.checkpoint.tensor(&format!("{}_scale_inv", self.name)).map(Some)
+        self.checkpoint
+            .tensor(&format!("{}_scale_inv", self.name))
+            .map(Some)
     }
 
     /// Every element widened to f32, exactly; FP8 without its scales.
@@ -291,9 +331,24 @@ impl<'a> TensorView<'a> {
     pub fn to_f32(&self) -> Result<Vec<f32>, ModelError> {
         let bytes = self.bytes();
         let values: Vec<f32> = match self.dtype() {
-            Stored::F32 => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-            Stored::Bf16 => bytes.as_chunks().0.iter().map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect(),
-            Stored::F16 => bytes.as_chunks().0.iter().map(|&b| half::f16::from_le_bytes(b).to_f32()).collect(),
+            Stored::F32 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|&b| f32::from_le_bytes(b))
+                .collect(),
+            Stored::Bf16 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|&b| half::bf16::from_le_bytes(b).to_f32())
+                .collect(),
+            Stored::F16 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|&b| half::f16::from_le_bytes(b).to_f32())
+                .collect(),
             Stored::F8E4M3 => bytes.iter().map(|&b| e4m3_to_f32(b)).collect(),
         };
         match values.iter().position(|v| !v.is_finite()) {
@@ -309,9 +364,21 @@ impl<'a> TensorView<'a> {
     pub fn check_finite(&self) -> Result<(), ModelError> {
         let bytes = self.bytes();
         let odd = match self.dtype() {
-            Stored::F32 => bytes.as_chunks().0.iter().position(|&b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
-            Stored::Bf16 => bytes.as_chunks().0.iter().position(|&b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-            Stored::F16 => bytes.as_chunks().0.iter().position(|&b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
+            Stored::F32 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .position(|&b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
+            Stored::Bf16 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .position(|&b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+            Stored::F16 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .position(|&b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
             Stored::F8E4M3 => bytes.iter().position(|&b| b & 0x7f == 0x7f),
         };
         match odd {
@@ -321,14 +388,26 @@ impl<'a> TensorView<'a> {
     }
 
     fn not_finite(&self, index: usize, value: f32) -> ModelError {
-        let what = if value.is_infinite() { "infinite" } else { "not a finite number" };
-        ModelError::tensor(self.file(), self.name, format!("element {index} is {what}; the checkpoint is damaged"))
+        let what = if value.is_infinite() {
+            "infinite"
+        } else {
+            "not a finite number"
+        };
+        ModelError::tensor(
+            self.file(),
+            self.name,
+            format!("element {index} is {what}; the checkpoint is damaged"),
+        )
     }
 }
 
 impl std::fmt::Debug for TensorView<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TensorView").field("name", &self.name).field("dtype", &self.dtype()).field("shape", &self.shape).finish()
+        f.debug_struct("TensorView")
+            .field("name", &self.name)
+            .field("dtype", &self.dtype())
+            .field("shape", &self.shape)
+            .finish()
     }
 }
 
@@ -340,5 +419,9 @@ pub fn e4m3_to_f32(byte: u8) -> f32 {
         (0, _) => mantissa / 512.0,
         _ => (1.0 + mantissa / 8.0) * libm::exp2f(f32::from(exponent) - 7.0),
     };
-    if byte & 0x80 == 0 { magnitude } else { -magnitude }
+    if byte & 0x80 == 0 {
+        magnitude
+    } else {
+        -magnitude
+    }
 }

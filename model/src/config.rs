@@ -11,6 +11,8 @@ use serde::Serialize;
 
 use crate::ModelError;
 
+mod check;
+mod fields;
 mod read;
 
 /// Epsilon of `q_a_layernorm` and `kv_a_layernorm`: the published models use the norm's
@@ -77,7 +79,8 @@ pub struct Rope {
 /// One model of the family. Widths count elements.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Config {
-    /// `deepseek_v2`, `deepseek_v3` or `kimi_k2`; for showing only, behaviour is in the other fields.
+    /// `deepseek_v2`, `deepseek_v3` or `kimi_k2`; for showing only, behaviour is in the other
+    /// fields.
     pub model_type: String,
     /// Token ids are below this.
     pub vocab_size: usize,
@@ -144,7 +147,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads `config.json` of a checkpoint, and the end-of-sequence ids of `generation_config.json` if there is one.
+    /// Reads `config.json` of a checkpoint, and the end-of-sequence ids of
+    /// `generation_config.json` if there is one.
     pub fn from_dir(dir: &Path) -> Result<Config, ModelError> {
         read::from_dir(dir)
     }
@@ -154,7 +158,8 @@ impl Config {
         read::from_json(text)
     }
 
-    /// Whether a layer routes to experts. The MTP layers (index >= `num_hidden_layers`) do when the model has experts.
+    /// Whether a layer routes to experts. The MTP layers (index >= `num_hidden_layers`) do when
+    /// the model has experts.
     pub fn is_moe(&self, layer: usize) -> bool {
         self.n_routed_experts > 0
             && layer >= self.first_k_dense_replace
@@ -166,7 +171,8 @@ impl Config {
         (0..self.num_hidden_layers).filter(|&l| self.is_moe(l))
     }
 
-    /// MoE layers of the main model and the MTP layers, ascending: all layers whose experts need a home.
+    /// MoE layers of the main model and the MTP layers, ascending: all layers whose experts need a
+    /// home.
     pub fn expert_layers(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.num_hidden_layers + self.num_nextn_predict_layers).filter(|&l| self.is_moe(l))
     }
@@ -193,14 +199,22 @@ impl Config {
 
     /// Groups the router really limits itself to: `n_group` unless the method ignores groups.
     pub fn routing_groups(&self) -> usize {
-        if self.topk_method == TopkMethod::Greedy { 1 } else { self.n_group }
+        if self.topk_method == TopkMethod::Greedy {
+            1
+        } else {
+            self.n_group
+        }
     }
 
     /// What attention scores are multiplied by: qk_head_dim^-0.5, times mscale² under YaRN.
     pub fn softmax_scale(&self) -> f32 {
         let base = 1.0 / libm::sqrt(self.qk_head_dim() as f64);
         let m = match self.rope.yarn {
-            Some(Yarn { factor, mscale_all_dim: Some(all), .. }) if all != 0.0 => yarn_mscale(factor, all),
+            Some(Yarn {
+                factor,
+                mscale_all_dim: Some(all),
+                ..
+            }) if all != 0.0 => yarn_mscale(factor, all),
             _ => 1.0,
         };
         (base * m * m) as f32
@@ -211,7 +225,9 @@ impl Config {
         let Some(y) = self.rope.yarn else { return 1.0 };
         let factor = match (y.attention_factor, y.mscale, y.mscale_all_dim) {
             (Some(given), _, _) => given,
-            (None, Some(m), Some(all)) if m != 0.0 && all != 0.0 => yarn_mscale(y.factor, m) / yarn_mscale(y.factor, all),
+            (None, Some(m), Some(all)) if m != 0.0 && all != 0.0 => {
+                yarn_mscale(y.factor, m) / yarn_mscale(y.factor, all)
+            }
             _ => yarn_mscale(y.factor, 1.0),
         };
         factor as f32
@@ -221,10 +237,13 @@ impl Config {
     pub fn rope_inv_freq(&self) -> Vec<f32> {
         let dim = self.qk_rope_head_dim;
         let plain = |i: usize| 1.0 / libm::pow(self.rope.theta, (2 * i) as f64 / dim as f64);
-        let Some(y) = self.rope.yarn else { return (0..dim / 2).map(|i| plain(i) as f32).collect() };
+        let Some(y) = self.rope.yarn else {
+            return (0..dim / 2).map(|i| plain(i) as f32).collect();
+        };
         // The dimension that turns `rotations` times over the original context.
         let turning = |rotations: f64| {
-            let period = y.original_max_position_embeddings as f64 / (rotations * 2.0 * std::f64::consts::PI);
+            let period = y.original_max_position_embeddings as f64
+                / (rotations * 2.0 * std::f64::consts::PI);
             dim as f64 * libm::log(period) / (2.0 * libm::log(self.rope.theta))
         };
         let (mut low, mut high) = (turning(y.beta_fast), turning(y.beta_slow));
@@ -243,7 +262,8 @@ impl Config {
             .collect()
     }
 
-    /// f32 elements of latent cache per token, over all layers of the main model and the MTP layers.
+    /// f32 elements of latent cache per token, over all layers of the main model and the MTP
+    /// layers.
     pub fn kv_elements_per_token(&self) -> usize {
         (self.num_hidden_layers + self.num_nextn_predict_layers) * self.latent_width()
     }
@@ -253,21 +273,38 @@ impl Config {
         3 * self.hidden_size as u64 * self.moe_intermediate_size as u64
     }
 
-    /// Parameters of the whole model as the checkpoint must hold it (MTP included, its copies of embedding and head not).
+    /// Parameters of the whole model as the checkpoint must hold it (MTP included, its copies of
+    /// embedding and head not).
     pub fn parameters(&self) -> u64 {
-        crate::checkpoint::schema(self).filter(|t| !t.optional).map(|t| t.elements()).sum()
+        crate::checkpoint::schema(self)
+            .filter(|t| !t.optional)
+            .map(|t| t.elements())
+            .sum()
     }
 
-    /// Parameters that one token touches in the main model: everything but the experts it is not routed to and the embedding rows of others.
+    /// Parameters that one token touches in the main model: everything but the experts it is not
+    /// routed to and the embedding rows of others.
     pub fn active_parameters(&self) -> u64 {
-        let idle = (self.n_routed_experts - self.num_experts_per_tok) as u64 * self.expert_parameters();
-        let main = Config { num_nextn_predict_layers: 0, ..self.clone() };
-        let embedding = if self.tie_word_embeddings { 0 } else { (self.vocab_size - 1) as u64 * self.hidden_size as u64 };
+        let idle =
+            (self.n_routed_experts - self.num_experts_per_tok) as u64 * self.expert_parameters();
+        let main = Config {
+            num_nextn_predict_layers: 0,
+            ..self.clone()
+        };
+        let embedding = if self.tie_word_embeddings {
+            0
+        } else {
+            (self.vocab_size - 1) as u64 * self.hidden_size as u64
+        };
         main.parameters() - idle * self.moe_layers().count() as u64 - embedding
     }
 }
 
 /// Attention temperature of YaRN: 0.1 m ln(factor) + 1.
 fn yarn_mscale(factor: f64, m: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * m * libm::log(factor) + 1.0 }
+    if factor <= 1.0 {
+        1.0
+    } else {
+        0.1 * m * libm::log(factor) + 1.0
+    }
 }

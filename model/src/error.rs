@@ -65,21 +65,38 @@ pub enum ModelError {
 impl ModelError {
     /// A fault in one field of the configuration.
     pub fn config(field: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self::Config { field: field.into(), reason: reason.into() }
+        Self::Config {
+            field: field.into(),
+            reason: reason.into(),
+        }
     }
 
     /// A fault of a whole file.
     pub fn file(path: impl AsRef<Path>, reason: impl ToString) -> Self {
-        Self::File { path: path.as_ref().to_path_buf(), reason: reason.to_string() }
+        Self::File {
+            path: path.as_ref().to_path_buf(),
+            reason: reason.to_string(),
+        }
     }
 
     /// A fault of one tensor.
-    pub fn tensor(file: impl AsRef<Path>, tensor: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self::Tensor { file: file.as_ref().to_path_buf(), tensor: tensor.into(), reason: reason.into() }
+    pub fn tensor(
+        file: impl AsRef<Path>,
+        tensor: impl Into<String>,
+        reason: impl Into<String>,
+    ) -> Self {
+        Self::Tensor {
+            file: file.as_ref().to_path_buf(),
+            tensor: tensor.into(),
+            reason: reason.into(),
+        }
     }
 
     /// An argument that does not fit the model.
     pub fn input(what: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self::Input { what: what.into(), reason: reason.into() }
+        Self::Input {
+            what: what.into(),
+            reason: reason.into(),
+        }
     }
 }

@@ -9,7 +9,8 @@
 //! w[i] = bf16( f32(mean) + f32(s - 131070) * f32(std / 37837.2) )
 //! ```
 //!
-//! which is close to a normal distribution. Router biases stay f32.
+//! which is close to a normal distribution. Router biases stay f32. A model with tied embeddings
+//! has no head, and the copies of embedding and head in an MTP layer are copies in value too.
 
 mod files;
 mod shapes;
@@ -66,11 +67,17 @@ impl Shape {
 /// No `=`, or a value that is not JSON (strings need their quotes).
 pub fn parse_override(text: &str) -> Result<(String, Value), ModelError> {
     let Some((key, value)) = text.split_once('=') else {
-        return Err(ModelError::input("--set", format!("`{text}` is not key=value")));
+        return Err(ModelError::input(
+            "--set",
+            format!("`{text}` is not key=value"),
+        ));
     };
     match serde_json::from_str(value) {
         Ok(value) => Ok((key.to_owned(), value)),
-        Err(e) => Err(ModelError::input("--set", format!("`{value}` of `{key}` is not JSON: {e} (strings need double quotes)"))),
+        Err(e) => Err(ModelError::input(
+            "--set",
+            format!("`{value}` of `{key}` is not JSON: {e} (strings need double quotes)"),
+        )),
     }
 }
 
@@ -112,16 +119,30 @@ fn plan(spec: TensorSpec, config: &Config) -> Planned {
     } else {
         spec.name.clone()
     };
-    let std = if stream == "model.embed_tokens.weight" { 1.0 } else { std };
-    Planned { name: spec.name, stream, shape: spec.shape, std, mean, f32: bias }
+    let std = if stream == "model.embed_tokens.weight" {
+        1.0
+    } else {
+        std
+    };
+    Planned {
+        name: spec.name,
+        stream,
+        shape: spec.shape,
+        std,
+        mean,
+        f32: bias,
+    }
 }
 
-/// Writes a checkpoint in Hugging Face form: shards, index, configuration and a byte-level tokenizer.
+/// Writes a checkpoint in Hugging Face form: shards, index, configuration and a byte-level
+/// tokenizer.
 ///
-/// `out` must not exist or be empty; it appears complete or not at all. `progress` hears bytes done and bytes in all.
+/// `out` must not exist or be empty; it appears complete or not at all. `progress` hears bytes
+/// done and bytes in all.
 ///
 /// # Errors
-/// An override that makes no model (field named), a directory in use, or a file that cannot be written.
+/// An override that makes no model (field named), a directory in use, or a file that cannot be
+/// written.
 pub fn write(
     shape: Shape,
     overrides: &[(String, Value)],
@@ -137,7 +158,10 @@ pub fn write(
         _ => return Err(ModelError::file(out, "not a directory that can be made")),
     };
     if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(ModelError::file(out, "not empty; give a directory that does not exist yet"));
+        return Err(ModelError::file(
+            out,
+            "not empty; give a directory that does not exist yet",
+        ));
     }
     // Everything is written next door and moved into place at the end.
     let mut partial = std::ffi::OsString::from(".");
@@ -147,7 +171,10 @@ pub fn write(
     let written = fs::create_dir_all(&partial)
         .map_err(|e| ModelError::file(&partial, format!("cannot be made: {e}")))
         .and_then(|()| write_files(&shape, &config, seed, shard_bytes, &partial, progress))
-        .and_then(|()| fs::rename(&partial, out).map_err(|e| ModelError::file(out, format!("cannot be moved into place: {e}"))));
+        .and_then(|()| {
+            fs::rename(&partial, out)
+                .map_err(|e| ModelError::file(out, format!("cannot be moved into place: {e}")))
+        });
     if written.is_err() {
         // The first fault is the one to report.
         let _ = fs::remove_dir_all(&partial);
@@ -209,22 +236,24 @@ fn fill(tensor: &Planned, seed: u64, start: usize, n: usize, out: &mut Vec<u8>) 
     let state = fnv1a64(&tensor.stream) ^ seed;
     let scale = (tensor.std / LANE_STD) as f32;
     out.resize(n * width, 0);
-    out.par_chunks_mut(CHUNK * width).enumerate().for_each(|(c, chunk)| {
-        for (i, slot) in chunk.chunks_exact_mut(width).enumerate() {
-            let index = (start + c * CHUNK + i) as u64 + 1;
-            let z = splitmix64(state.wrapping_add(index.wrapping_mul(GOLDEN)));
-            let lanes = (z & 0xFFFF) + ((z >> 16) & 0xFFFF) + ((z >> 32) & 0xFFFF) + (z >> 48);
-            let mut value = (lanes as f32 - 131_070.0) * scale;
-            if tensor.mean != 0.0 {
-                value += tensor.mean;
+    out.par_chunks_mut(CHUNK * width)
+        .enumerate()
+        .for_each(|(c, chunk)| {
+            for (i, slot) in chunk.chunks_exact_mut(width).enumerate() {
+                let index = (start + c * CHUNK + i) as u64 + 1;
+                let z = splitmix64(state.wrapping_add(index.wrapping_mul(GOLDEN)));
+                let lanes = (z & 0xFFFF) + ((z >> 16) & 0xFFFF) + ((z >> 32) & 0xFFFF) + (z >> 48);
+                let mut value = (lanes as f32 - 131_070.0) * scale;
+                if tensor.mean != 0.0 {
+                    value += tensor.mean;
+                }
+                if tensor.f32 {
+                    slot.copy_from_slice(&value.to_le_bytes());
+                } else {
+                    slot.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes());
+                }
             }
-            if tensor.f32 {
-                slot.copy_from_slice(&value.to_le_bytes());
-            } else {
-                slot.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes());
-            }
-        }
-    });
+        });
 }
 
 /// The output function of splitmix64 (Steele, Lea, Flood 2014).
@@ -236,5 +265,7 @@ fn splitmix64(mut z: u64) -> u64 {
 
 /// The 64-bit Fowler-Noll-Vo hash, variant 1a.
 fn fnv1a64(text: &str) -> u64 {
-    text.bytes().fold(0xCBF2_9CE4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01B3))
+    text.bytes().fold(0xCBF2_9CE4_8422_2325, |h, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x100_0000_01B3)
+    })
 }

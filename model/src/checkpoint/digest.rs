@@ -20,21 +20,40 @@ pub(super) fn digest(checkpoint: &Checkpoint) -> Result<String, ModelError> {
     let parts: Vec<blake3::Hash> = tensors.par_iter().map(|t| content(t, full)).collect();
 
     let mut hasher = blake3::Hasher::new();
-    let config = serde_json::to_vec(checkpoint.config())
-        .map_err(|e| ModelError::file(checkpoint.dir(), format!("configuration cannot be written as JSON: {e}")))?;
-    hasher.update(&(config.len() as u64).to_le_bytes()).update(&config);
+    let config = serde_json::to_vec(checkpoint.config()).map_err(|e| {
+        ModelError::file(
+            checkpoint.dir(),
+            format!("configuration cannot be written as JSON: {e}"),
+        )
+    })?;
+    hasher
+        .update(&(config.len() as u64).to_le_bytes())
+        .update(&config);
     for (tensor, part) in tensors.iter().zip(&parts) {
-        let head = format!("{}\0{}\0{:?}\0", tensor.name(), tensor.dtype().name(), tensor.shape());
+        let head = format!(
+            "{}\0{}\0{:?}\0",
+            tensor.name(),
+            tensor.dtype().name(),
+            tensor.shape()
+        );
         hasher.update(head.as_bytes()).update(part.as_bytes());
     }
-    Ok(format!("{}:{}", if full { "full" } else { "sampled" }, hasher.finalize().to_hex()))
+    Ok(format!(
+        "{}:{}",
+        if full { "full" } else { "sampled" },
+        hasher.finalize().to_hex()
+    ))
 }
 
 fn content(tensor: &TensorView<'_>, full: bool) -> blake3::Hash {
     let bytes = tensor.bytes();
     let mut hasher = blake3::Hasher::new();
     if full || bytes.len() <= 3 * SAMPLE_BYTES {
-        if bytes.len() >= LARGE_BYTES { hasher.update_rayon(bytes) } else { hasher.update(bytes) };
+        if bytes.len() >= LARGE_BYTES {
+            hasher.update_rayon(bytes)
+        } else {
+            hasher.update(bytes)
+        };
     } else {
         let middle = bytes.len() / 2 - SAMPLE_BYTES / 2;
         for start in [0, middle, bytes.len() - SAMPLE_BYTES] {
@@ -42,4 +61,30 @@ fn content(tensor: &TensorView<'_>, full: bool) -> blake3::Hash {
         }
     }
     hasher.finalize()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn a_sample_is_three_parts_of_a_large_tensor_and_all_of_a_small_one() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3-fp8");
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let large = checkpoint.tensor("lm_head.weight").unwrap();
+        let (bytes, middle) = (large.bytes(), large.bytes().len() / 2);
+        let last = bytes.len() - 4096;
+        let parts = [
+            &bytes[..4096],
+            &bytes[middle - 2048..middle + 2048],
+            &bytes[last..],
+        ];
+        assert_eq!(content(&large, false), blake3::hash(&parts.concat()));
+        assert_eq!(content(&large, true), blake3::hash(bytes));
+        let small = checkpoint.tensor("model.norm.weight").unwrap();
+        assert_eq!(content(&small, false), blake3::hash(small.bytes()));
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Component, Path};
 
 use safetensors::SafeTensors;
 use safetensors::tensor::Metadata;
@@ -13,7 +13,8 @@ use crate::{Config, ModelError};
 
 /// Largest safetensors header in bytes, as the format's own reader has it.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
-/// Header bytes allowed per tensor that the configuration calls for, on top of [`SPARE_HEADER_BYTES`].
+/// Header bytes allowed per tensor that the configuration calls for, on top of
+/// [`SPARE_HEADER_BYTES`].
 const HEADER_BYTES_PER_TENSOR: u64 = 1024;
 /// Header bytes allowed for whatever else a file carries.
 const SPARE_HEADER_BYTES: u64 = 8 << 20;
@@ -30,13 +31,18 @@ type Opened = (Vec<Shard>, HashMap<String, Entry>);
 pub(super) fn open(dir: &Path, config: &Config) -> Result<Opened, ModelError> {
     // A single file goes before an index, as it does for other readers of this form.
     let single = dir.join(SINGLE).exists() || !dir.join(INDEX).exists();
-    let index = if single { None } else { Some(Index::read(dir)?) };
+    let index = if single {
+        None
+    } else {
+        Some(Index::read(dir)?)
+    };
     let paths = match &index {
         Some(index) => index.files.iter().map(|name| dir.join(name)).collect(),
         None => vec![dir.join(SINGLE)],
     };
     let wanted = schema(config).count() as u64;
-    let header_cap = (SPARE_HEADER_BYTES + 2 * wanted * HEADER_BYTES_PER_TENSOR).min(MAX_HEADER_BYTES);
+    let header_cap =
+        (SPARE_HEADER_BYTES + 2 * wanted * HEADER_BYTES_PER_TENSOR).min(MAX_HEADER_BYTES);
     let mut shards = Vec::with_capacity(paths.len());
     let mut tensors = HashMap::new();
     for path in paths {
@@ -49,13 +55,25 @@ pub(super) fn open(dir: &Path, config: &Config) -> Result<Opened, ModelError> {
         // What a shard holds beside the index is not part of the checkpoint.
         tensors.retain(|name, _| index.map.contains_key(name));
     }
-    let fallback = if index.is_some() { dir.join(INDEX) } else { dir.join(SINGLE) };
-    let checker = Checker { config, shards: &shards, tensors: &tensors, fallback: &fallback };
+    let fallback = if index.is_some() {
+        dir.join(INDEX)
+    } else {
+        dir.join(SINGLE)
+    };
+    let checker = Checker {
+        config,
+        shards: &shards,
+        tensors: &tensors,
+        fallback: &fallback,
+    };
     for spec in schema(config) {
         checker.check(&spec)?;
     }
     // A dtype nobody asked for is nobody's business.
-    let tensors = tensors.into_iter().filter_map(|(name, raw)| Some((name, raw.supported()?))).collect();
+    let tensors = tensors
+        .into_iter()
+        .filter_map(|(name, raw)| Some((name, raw.supported()?)))
+        .collect();
     Ok((shards, tensors))
 }
 
@@ -69,16 +87,21 @@ impl Index {
     fn read(dir: &Path) -> Result<Index, ModelError> {
         let path = dir.join(INDEX);
         let bad = |reason: String| ModelError::file(&path, reason);
-        let size = fs::metadata(&path).map_err(|e| bad(format!("cannot be read: {e}")))?.len();
+        let size = fs::metadata(&path)
+            .map_err(|e| bad(format!("cannot be read: {e}")))?
+            .len();
         if size > MAX_INDEX_BYTES {
-            return Err(bad(format!("{size} bytes, more than {MAX_INDEX_BYTES}: not an index")));
+            return Err(bad(format!(
+                "{size} bytes, more than {MAX_INDEX_BYTES}: not an index"
+            )));
         }
         #[derive(serde::Deserialize)]
         struct Raw {
             weight_map: HashMap<String, String>,
         }
         let text = fs::read_to_string(&path).map_err(|e| bad(format!("cannot be read: {e}")))?;
-        let raw: Raw = serde_json::from_str(&text).map_err(|e| bad(format!("not an index of weights: {e}")))?;
+        let raw: Raw = serde_json::from_str(&text)
+            .map_err(|e| bad(format!("not an index of weights: {e}")))?;
         let mut files: Vec<String> = raw.weight_map.values().cloned().collect();
         files.sort();
         files.dedup();
@@ -86,16 +109,33 @@ impl Index {
             return Err(bad("names no file".into()));
         }
         if files.len() > MAX_SHARDS {
-            return Err(bad(format!("names {} files, more than {MAX_SHARDS}", files.len())));
+            return Err(bad(format!(
+                "names {} files, more than {MAX_SHARDS}",
+                files.len()
+            )));
         }
         for name in &files {
             let mut parts = Path::new(name).components();
-            if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) || name.contains(['/', '\\', '\0']) {
-                return Err(bad(format!("file name {name:?} leads out of the directory; plain names only")));
+            if !matches!(
+                (parts.next(), parts.next()),
+                (Some(Component::Normal(_)), None)
+            ) || name.contains(['/', '\\', '\0'])
+            {
+                return Err(bad(format!(
+                    "file name {name:?} leads out of the directory; plain names only"
+                )));
             }
         }
-        let position: HashMap<&str, usize> = files.iter().enumerate().map(|(i, f)| (f.as_str(), i)).collect();
-        let map = raw.weight_map.iter().map(|(name, file)| (name.clone(), position[file.as_str()])).collect();
+        let position: HashMap<&str, usize> = files
+            .iter()
+            .enumerate()
+            .map(|(i, f)| (f.as_str(), i))
+            .collect();
+        let map = raw
+            .weight_map
+            .iter()
+            .map(|(name, file)| (name.clone(), position[file.as_str()]))
+            .collect();
         Ok(Index { map, files })
     }
 
@@ -108,9 +148,19 @@ impl Index {
                 Some(raw) if raw.shard == shard => {}
                 Some(raw) => {
                     let real = shards[raw.shard].path.display();
-                    return Err(ModelError::tensor(&shards[shard].path, name, format!("the index says it is here, but {real} holds it")));
+                    return Err(ModelError::tensor(
+                        &shards[shard].path,
+                        name,
+                        format!("the index says it is here, but {real} holds it"),
+                    ));
                 }
-                None => return Err(ModelError::tensor(&shards[shard].path, name, "the index says it is here, but the file does not hold it")),
+                None => {
+                    return Err(ModelError::tensor(
+                        &shards[shard].path,
+                        name,
+                        "the index says it is here, but the file does not hold it",
+                    ));
+                }
             }
         }
         Ok(())
@@ -118,19 +168,34 @@ impl Index {
 }
 
 fn map(path: &Path, sharded: bool) -> Result<Shard, ModelError> {
-    let file = File::open(path).map_err(|e| {
-        let hint = if sharded { "the index names it" } else { "a checkpoint has model.safetensors or model.safetensors.index.json" };
-        ModelError::file(path, format!("cannot be opened: {e} ({hint})"))
-    })?;
-    let meta = file.metadata().map_err(|e| ModelError::file(path, e))?;
+    let hint = if sharded {
+        "the index names it"
+    } else {
+        "a checkpoint has model.safetensors or model.safetensors.index.json"
+    };
+    let cannot =
+        |e: std::io::Error| ModelError::file(path, format!("cannot be opened: {e} ({hint})"));
+    // Asked before opening: a pipe would wait for a writer.
+    let meta = fs::metadata(path).map_err(cannot)?;
     if !meta.is_file() {
         return Err(ModelError::file(path, "not a regular file"));
     }
+    let file = File::open(path).map_err(cannot)?;
     if meta.len() < 8 {
-        return Err(ModelError::file(path, format!("truncated: {} bytes, less than the 8 of the header's length", meta.len())));
+        return Err(ModelError::file(
+            path,
+            format!(
+                "truncated: {} bytes, less than the 8 of the header's length",
+                meta.len()
+            ),
+        ));
     }
-    let map = guild_kernels::file::map(&file).map_err(|e| ModelError::file(path, format!("cannot be mapped: {e}")))?;
-    Ok(Shard { path: path.to_path_buf(), map })
+    let map = guild_kernels::file::map(&file)
+        .map_err(|e| ModelError::file(path, format!("cannot be mapped: {e}")))?;
+    Ok(Shard {
+        path: path.to_path_buf(),
+        map,
+    })
 }
 
 /// A header entry before anybody asked for it.
@@ -154,31 +219,58 @@ impl Raw {
 
     fn supported(self) -> Option<Entry> {
         let dtype = self.stored()?;
-        Some(Entry { shard: self.shard, dtype, shape: self.shape, range: self.range })
+        Some(Entry {
+            shard: self.shard,
+            dtype,
+            shape: self.shape,
+            range: self.range,
+        })
     }
 }
 
-fn read_header(shard: &Shard, number: usize, cap: u64, shards: &[Shard], tensors: &mut HashMap<String, Raw>) -> Result<(), ModelError> {
+fn read_header(
+    shard: &Shard,
+    number: usize,
+    cap: u64,
+    shards: &[Shard],
+    tensors: &mut HashMap<String, Raw>,
+) -> Result<(), ModelError> {
     let bytes: &[u8] = shard.map.as_ref();
     let bad = |reason: String| ModelError::file(&shard.path, reason);
     let length = bytes.first_chunk().map_or(0, |&b| u64::from_le_bytes(b));
     if length > cap {
-        return Err(bad(format!("header of {length} bytes is absurd; this configuration needs at most {cap}")));
+        return Err(bad(format!(
+            "header of {length} bytes is absurd; this configuration needs at most {cap}"
+        )));
     }
     if length > bytes.len() as u64 - 8 {
-        return Err(bad(format!("truncated: header of {length} bytes in a file of {}", bytes.len())));
+        return Err(bad(format!(
+            "truncated: header of {length} bytes in a file of {}",
+            bytes.len()
+        )));
     }
     let start = 8 + length as usize;
-    let (_, metadata): (usize, Metadata) = SafeTensors::read_metadata(bytes).map_err(|e| match header::culprit(&bytes[8..start], bytes.len() - start) {
-        Some((tensor, reason)) => ModelError::tensor(&shard.path, tensor, reason),
-        None => bad(format!("bad safetensors header: {e}")),
+    let (_, metadata): (usize, Metadata) = SafeTensors::read_metadata(bytes).map_err(|e| {
+        match header::culprit(&bytes[8..start], bytes.len() - start) {
+            Some((tensor, reason)) => ModelError::tensor(&shard.path, tensor, reason),
+            None => bad(format!("bad safetensors header: {e}")),
+        }
     })?;
     for (name, info) in metadata.tensors() {
         let (from, to) = info.data_offsets;
-        let raw = Raw { shard: number, dtype: info.dtype, shape: info.shape.clone(), range: start + from..start + to };
+        let raw = Raw {
+            shard: number,
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            range: start + from..start + to,
+        };
         if let Some(other) = tensors.get(&name) {
             let first = shards.get(other.shard).map_or(&shard.path, |s| &s.path);
-            return Err(ModelError::tensor(&shard.path, name, format!("duplicate: {} holds it too", first.display())));
+            return Err(ModelError::tensor(
+                &shard.path,
+                name,
+                format!("duplicate: {} holds it too", first.display()),
+            ));
         }
         tensors.insert(name, raw);
     }
@@ -190,7 +282,7 @@ struct Checker<'a> {
     config: &'a Config,
     shards: &'a [Shard],
     tensors: &'a HashMap<String, Raw>,
-    fallback: &'a PathBuf,
+    fallback: &'a Path,
 }
 
 impl Checker<'_> {
@@ -199,36 +291,68 @@ impl Checker<'_> {
             if spec.optional {
                 return Ok(());
             }
-            let reason = format!("missing; the configuration calls for it with shape {:?}", spec.shape);
+            let reason = format!(
+                "missing; the configuration calls for it with shape {:?}",
+                spec.shape
+            );
             return Err(ModelError::tensor(self.fallback, &spec.name, reason));
         };
         let file = &self.shards[raw.shard].path;
         let bad = |reason: String| Err(ModelError::tensor(file, &spec.name, reason));
         if raw.shape != spec.shape {
-            return bad(format!("shape {:?}, but the configuration calls for {:?}", raw.shape, spec.shape));
+            return bad(format!(
+                "shape {:?}, but the configuration calls for {:?}",
+                raw.shape, spec.shape
+            ));
         }
         let Some(dtype) = raw.stored() else {
-            return bad(format!("dtype {:?} is not served; F32, BF16, F16 or F8_E4M3", raw.dtype));
+            return bad(format!(
+                "dtype {:?} is not served; F32, BF16, F16 or F8_E4M3",
+                raw.dtype
+            ));
         };
         if !spec.accepts(dtype) {
-            let why = if self.config.fp8 { "only linear layers may be FP8" } else { "config.json has no quantization_config for FP8" };
+            let why = if self.config.fp8 {
+                "only linear layers may be FP8"
+            } else {
+                "config.json has no quantization_config for FP8"
+            };
             return bad(format!("dtype {}, but {why}", dtype.name()));
         }
-        if dtype == Stored::F8E4M3 { self.check_scales(spec, file) } else { Ok(()) }
+        if dtype == Stored::F8E4M3 {
+            self.check_scales(spec, file)
+        } else {
+            Ok(())
+        }
     }
 
     fn check_scales(&self, spec: &TensorSpec, file: &Path) -> Result<(), ModelError> {
         let name = format!("{}_scale_inv", spec.name);
         let Some(raw) = self.tensors.get(&name) else {
-            return Err(ModelError::tensor(file, name, "missing; FP8 weights need their block scales"));
+            return Err(ModelError::tensor(
+                file,
+                name,
+                "missing; FP8 weights need their block scales",
+            ));
         };
         let shape: Vec<usize> = spec.shape.iter().map(|d| d.div_ceil(FP8_BLOCK)).collect();
         let file = &self.shards[raw.shard].path;
         if raw.shape != shape {
-            return Err(ModelError::tensor(file, name, format!("shape {:?}, but a scale per 128x128 block makes {shape:?}", raw.shape)));
+            return Err(ModelError::tensor(
+                file,
+                name,
+                format!(
+                    "shape {:?}, but a scale per 128x128 block makes {shape:?}",
+                    raw.shape
+                ),
+            ));
         }
         if raw.stored() != Some(Stored::F32) {
-            return Err(ModelError::tensor(file, name, format!("dtype {:?}, but scales are F32", raw.dtype)));
+            return Err(ModelError::tensor(
+                file,
+                name,
+                format!("dtype {:?}, but scales are F32", raw.dtype),
+            ));
         }
         Ok(())
     }

@@ -12,7 +12,8 @@ pub struct TensorSpec {
     pub shape: Vec<usize>,
     /// Whether it may be stored as FP8 with block scales (`{name}_scale_inv`).
     pub quantizable: bool,
-    /// Whether the checkpoint may leave it out (copies that the MTP layer keeps of the main model's tensors).
+    /// Whether the checkpoint may leave it out (copies that the MTP layer keeps of the main
+    /// model's tensors).
     pub optional: bool,
 }
 
@@ -29,7 +30,12 @@ impl TensorSpec {
 }
 
 fn plain(name: String, shape: &[usize]) -> TensorSpec {
-    TensorSpec { name, shape: shape.to_vec(), quantizable: false, optional: false }
+    TensorSpec {
+        name,
+        shape: shape.to_vec(),
+        quantizable: false,
+        optional: false,
+    }
 }
 
 fn norm(name: String, width: usize) -> TensorSpec {
@@ -37,7 +43,10 @@ fn norm(name: String, width: usize) -> TensorSpec {
 }
 
 fn linear(c: &Config, name: String, out: usize, inp: usize) -> TensorSpec {
-    TensorSpec { quantizable: c.fp8, ..plain(format!("{name}.weight"), &[out, inp]) }
+    TensorSpec {
+        quantizable: c.fp8,
+        ..plain(format!("{name}.weight"), &[out, inp])
+    }
 }
 
 fn mlp(c: &Config, p: &str, inner: usize) -> [TensorSpec; 3] {
@@ -50,19 +59,28 @@ fn mlp(c: &Config, p: &str, inner: usize) -> [TensorSpec; 3] {
 
 /// The three matrices of one routed expert.
 pub(super) fn expert(c: &Config, layer: usize, expert: usize) -> [TensorSpec; 3] {
-    mlp(c, &format!("model.layers.{layer}.mlp.experts.{expert}"), c.moe_intermediate_size)
+    mlp(
+        c,
+        &format!("model.layers.{layer}.mlp.experts.{expert}"),
+        c.moe_intermediate_size,
+    )
 }
 
-/// Everything a checkpoint of this configuration must hold, in model order: embedding, layers, final norm, head, MTP layers.
+/// Everything a checkpoint of this configuration must hold, in model order: embedding, layers,
+/// final norm, head, MTP layers.
 ///
 /// Block scales of FP8 weights are not listed: they go with the weight that is stored so.
 pub fn schema(c: &Config) -> impl Iterator<Item = TensorSpec> + '_ {
-    let head = (!c.tie_word_embeddings).then(|| plain("lm_head.weight".into(), &[c.vocab_size, c.hidden_size]));
-    std::iter::once(plain("model.embed_tokens.weight".into(), &[c.vocab_size, c.hidden_size]))
-        .chain((0..c.num_hidden_layers).flat_map(|l| layer(c, l)))
-        .chain(std::iter::once(norm("model.norm".into(), c.hidden_size)))
-        .chain(head)
-        .chain((0..c.num_nextn_predict_layers).flat_map(|k| mtp(c, c.num_hidden_layers + k)))
+    let head = (!c.tie_word_embeddings)
+        .then(|| plain("lm_head.weight".into(), &[c.vocab_size, c.hidden_size]));
+    std::iter::once(plain(
+        "model.embed_tokens.weight".into(),
+        &[c.vocab_size, c.hidden_size],
+    ))
+    .chain((0..c.num_hidden_layers).flat_map(|l| layer(c, l)))
+    .chain(std::iter::once(norm("model.norm".into(), c.hidden_size)))
+    .chain(head)
+    .chain((0..c.num_nextn_predict_layers).flat_map(|k| mtp(c, c.num_hidden_layers + k)))
 }
 
 /// A decoder layer; experts are made lazily, there may be hundreds.
@@ -71,7 +89,10 @@ fn layer(c: &Config, index: usize) -> impl Iterator<Item = TensorSpec> + '_ {
     let p = format!("model.layers.{index}");
     let (a, m) = (format!("{p}.self_attn"), format!("{p}.mlp"));
     let q_width = heads * c.qk_head_dim();
-    let bias = |name: &str, width: usize| c.attention_bias.then(|| plain(format!("{a}.{name}.bias"), &[width]));
+    let bias = |name: &str, width: usize| {
+        c.attention_bias
+            .then(|| plain(format!("{a}.{name}.bias"), &[width]))
+    };
 
     let mut list = vec![norm(format!("{p}.input_layernorm"), h)];
     match c.q_lora_rank {
@@ -83,10 +104,20 @@ fn layer(c: &Config, index: usize) -> impl Iterator<Item = TensorSpec> + '_ {
         }
         None => list.push(linear(c, format!("{a}.q_proj"), q_width, h)),
     }
-    list.push(linear(c, format!("{a}.kv_a_proj_with_mqa"), c.latent_width(), h));
+    list.push(linear(
+        c,
+        format!("{a}.kv_a_proj_with_mqa"),
+        c.latent_width(),
+        h,
+    ));
     list.extend(bias("kv_a_proj_with_mqa", c.latent_width()));
     list.push(norm(format!("{a}.kv_a_layernorm"), c.kv_lora_rank));
-    list.push(linear(c, format!("{a}.kv_b_proj"), heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank));
+    list.push(linear(
+        c,
+        format!("{a}.kv_b_proj"),
+        heads * (c.qk_nope_head_dim + c.v_head_dim),
+        c.kv_lora_rank,
+    ));
     list.push(linear(c, format!("{a}.o_proj"), h, heads * c.v_head_dim));
     list.extend(bias("o_proj", h));
     list.push(norm(format!("{p}.post_attention_layernorm"), h));
@@ -96,28 +127,44 @@ fn layer(c: &Config, index: usize) -> impl Iterator<Item = TensorSpec> + '_ {
     if moe {
         list.push(plain(format!("{m}.gate.weight"), &[c.n_routed_experts, h]));
         if c.has_router_bias() {
-            list.push(plain(format!("{m}.gate.e_score_correction_bias"), &[c.n_routed_experts]));
+            list.push(plain(
+                format!("{m}.gate.e_score_correction_bias"),
+                &[c.n_routed_experts],
+            ));
         }
         if c.n_shared_experts > 0 {
-            tail.extend(mlp(c, &format!("{m}.shared_experts"), c.shared_intermediate_size()));
+            tail.extend(mlp(
+                c,
+                &format!("{m}.shared_experts"),
+                c.shared_intermediate_size(),
+            ));
         }
     } else {
         tail.extend(mlp(c, &m, c.intermediate_size));
     }
     let experts = if moe { c.n_routed_experts } else { 0 };
-    list.into_iter().chain((0..experts).flat_map(move |e| expert(c, index, e))).chain(tail)
+    list.into_iter()
+        .chain((0..experts).flat_map(move |e| expert(c, index, e)))
+        .chain(tail)
 }
 
-/// A multi-token-prediction layer: a decoder layer between `eh_proj` and its own norm (DeepSeek-V3 report, section 2.2).
+/// A multi-token-prediction layer: a decoder layer between `eh_proj` and its own norm (DeepSeek-V3
+/// report, section 2.2).
 fn mtp(c: &Config, index: usize) -> impl Iterator<Item = TensorSpec> + '_ {
     let (p, h) = (format!("model.layers.{index}"), c.hidden_size);
-    let copy = |name: &str| TensorSpec { optional: true, ..plain(format!("{p}.{name}.weight"), &[c.vocab_size, h]) };
+    let copy = |name: &str| TensorSpec {
+        optional: true,
+        ..plain(format!("{p}.{name}.weight"), &[c.vocab_size, h])
+    };
     let head = [
         copy("embed_tokens"),
         norm(format!("{p}.enorm"), h),
         norm(format!("{p}.hnorm"), h),
         linear(c, format!("{p}.eh_proj"), h, 2 * h),
     ];
-    let tail = [norm(format!("{p}.shared_head.norm"), h), copy("shared_head.head")];
+    let tail = [
+        norm(format!("{p}.shared_head.norm"), h),
+        copy("shared_head.head"),
+    ];
     head.into_iter().chain(layer(c, index)).chain(tail)
 }

@@ -3,25 +3,21 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
+use super::check;
+use super::fields::Fields;
 use super::{Config, FP8_BLOCK, Rope, Scoring, TopkMethod, Yarn};
 use crate::ModelError;
 
 /// Largest width, vocabulary or count that is taken for real.
 const MAX_DIM: usize = 1 << 24;
 /// Most layers, MTP included.
-const MAX_LAYERS: usize = 4096;
+pub(super) const MAX_LAYERS: usize = 4096;
 /// Most routed experts of a layer.
 const MAX_EXPERTS: usize = 1 << 16;
 /// Longest context.
 const MAX_POSITIONS: usize = 1 << 30;
-/// Most elements of one tensor.
-const MAX_ELEMENTS: u64 = 1 << 40;
-/// Most parameters of a model.
-const MAX_PARAMETERS: u64 = 1 << 46;
-/// Most tensors of a model; the largest released ones have about 100 thousand.
-const MAX_TENSORS: u64 = 1 << 21;
 /// Largest `config.json` or `generation_config.json` in bytes.
 const MAX_FILE_BYTES: u64 = 4 << 20;
 
@@ -35,7 +31,11 @@ struct Defaults {
 }
 
 pub(super) fn from_dir(dir: &Path) -> Result<Config, ModelError> {
-    let mut config = from_json(&read_text(&dir.join("config.json"))?)?;
+    let path = dir.join("config.json");
+    let mut config = from_json(&read_text(&path)?).map_err(|e| match e {
+        ModelError::File { reason, .. } => ModelError::File { path, reason },
+        other => other,
+    })?;
     let generation = dir.join("generation_config.json");
     if generation.exists() {
         let text = read_text(&generation)?;
@@ -44,7 +44,10 @@ pub(super) fn from_dir(dir: &Path) -> Result<Config, ModelError> {
         let Value::Object(map) = value else {
             return Err(ModelError::file(&generation, "not a JSON object"));
         };
-        let fields = Fields { map: &map, prefix: "generation_config." };
+        let fields = Fields {
+            map: &map,
+            prefix: "generation_config.",
+        };
         for id in fields.tokens("eos_token_id", config.vocab_size)? {
             if !config.eos_token_ids.contains(&id) {
                 config.eos_token_ids.push(id);
@@ -55,34 +58,54 @@ pub(super) fn from_dir(dir: &Path) -> Result<Config, ModelError> {
 }
 
 fn read_text(path: &Path) -> Result<String, ModelError> {
-    let size = fs::metadata(path).map_err(|e| ModelError::file(path, format!("cannot be read: {e}")))?.len();
+    let meta =
+        fs::metadata(path).map_err(|e| ModelError::file(path, format!("cannot be read: {e}")))?;
+    if !meta.is_file() {
+        return Err(ModelError::file(path, "not a regular file"));
+    }
+    let size = meta.len();
     if size > MAX_FILE_BYTES {
-        return Err(ModelError::file(path, format!("{size} bytes, more than {MAX_FILE_BYTES}: not a configuration")));
+        return Err(ModelError::file(
+            path,
+            format!("{size} bytes, more than {MAX_FILE_BYTES}: not a configuration"),
+        ));
     }
     fs::read_to_string(path).map_err(|e| ModelError::file(path, format!("cannot be read: {e}")))
 }
 
 pub(super) fn from_json(text: &str) -> Result<Config, ModelError> {
-    let value: Value = serde_json::from_str(text).map_err(|e| ModelError::file("config.json", format!("not JSON: {e}")))?;
+    let value: Value = serde_json::from_str(text)
+        .map_err(|e| ModelError::file("config.json", format!("not JSON: {e}")))?;
     let Value::Object(outer) = value else {
         return Err(ModelError::file("config.json", "not a JSON object"));
     };
     // Multimodal members keep the language model's configuration one level down.
     match outer.get("text_config") {
-        None | Some(Value::Null) => from_fields(&Fields { map: &outer, prefix: "" }),
+        None | Some(Value::Null) => from_fields(&Fields {
+            map: &outer,
+            prefix: "",
+        }),
         Some(Value::Object(inner)) => {
             let mut inner = inner.clone();
-            if let Some(q) = outer.get("quantization_config").filter(|_| !inner.contains_key("quantization_config")) {
+            if let Some(q) = outer
+                .get("quantization_config")
+                .filter(|_| !inner.contains_key("quantization_config"))
+            {
                 inner.insert("quantization_config".into(), q.clone());
             }
-            from_fields(&Fields { map: &inner, prefix: "text_config." })
+            from_fields(&Fields {
+                map: &inner,
+                prefix: "text_config.",
+            })
         }
         Some(_) => Err(ModelError::config("text_config", "must be an object")),
     }
 }
 
 fn from_fields(f: &Fields<'_>) -> Result<Config, ModelError> {
-    let model_type = f.text("model_type")?.ok_or_else(|| f.bad("model_type", "missing"))?;
+    let model_type = f
+        .text("model_type")?
+        .ok_or_else(|| f.bad("model_type", "missing"))?;
     let defaults = match model_type {
         "deepseek_v2" => Defaults {
             scoring: Scoring::Softmax,
@@ -99,29 +122,48 @@ fn from_fields(f: &Fields<'_>) -> Result<Config, ModelError> {
             shared: 1,
         },
         other => {
-            return Err(f.bad("model_type", format!("`{other}` is unknown; deepseek_v2, deepseek_v3 and kimi_k2 are served")));
+            return Err(f.bad(
+                "model_type",
+                format!("`{other}` is unknown; deepseek_v2, deepseek_v3 and kimi_k2 are served"),
+            ));
         }
     };
     if let Some(act) = f.text("hidden_act")?.filter(|&a| a != "silu") {
-        return Err(f.bad("hidden_act", format!("`{act}` is unknown; the family uses silu")));
+        return Err(f.bad(
+            "hidden_act",
+            format!("`{act}` is unknown; the family uses silu"),
+        ));
     }
 
     let num_hidden_layers = f.count("num_hidden_layers", MAX_LAYERS)?;
     let num_attention_heads = f.count("num_attention_heads", MAX_DIM)?;
-    if let Some(kv) = f.uint("num_key_value_heads")?.filter(|&kv| kv != num_attention_heads as u64) {
+    if let Some(kv) = f
+        .uint("num_key_value_heads")?
+        .filter(|&kv| kv != num_attention_heads as u64)
+    {
         return Err(f.bad(
             "num_key_value_heads",
-            format!("{kv}, but latent attention has as many key as query heads ({num_attention_heads})"),
+            format!(
+                "{kv}, but latent attention has as many key as query heads ({num_attention_heads})"
+            ),
         ));
     }
     let q_lora_rank = match f.map.get("q_lora_rank") {
-        None => return Err(f.bad("q_lora_rank", "missing; a rank, or null where queries are projected directly")),
+        None => {
+            return Err(f.bad(
+                "q_lora_rank",
+                "missing; a rank, or null where queries are projected directly",
+            ));
+        }
         Some(Value::Null) => None,
         Some(_) => Some(f.count("q_lora_rank", MAX_DIM)?),
     };
     let qk_rope_head_dim = f.count("qk_rope_head_dim", MAX_DIM)?;
     if qk_rope_head_dim % 2 != 0 {
-        return Err(f.bad("qk_rope_head_dim", format!("{qk_rope_head_dim} is odd; rotation takes pairs")));
+        return Err(f.bad(
+            "qk_rope_head_dim",
+            format!("{qk_rope_head_dim} is odd; rotation takes pairs"),
+        ));
     }
 
     let experts = f.uint("n_routed_experts")?.unwrap_or(0);
@@ -133,13 +175,23 @@ fn from_fields(f: &Fields<'_>) -> Result<Config, ModelError> {
     let n_shared_experts = match f.map.get("n_shared_experts") {
         _ if !moe => 0,
         Some(Value::Null) => 0,
-        Some(_) => f.capped("n_shared_experts", f.uint("n_shared_experts")?.unwrap_or(0), MAX_EXPERTS)?,
+        Some(_) => f.capped(
+            "n_shared_experts",
+            f.uint("n_shared_experts")?.unwrap_or(0),
+            MAX_EXPERTS,
+        )?,
         None => defaults.shared,
     };
-    let first_k_dense_replace =
-        f.capped("first_k_dense_replace", f.uint("first_k_dense_replace")?.unwrap_or(0), MAX_LAYERS)?;
+    let first_k_dense_replace = f.capped(
+        "first_k_dense_replace",
+        f.uint("first_k_dense_replace")?.unwrap_or(0),
+        MAX_LAYERS,
+    )?;
     if first_k_dense_replace > num_hidden_layers {
-        return Err(f.bad("first_k_dense_replace", format!("{first_k_dense_replace}, but there are {num_hidden_layers} layers")));
+        return Err(f.bad(
+            "first_k_dense_replace",
+            format!("{first_k_dense_replace}, but there are {num_hidden_layers} layers"),
+        ));
     }
     let moe_layer_freq = match f.uint("moe_layer_freq")? {
         None => 1,
@@ -149,7 +201,12 @@ fn from_fields(f: &Fields<'_>) -> Result<Config, ModelError> {
         None => defaults.scoring,
         Some("sigmoid") => Scoring::Sigmoid,
         Some("softmax") => Scoring::Softmax,
-        Some(other) => return Err(f.bad("scoring_func", format!("`{other}` is unknown; sigmoid or softmax"))),
+        Some(other) => {
+            return Err(f.bad(
+                "scoring_func",
+                format!("`{other}` is unknown; sigmoid or softmax"),
+            ));
+        }
     };
     let topk_method = match f.text("topk_method")? {
         None => defaults.method,
@@ -162,8 +219,8 @@ fn from_fields(f: &Fields<'_>) -> Result<Config, ModelError> {
             return Err(f.bad("topk_method", format!("`{other}` is unknown; {known}")));
         }
     };
-    let n_group = f.group("n_group", topk_method, moe)?;
-    let topk_group = f.group("topk_group", topk_method, moe)?;
+    let n_group = groups(f, "n_group", topk_method, moe)?;
+    let topk_group = groups(f, "topk_group", topk_method, moe)?;
 
     let rms_norm_eps = f.positive("rms_norm_eps", Some(1e-6))?;
     let routed_scaling_factor = f.positive("routed_scaling_factor", Some(defaults.scaling))?;
@@ -206,70 +263,9 @@ fn from_fields(f: &Fields<'_>) -> Result<Config, ModelError> {
         bos_token_id: f.tokens("bos_token_id", vocab_size)?.first().copied(),
         eos_token_ids: f.tokens("eos_token_id", vocab_size)?,
     };
-    check_routing(f, &config)?;
-    check_size(f, &config)?;
+    check::routing(f, &config)?;
+    check::size(f, &config)?;
     Ok(config)
-}
-
-fn check_routing(f: &Fields<'_>, c: &Config) -> Result<(), ModelError> {
-    if c.n_routed_experts == 0 {
-        return Ok(());
-    }
-    if !c.n_routed_experts.is_multiple_of(c.n_group) {
-        let (g, e) = (c.n_group, c.n_routed_experts);
-        return Err(f.bad("n_group", format!("{g} does not divide n_routed_experts ({e})")));
-    }
-    if c.topk_group > c.n_group {
-        return Err(f.bad("topk_group", format!("{} is more than n_group ({})", c.topk_group, c.n_group)));
-    }
-    let groups = c.routing_groups();
-    let per_group = c.n_routed_experts / groups;
-    if c.topk_method == TopkMethod::NoauxTc && groups > 1 && per_group < 2 {
-        return Err(f.bad("n_group", format!("{groups} groups of one expert; a group counts by its two best, so it needs two")));
-    }
-    let reachable = if groups > 1 { c.topk_group * per_group } else { c.n_routed_experts };
-    if c.num_experts_per_tok > reachable {
-        return Err(f.bad(
-            "num_experts_per_tok",
-            format!("{} is more than the {reachable} experts a token may choose from", c.num_experts_per_tok),
-        ));
-    }
-    Ok(())
-}
-
-/// Refuses sizes whose products no machine holds, before anybody multiplies them.
-fn check_size(f: &Fields<'_>, c: &Config) -> Result<(), ModelError> {
-    let heads = c.num_attention_heads as u64;
-    let inner = heads.saturating_mul((c.qk_head_dim() + c.v_head_dim) as u64);
-    let pairs = [
-        ("vocab_size", c.vocab_size as u64, c.hidden_size as u64),
-        ("intermediate_size", c.intermediate_size as u64, c.hidden_size as u64),
-        ("moe_intermediate_size", c.moe_intermediate_size as u64, c.hidden_size as u64),
-        ("n_shared_experts", (c.n_shared_experts as u64).saturating_mul(c.moe_intermediate_size as u64), c.hidden_size as u64),
-        ("n_routed_experts", c.n_routed_experts as u64, c.hidden_size as u64),
-        ("num_attention_heads", inner, c.hidden_size.max(c.kv_lora_rank) as u64),
-        ("q_lora_rank", c.q_lora_rank.unwrap_or(1) as u64, inner.max(c.hidden_size as u64)),
-        ("kv_lora_rank", c.latent_width() as u64, c.hidden_size as u64),
-    ];
-    for (field, a, b) in pairs {
-        if a.saturating_mul(b) > MAX_ELEMENTS {
-            return Err(f.bad(field, format!("makes a tensor of {a} x {b} elements, more than any model has")));
-        }
-    }
-    let layers = (c.num_hidden_layers + c.num_nextn_predict_layers) as u64;
-    if layers > MAX_LAYERS as u64 {
-        return Err(f.bad("num_nextn_predict_layers", format!("{layers} layers in all, more than {MAX_LAYERS}")));
-    }
-    let moe = c.expert_layers().count() as u64;
-    let tensors = moe * c.n_routed_experts as u64 * 3 + layers * 20;
-    if tensors > MAX_TENSORS {
-        return Err(f.bad("n_routed_experts", format!("makes {tensors} tensors, more than {MAX_TENSORS}")));
-    }
-    let parameters = moe.saturating_mul(c.n_routed_experts as u64).saturating_mul(c.expert_parameters());
-    if parameters > MAX_PARAMETERS {
-        return Err(f.bad("n_routed_experts", format!("makes {parameters} parameters of experts, more than any model has")));
-    }
-    Ok(())
 }
 
 fn rope(f: &Fields<'_>) -> Result<Rope, ModelError> {
@@ -283,15 +279,27 @@ fn rope(f: &Fields<'_>) -> Result<Rope, ModelError> {
         (None, None) => (None, ""),
     };
     let prefix = format!("{}{prefix}", f.prefix);
-    let scaling = map.map(|map| Fields { map, prefix: &prefix });
-    let theta = match scaling.as_ref().filter(|s| s.map.contains_key("rope_theta")) {
+    let scaling = map.map(|map| Fields {
+        map,
+        prefix: &prefix,
+    });
+    let theta = match scaling
+        .as_ref()
+        .filter(|s| s.map.contains_key("rope_theta"))
+    {
         Some(s) => s.positive("rope_theta", None)?,
         None => f.positive("rope_theta", Some(10_000.0))?,
     };
     if theta <= 1.0 {
         return Err(f.bad("rope_theta", format!("{theta}; must be above 1")));
     }
-    let Some(s) = scaling else { return Ok(Rope { theta, interleave, yarn: None }) };
+    let Some(s) = scaling else {
+        return Ok(Rope {
+            theta,
+            interleave,
+            yarn: None,
+        });
+    };
     let kind = match (s.text("rope_type")?, s.text("type")?) {
         (Some(a), Some(b)) if a != b => {
             return Err(s.bad("rope_type", format!("`{a}` contradicts type `{b}`")));
@@ -304,7 +312,8 @@ fn rope(f: &Fields<'_>) -> Result<Rope, ModelError> {
         "default" => None,
         "yarn" => Some(Yarn {
             factor: s.positive("factor", None)?,
-            original_max_position_embeddings: s.count("original_max_position_embeddings", MAX_POSITIONS)?,
+            original_max_position_embeddings: s
+                .count("original_max_position_embeddings", MAX_POSITIONS)?,
             beta_fast: s.positive("beta_fast", Some(32.0))?,
             beta_slow: s.positive("beta_slow", Some(1.0))?,
             mscale: s.number("mscale")?,
@@ -312,28 +321,49 @@ fn rope(f: &Fields<'_>) -> Result<Rope, ModelError> {
             attention_factor: s.number("attention_factor")?,
             truncate: s.flag("truncate", true)?,
         }),
-        other => return Err(s.bad("rope_type", format!("`{other}` is unknown; yarn or default"))),
+        other => {
+            return Err(s.bad(
+                "rope_type",
+                format!("`{other}` is unknown; yarn or default"),
+            ));
+        }
     };
     if let Some(y) = yarn {
         if y.factor < 1.0 {
             return Err(s.bad("factor", format!("{}; must be at least 1", y.factor)));
         }
         if y.beta_fast < y.beta_slow {
-            return Err(s.bad("beta_fast", format!("{} is below beta_slow ({})", y.beta_fast, y.beta_slow)));
+            return Err(s.bad(
+                "beta_fast",
+                format!("{} is below beta_slow ({})", y.beta_fast, y.beta_slow),
+            ));
         }
-        for (key, value) in [("mscale", y.mscale), ("mscale_all_dim", y.mscale_all_dim), ("attention_factor", y.attention_factor)] {
+        for (key, value) in [
+            ("mscale", y.mscale),
+            ("mscale_all_dim", y.mscale_all_dim),
+            ("attention_factor", y.attention_factor),
+        ] {
             if value.is_some_and(|v| !(0.0..=1e4).contains(&v)) {
                 return Err(s.bad(key, "must be between 0 and 10000"));
             }
         }
     }
-    Ok(Rope { theta, interleave, yarn })
+    Ok(Rope {
+        theta,
+        interleave,
+        yarn,
+    })
 }
 
 fn fp8(f: &Fields<'_>) -> Result<bool, ModelError> {
-    let Some(map) = f.object("quantization_config")? else { return Ok(false) };
+    let Some(map) = f.object("quantization_config")? else {
+        return Ok(false);
+    };
     let prefix = format!("{}quantization_config.", f.prefix);
-    let q = Fields { map, prefix: &prefix };
+    let q = Fields {
+        map,
+        prefix: &prefix,
+    };
     let expect = |key: &str, right: &str, required: bool| match q.text(key)? {
         Some(value) if value == right => Ok(()),
         Some(value) => Err(q.bad(key, format!("`{value}` is not served; only {right}"))),
@@ -348,132 +378,19 @@ fn fp8(f: &Fields<'_>) -> Result<bool, ModelError> {
     let block = q.map.get("weight_block_size").unwrap_or(&Value::Null);
     let right = Value::from(vec![FP8_BLOCK, FP8_BLOCK]);
     if *block != right {
-        return Err(q.bad("weight_block_size", format!("{block} is not served; only {right}")));
+        return Err(q.bad(
+            "weight_block_size",
+            format!("{block} is not served; only {right}"),
+        ));
     }
     Ok(true)
 }
 
-/// A JSON object whose complaints carry full field names.
-struct Fields<'a> {
-    map: &'a Map<String, Value>,
-    prefix: &'a str,
-}
-
-impl<'a> Fields<'a> {
-    fn bad(&self, key: &str, reason: impl Into<String>) -> ModelError {
-        ModelError::config(format!("{}{key}", self.prefix), reason)
-    }
-
-    fn get(&self, key: &str) -> Option<&'a Value> {
-        self.map.get(key).filter(|v| !v.is_null())
-    }
-
-    fn object(&self, key: &str) -> Result<Option<&'a Map<String, Value>>, ModelError> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(map)),
-            Some(other) => Err(self.bad(key, format!("must be an object or null, not {}", shown(other)))),
-        }
-    }
-
-    fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(Value::String(s)) => Ok(Some(s)),
-            Some(other) => Err(self.bad(key, format!("must be a string, not {}", shown(other)))),
-        }
-    }
-
-    fn flag(&self, key: &str, default: bool) -> Result<bool, ModelError> {
-        match self.get(key) {
-            None => Ok(default),
-            Some(Value::Bool(b)) => Ok(*b),
-            Some(other) => Err(self.bad(key, format!("must be true or false, not {}", shown(other)))),
-        }
-    }
-
-    fn number(&self, key: &str) -> Result<Option<f64>, ModelError> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(value) => match value.as_f64() {
-                Some(x) if x.is_finite() => Ok(Some(x)),
-                _ => Err(self.bad(key, format!("must be a finite number, not {}", shown(value)))),
-            },
-        }
-    }
-
-    /// A number above zero that f32 can hold.
-    fn positive(&self, key: &str, default: Option<f64>) -> Result<f64, ModelError> {
-        match self.number(key)?.or(default) {
-            Some(x) if x > 0.0 && (x as f32).is_normal() => Ok(x),
-            Some(x) => Err(self.bad(key, format!("{x}; must be above zero and within f32"))),
-            None => Err(self.bad(key, "missing")),
-        }
-    }
-
-    fn uint(&self, key: &str) -> Result<Option<u64>, ModelError> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(value) => match value.as_u64() {
-                Some(n) => Ok(Some(n)),
-                None => Err(self.bad(key, format!("must be a whole number of at least 0, not {}", shown(value)))),
-            },
-        }
-    }
-
-    fn capped(&self, key: &str, n: u64, cap: usize) -> Result<usize, ModelError> {
-        match usize::try_from(n) {
-            Ok(n) if n <= cap => Ok(n),
-            _ => Err(self.bad(key, format!("{n} is more than {cap}, the most that is believed"))),
-        }
-    }
-
-    /// A required count of at least one.
-    fn count(&self, key: &str, cap: usize) -> Result<usize, ModelError> {
-        match self.uint(key)? {
-            None => Err(self.bad(key, "missing")),
-            Some(0) => Err(self.bad(key, "0; must be at least 1")),
-            Some(n) => self.capped(key, n, cap),
-        }
-    }
-
-    fn group(&self, key: &str, method: TopkMethod, moe: bool) -> Result<usize, ModelError> {
-        match self.uint(key)? {
-            None if !moe || method == TopkMethod::Greedy => Ok(1),
-            None => Err(self.bad(key, "missing; 1 where there are no groups")),
-            Some(_) => self.count(key, MAX_EXPERTS),
-        }
-    }
-
-    /// One id, a list of ids, null or nothing. Ids beyond the vocabulary can never occur and are left out with a warning:
-    /// cut-down models keep those of their tokenizer.
-    fn tokens(&self, key: &str, vocab_size: usize) -> Result<Vec<u32>, ModelError> {
-        let one = |value: &Value| match value.as_u64().and_then(|n| u32::try_from(n).ok()) {
-            Some(id) => Ok(id),
-            None => Err(self.bad(key, format!("{} is not a token id", shown(value)))),
-        };
-        let mut ids = match self.get(key) {
-            None => Vec::new(),
-            Some(Value::Array(ids)) => ids.iter().map(one).collect::<Result<_, _>>()?,
-            Some(value) => vec![one(value)?],
-        };
-        ids.retain(|&id| {
-            let known = (id as usize) < vocab_size;
-            if !known {
-                tracing::warn!(field = format!("{}{key}", self.prefix), id, vocab_size, "token id is outside the vocabulary, ignored");
-            }
-            known
-        });
-        Ok(ids)
-    }
-}
-
-/// A value as a message may show it.
-fn shown(value: &Value) -> String {
-    match value {
-        Value::String(s) => format!("the string {:?}", s.chars().take(40).collect::<String>()),
-        Value::Array(_) => "a list".into(),
-        Value::Object(_) => "an object".into(),
-        other => other.to_string(),
+/// A count of groups: 1 where nobody says otherwise and nothing is grouped.
+fn groups(f: &Fields<'_>, key: &str, method: TopkMethod, moe: bool) -> Result<usize, ModelError> {
+    match f.uint(key)? {
+        None if !moe || method == TopkMethod::Greedy => Ok(1),
+        None => Err(f.bad(key, "missing; 1 where there are no groups")),
+        Some(_) => f.count(key, MAX_EXPERTS),
     }
 }

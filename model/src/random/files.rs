@@ -23,7 +23,10 @@ pub(super) fn header(tensors: &[Planned]) -> Vec<u8> {
     for t in tensors {
         let end = offset + t.bytes();
         let dtype = if t.f32 { "F32" } else { "BF16" };
-        map.insert(t.name.clone(), json!({"dtype": dtype, "shape": t.shape, "data_offsets": [offset, end]}));
+        map.insert(
+            t.name.clone(),
+            json!({"dtype": dtype, "shape": t.shape, "data_offsets": [offset, end]}),
+        );
         offset = end;
     }
     let mut text = Value::Object(map).to_string().into_bytes();
@@ -44,7 +47,11 @@ pub(super) fn write_all(
     let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
     dump(dir, "model.safetensors.index.json", &index)?;
     dump(dir, "config.json", &Value::Object(shape.0.clone()))?;
-    dump(dir, "generation_config.json", &json!({"bos_token_id": BOS, "eos_token_id": EOS, "do_sample": false}))?;
+    dump(
+        dir,
+        "generation_config.json",
+        &json!({"bos_token_id": BOS, "eos_token_id": EOS, "do_sample": false}),
+    )?;
     let tokenizer_config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": "<|eos|>",
         "add_bos_token": false
@@ -66,7 +73,11 @@ fn tokenizer(vocab_size: usize) -> Value {
     words.extend(["\u{120}t", "<|bos|>", "<|eos|>"].map(String::from));
     words.extend((259..vocab_size).map(|i| format!("xtra{i:06}")));
     words.truncate(vocab_size);
-    let vocab: Map<String, Value> = words.into_iter().enumerate().map(|(i, word)| (word, i.into())).collect();
+    let vocab: Map<String, Value> = words
+        .into_iter()
+        .enumerate()
+        .map(|(i, word)| (word, i.into()))
+        .collect();
     json!({
         "version": "1.0", "truncation": null, "padding": null,
         "added_tokens": [special(BOS, "<|bos|>"), special(EOS, "<|eos|>")],
@@ -95,7 +106,10 @@ fn dump(dir: &Path, name: &str, value: &Value) -> Result<(), ModelError> {
     let path = dir.join(name);
     let mut out = Vec::new();
     value
-        .serialize(&mut serde_json::Serializer::with_formatter(&mut out, Python(PrettyFormatter::with_indent(b" "))))
+        .serialize(&mut serde_json::Serializer::with_formatter(
+            &mut out,
+            Python(PrettyFormatter::with_indent(b" ")),
+        ))
         .map_err(|e| ModelError::file(&path, format!("cannot be written as JSON: {e}")))?;
     fs::write(&path, out).map_err(|e| ModelError::file(&path, format!("cannot be written: {e}")))
 }
@@ -116,7 +130,11 @@ impl Formatter for Python {
         self.0.end_array(writer)
     }
 
-    fn begin_array_value<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+    fn begin_array_value<W: ?Sized + Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
         self.0.begin_array_value(writer, first)
     }
 
@@ -132,7 +150,11 @@ impl Formatter for Python {
         self.0.end_object(writer)
     }
 
-    fn begin_object_key<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+    fn begin_object_key<W: ?Sized + Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
         self.0.begin_object_key(writer, first)
     }
 
@@ -145,7 +167,8 @@ impl Formatter for Python {
     }
 }
 
-/// Shortest digits that read back the same; an exponent of at least two digits below 1e-4 and from 1e16 on.
+/// Shortest digits that read back the same; an exponent of at least two digits below 1e-4 and from
+/// 1e16 on.
 fn python_float(value: f64) -> String {
     let magnitude = value.abs();
     if magnitude == 0.0 || (1e-4..1e16).contains(&magnitude) {
@@ -153,6 +176,8 @@ fn python_float(value: f64) -> String {
     }
     let text = format!("{value:e}");
     let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-    let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |e| ('-', e));
+    let (sign, exponent) = exponent
+        .strip_prefix('-')
+        .map_or(('+', exponent), |e| ('-', e));
     format!("{digits}e{sign}{exponent:0>2}")
 }

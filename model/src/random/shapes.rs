@@ -5,16 +5,30 @@ use serde_json::{Map, Value, json};
 use super::Shape;
 
 /// Names that [`shape`] knows.
-pub const NAMES: &[&str] = &["tiny", "moonlight-4L", "v3-2L", "v2-lite", "moonlight", "v3", "kimi-k2"];
+pub const NAMES: &[&str] = &[
+    "tiny",
+    "moonlight-4L",
+    "v3-2L",
+    "v2-lite",
+    "moonlight",
+    "v3",
+    "kimi-k2",
+];
 
 /// A shape by name: the released dimensions, cut to a few layers where the name says so.
 pub fn shape(name: &str) -> Option<Shape> {
     let own = match name {
         "tiny" => tiny(),
-        "moonlight-4L" => moonlight(json!({"num_hidden_layers": 4, "max_position_embeddings": 32768})),
-        "moonlight" => moonlight(json!({"num_hidden_layers": 27, "max_position_embeddings": 8192, "vocab_size": 163840})),
+        "moonlight-4L" => {
+            moonlight(json!({"num_hidden_layers": 4, "max_position_embeddings": 32768}))
+        }
+        "moonlight" => moonlight(
+            json!({"num_hidden_layers": 27, "max_position_embeddings": 8192, "vocab_size": 163840}),
+        ),
         "v3-2L" => v3(json!({"num_hidden_layers": 2, "first_k_dense_replace": 1})),
-        "v3" => v3(json!({"num_hidden_layers": 61, "first_k_dense_replace": 3, "vocab_size": 129280, "num_nextn_predict_layers": 1})),
+        "v3" => v3(
+            json!({"num_hidden_layers": 61, "first_k_dense_replace": 3, "vocab_size": 129280, "num_nextn_predict_layers": 1}),
+        ),
         "v2-lite" => v2_lite(),
         "kimi-k2" => kimi_k2(),
         _ => return None,
