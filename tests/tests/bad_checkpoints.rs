@@ -168,6 +168,10 @@ fn mutations() -> Vec<Mutation> {
         "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv",
     ] {
         all.push(header(format!("{name} is missing"), &[name], move |map| {
+            let moved = map.remove(name).unwrap();
+            map.insert("nobody.asked.for.this".into(), moved);
+        }));
+        all.push(header(format!("a hole where {name} was"), &[FILE], move |map| {
             map.remove(name);
         }));
         all.push(header(format!("{name} has another shape"), &[name], move |map| {
