@@ -27,8 +27,16 @@ impl LatentCache {
     /// More memory than there is address space; whoever sizes the cache asks the machine first.
     pub fn new(cfg: &Config, layers: usize, pages: usize, page_tokens: usize) -> LatentCache {
         let width = cfg.latent_width();
-        let elements = [layers, page_tokens, width].into_iter().fold(pages, usize::saturating_mul);
-        LatentCache { data: vec![0.0; elements], layers, pages, page_tokens, width }
+        let elements = [layers, page_tokens, width]
+            .into_iter()
+            .fold(pages, usize::saturating_mul);
+        LatentCache {
+            data: vec![0.0; elements],
+            layers,
+            pages,
+            page_tokens,
+            width,
+        }
     }
 
     /// Tokens of one page.
@@ -85,13 +93,19 @@ impl LatentCache {
 
     /// Elements from the start of a page to the rows of `layer`.
     pub fn layer_offset(&self, layer: usize) -> usize {
-        debug_assert!(layer < self.layers, "layer {layer} of a cache of {}", self.layers);
+        debug_assert!(
+            layer < self.layers,
+            "layer {layer} of a cache of {}",
+            self.layers
+        );
         layer * self.page_tokens * self.width
     }
 
     fn at(&self, layer: usize, pages: &[u32], position: usize) -> usize {
         let page = pages[position / self.page_tokens] as usize;
-        page * self.page_stride() + self.layer_offset(layer) + position % self.page_tokens * self.width
+        page * self.page_stride()
+            + self.layer_offset(layer)
+            + position % self.page_tokens * self.width
     }
 }
 

@@ -51,16 +51,33 @@ impl Expert {
     ///
     /// # Errors
     /// A layer without experts, an expert past the end, or a tensor that cannot be used.
-    pub fn load(ckpt: &Checkpoint, layer: usize, expert: usize, dtype: Dtype) -> Result<Expert, ModelError> {
+    pub fn load(
+        ckpt: &Checkpoint,
+        layer: usize,
+        expert: usize,
+        dtype: Dtype,
+    ) -> Result<Expert, ModelError> {
         let cfg = ckpt.config();
         if layer >= cfg.num_hidden_layers + cfg.num_nextn_predict_layers || !cfg.is_moe(layer) {
-            return Err(ModelError::input("layer", format!("{layer} is not a layer with experts")));
+            return Err(ModelError::input(
+                "layer",
+                format!("{layer} is not a layer with experts"),
+            ));
         }
         if expert >= cfg.n_routed_experts {
-            return Err(ModelError::input("expert", format!("{expert} of a layer with {}", cfg.n_routed_experts)));
+            return Err(ModelError::input(
+                "expert",
+                format!("{expert} of a layer with {}", cfg.n_routed_experts),
+            ));
         }
         let prefix = format!("model.layers.{layer}.mlp.experts.{expert}");
-        Ok(Expert { mlp: Mlp::load(&Loader::silent(ckpt, dtype), &prefix, cfg.moe_intermediate_size)? })
+        Ok(Expert {
+            mlp: Mlp::load(
+                &Loader::silent(ckpt, dtype),
+                &prefix,
+                cfg.moe_intermediate_size,
+            )?,
+        })
     }
 
     /// Rows `[m, hidden]` to rows `[m, hidden]`, unweighted, each alone.

@@ -6,9 +6,9 @@
 
 use guild_kernels::Cpu;
 
+use crate::ModelError;
 use crate::config::{Config, Scoring, TopkMethod};
 use crate::weights::{Loader, Matrix};
-use crate::ModelError;
 
 /// Added to the sum of the chosen weights before dividing by it.
 const NORM_EPS: f32 = 1e-20;
@@ -88,7 +88,10 @@ impl Gate {
         let rule = GateConfig::new(cfg);
         let weight = loader.matrix_f32(&format!("{prefix}.gate"), rule.experts, cfg.hidden_size)?;
         let bias = match cfg.has_router_bias() {
-            true => Some(loader.vector(&format!("{prefix}.gate.e_score_correction_bias"), rule.experts)?),
+            true => Some(loader.vector(
+                &format!("{prefix}.gate.e_score_correction_bias"),
+                rule.experts,
+            )?),
             false => None,
         };
         Ok(Gate { weight, bias, rule })
@@ -100,23 +103,38 @@ impl Gate {
         let logits = self.weight.apply(cpu, x);
         let mut scores = logits.clone();
         let mut choices = vec![(0, 0.0); logits.len() / experts * top_k];
-        cpu.par_chunks(&mut scores, ROWS * experts, |_, scores| match self.rule.scoring {
-            Scoring::Sigmoid => cpu.sigmoid(scores),
-            Scoring::Softmax => scores.chunks_exact_mut(experts).for_each(|row| cpu.softmax(row)),
+        cpu.par_chunks(&mut scores, ROWS * experts, |_, scores| {
+            match self.rule.scoring {
+                Scoring::Sigmoid => cpu.sigmoid(scores),
+                Scoring::Softmax => scores
+                    .chunks_exact_mut(experts)
+                    .for_each(|row| cpu.softmax(row)),
+            }
         });
         cpu.par_chunks(&mut choices, ROWS * top_k, |block, choices| {
             let rows = scores[block * ROWS * experts..].chunks_exact(experts);
             for (row, out) in rows.zip(choices.chunks_exact_mut(top_k)) {
                 let (ids, weights) = select(row, self.bias.as_deref(), &self.rule);
-                out.iter_mut().zip(ids.into_iter().zip(weights)).for_each(|(to, choice)| *to = choice);
+                out.iter_mut()
+                    .zip(ids.into_iter().zip(weights))
+                    .for_each(|(to, choice)| *to = choice);
             }
         });
         let (experts, weights) = choices.into_iter().unzip();
-        Routes { top_k, experts, weights, logits }
+        Routes {
+            top_k,
+            experts,
+            weights,
+            logits,
+        }
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.weight.bytes() + self.bias.as_ref().map_or(0, |b| size_of_val(b.as_slice()) as u64)
+        self.weight.bytes()
+            + self
+                .bias
+                .as_ref()
+                .map_or(0, |b| size_of_val(b.as_slice()) as u64)
     }
 }
 
@@ -132,7 +150,10 @@ pub fn select(scores: &[f32], bias: Option<&[f32]>, rule: &GateConfig) -> (Vec<u
     };
     if rule.groups > 1 {
         let size = rule.experts / rule.groups;
-        let worth: Vec<f32> = choice.chunks_exact(size).map(|group| group_score(group, rule.method)).collect();
+        let worth: Vec<f32> = choice
+            .chunks_exact(size)
+            .map(|group| group_score(group, rule.method))
+            .collect();
         let kept = largest(&worth, rule.top_groups);
         for (group, values) in choice.chunks_exact_mut(size).enumerate() {
             if kept.binary_search(&(group as u32)).is_err() {

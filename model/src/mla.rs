@@ -9,10 +9,10 @@ use std::sync::{Arc, OnceLock};
 
 use guild_kernels::{Cpu, HeadLayout, LatentAttention, MatrixRef, QueryRow};
 
+use crate::ModelError;
 use crate::cache::{LatentCache, SeqRows};
 use crate::config::{Config, LATENT_NORM_EPS};
 use crate::weights::{Loader, Matrix};
-use crate::ModelError;
 
 /// Positions whose rotations are computed together, when the first of them is seen.
 const ROPE_BLOCK: usize = 1024;
@@ -37,7 +37,11 @@ pub(crate) struct Mla {
 #[derive(Debug)]
 enum Query {
     Direct(Linear),
-    LowRank { a: Linear, norm: Vec<f32>, b: Linear },
+    LowRank {
+        a: Linear,
+        norm: Vec<f32>,
+        b: Linear,
+    },
 }
 
 /// A projection that may have a bias.
@@ -48,27 +52,46 @@ struct Linear {
 }
 
 impl Linear {
-    fn load(loader: &Loader<'_>, name: &str, rows: usize, cols: usize, bias: bool) -> Result<Linear, ModelError> {
+    fn load(
+        loader: &Loader<'_>,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        bias: bool,
+    ) -> Result<Linear, ModelError> {
         let weight = loader.matrix(name, rows, cols)?;
-        let bias = if bias { Some(loader.vector(&format!("{name}.bias"), rows)?) } else { None };
+        let bias = if bias {
+            Some(loader.vector(&format!("{name}.bias"), rows)?)
+        } else {
+            None
+        };
         Ok(Linear { weight, bias })
     }
 
     fn forward(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
         let mut out = self.weight.apply(cpu, x);
         if let Some(bias) = &self.bias {
-            out.chunks_exact_mut(bias.len()).for_each(|row| cpu.add(row, bias));
+            out.chunks_exact_mut(bias.len())
+                .for_each(|row| cpu.add(row, bias));
         }
         out
     }
 
     fn bytes(&self) -> u64 {
-        self.weight.bytes() + self.bias.as_ref().map_or(0, |b| size_of_val(b.as_slice()) as u64)
+        self.weight.bytes()
+            + self
+                .bias
+                .as_ref()
+                .map_or(0, |b| size_of_val(b.as_slice()) as u64)
     }
 }
 
 impl Mla {
-    pub(crate) fn load(loader: &Loader<'_>, prefix: &str, rope: Arc<Rope>) -> Result<Mla, ModelError> {
+    pub(crate) fn load(
+        loader: &Loader<'_>,
+        prefix: &str,
+        rope: Arc<Rope>,
+    ) -> Result<Mla, ModelError> {
         let c = loader.config();
         let (hidden, heads, latent) = (c.hidden_size, c.num_attention_heads, c.kv_lora_rank);
         let (nope, value) = (c.qk_nope_head_dim, c.v_head_dim);
@@ -78,20 +101,46 @@ impl Mla {
             Some(rank) => Query::LowRank {
                 a: Linear::load(loader, &name("q_a_proj"), rank, hidden, c.attention_bias)?,
                 norm: norm("q_a_layernorm", rank)?,
-                b: Linear::load(loader, &name("q_b_proj"), heads * c.qk_head_dim(), rank, false)?,
+                b: Linear::load(
+                    loader,
+                    &name("q_b_proj"),
+                    heads * c.qk_head_dim(),
+                    rank,
+                    false,
+                )?,
             },
-            None => Query::Direct(Linear::load(loader, &name("q_proj"), heads * c.qk_head_dim(), hidden, false)?),
+            None => Query::Direct(Linear::load(
+                loader,
+                &name("q_proj"),
+                heads * c.qk_head_dim(),
+                hidden,
+                false,
+            )?),
         };
         let kv_b = loader.matrix(&name("kv_b_proj"), heads * (nope + value), latent)?;
         let keys = |h: usize| h * (nope + value)..h * (nope + value) + nope;
         let values = |h: usize| keys(h).end..(h + 1) * (nope + value);
         Ok(Mla {
             query,
-            kv_a: Linear::load(loader, &name("kv_a_proj_with_mqa"), c.latent_width(), hidden, c.attention_bias)?,
+            kv_a: Linear::load(
+                loader,
+                &name("kv_a_proj_with_mqa"),
+                c.latent_width(),
+                hidden,
+                c.attention_bias,
+            )?,
             kv_a_norm: norm("kv_a_layernorm", latent)?,
-            w_uk: (0..heads).map(|h| kv_b.slice(keys(h)).transposed()).collect(),
+            w_uk: (0..heads)
+                .map(|h| kv_b.slice(keys(h)).transposed())
+                .collect(),
             w_uv: (0..heads).map(|h| kv_b.slice(values(h))).collect(),
-            output: Linear::load(loader, &name("o_proj"), hidden, heads * value, c.attention_bias)?,
+            output: Linear::load(
+                loader,
+                &name("o_proj"),
+                hidden,
+                heads * value,
+                c.attention_bias,
+            )?,
             rope,
             scale: c.softmax_scale(),
             nope,
@@ -113,9 +162,18 @@ impl Mla {
         let (width, heads) = (latent + self.rope.dim, self.w_uk.len());
         let q = self.absorbed_queries(cpu, x, seqs);
         // Rows that no sequence claims (there are none in a sound batch) see no key and attend to nothing.
-        let mut rows = vec![QueryRow { pages: &[], visible: 0 }; q.len() / (heads * width)];
+        let mut rows = vec![
+            QueryRow {
+                pages: &[],
+                visible: 0
+            };
+            q.len() / (heads * width)
+        ];
         for (row, seq, position) in positions(seqs) {
-            rows[row] = QueryRow { pages: seq.pages, visible: position + 1 };
+            rows[row] = QueryRow {
+                pages: seq.pages,
+                visible: position + 1,
+            };
         }
         let mut attended = vec![0.0; rows.len() * heads * latent];
         cpu.attend_latent(LatentAttention {
@@ -139,19 +197,35 @@ impl Mla {
     pub(crate) fn bytes(&self) -> u64 {
         let query = match &self.query {
             Query::Direct(q) => q.bytes(),
-            Query::LowRank { a, norm, b } => a.bytes() + b.bytes() + size_of_val(norm.as_slice()) as u64,
+            Query::LowRank { a, norm, b } => {
+                a.bytes() + b.bytes() + size_of_val(norm.as_slice()) as u64
+            }
         };
         let heads: u64 = self.w_uk.iter().chain(&self.w_uv).map(Matrix::bytes).sum();
-        query + heads + self.kv_a.bytes() + self.output.bytes() + size_of_val(self.kv_a_norm.as_slice()) as u64
+        query
+            + heads
+            + self.kv_a.bytes()
+            + self.output.bytes()
+            + size_of_val(self.kv_a_norm.as_slice()) as u64
     }
 
     /// Caches normed c_kv and rotated k_pe of every row.
-    fn store(&self, cpu: &Cpu, x: &[f32], seqs: &[SeqRows<'_>], cache: &mut LatentCache, layer: usize) {
+    fn store(
+        &self,
+        cpu: &Cpu,
+        x: &[f32],
+        seqs: &[SeqRows<'_>],
+        cache: &mut LatentCache,
+        layer: usize,
+    ) {
         let latent = self.kv_a_norm.len();
         let kv = self.kv_a.forward(cpu, x);
         for (row, seq, position) in positions(seqs) {
-            let (c_kv, k_pe) = kv[row * (latent + self.rope.dim)..][..latent + self.rope.dim].split_at(latent);
-            let (to_c_kv, to_k_pe) = cache.row_mut(layer, seq.pages, position).split_at_mut(latent);
+            let (c_kv, k_pe) =
+                kv[row * (latent + self.rope.dim)..][..latent + self.rope.dim].split_at(latent);
+            let (to_c_kv, to_k_pe) = cache
+                .row_mut(layer, seq.pages, position)
+                .split_at_mut(latent);
             cpu.rms_norm(to_c_kv, c_kv, &self.kv_a_norm, LATENT_NORM_EPS);
             to_k_pe.copy_from_slice(k_pe);
             self.rope.rotate(position, to_k_pe);
@@ -176,7 +250,8 @@ impl Mla {
         positions(seqs).for_each(|(row, _, position)| at[row] = position);
         cpu.par_chunks(&mut absorbed, heads * width, |row, out| {
             for (h, out) in out.chunks_exact_mut(width).enumerate() {
-                out[latent..].copy_from_slice(&q[(row * heads + h) * head_width + self.nope..][..rope]);
+                out[latent..]
+                    .copy_from_slice(&q[(row * heads + h) * head_width + self.nope..][..rope]);
                 self.rope.rotate(at[row], &mut out[latent..]);
             }
         });
@@ -185,14 +260,31 @@ impl Mla {
 }
 
 /// Row of the batch, its sequence and its position, for every row of every sequence.
-fn positions<'s, 'p>(seqs: &'s [SeqRows<'p>]) -> impl Iterator<Item = (usize, &'s SeqRows<'p>, usize)> {
-    seqs.iter().flat_map(|seq| seq.rows.clone().zip(seq.start..).map(move |(row, position)| (row, seq, position)))
+fn positions<'s, 'p>(
+    seqs: &'s [SeqRows<'p>],
+) -> impl Iterator<Item = (usize, &'s SeqRows<'p>, usize)> {
+    seqs.iter().flat_map(|seq| {
+        seq.rows
+            .clone()
+            .zip(seq.start..)
+            .map(move |(row, position)| (row, seq, position))
+    })
 }
 
 /// Applies each head's matrix to its part of rows `x` `[n, heads, x_width]`, of which it takes the first
 /// elements; the results are the first elements of rows `[n, heads, out_width]`.
-fn per_head(cpu: &Cpu, weights: &[Matrix], x: &[f32], x_width: usize, out_width: usize) -> Vec<f32> {
-    let layout = |width: usize| HeadLayout { row: weights.len() * width, head: width, offset: 0 };
+fn per_head(
+    cpu: &Cpu,
+    weights: &[Matrix],
+    x: &[f32],
+    x_width: usize,
+    out_width: usize,
+) -> Vec<f32> {
+    let layout = |width: usize| HeadLayout {
+        row: weights.len() * width,
+        head: width,
+        offset: 0,
+    };
     let n = x.len() / (weights.len() * x_width);
     let mut out = vec![0.0; n * weights.len() * out_width];
     let weights: Vec<MatrixRef<'_>> = weights.iter().map(Matrix::as_ref).collect();
@@ -230,7 +322,11 @@ impl Rope {
         match self.blocks.get(position / ROPE_BLOCK) {
             Some(block) => {
                 let start = position - position % ROPE_BLOCK;
-                let turns = block.get_or_init(|| (start..start + ROPE_BLOCK).flat_map(|p| self.turns(p)).collect());
+                let turns = block.get_or_init(|| {
+                    (start..start + ROPE_BLOCK)
+                        .flat_map(|p| self.turns(p))
+                        .collect()
+                });
                 self.turn(x, turns[in_block..in_block + half].iter().copied());
             }
             None => self.turn(x, self.turns(position)),
@@ -248,7 +344,11 @@ impl Rope {
 
     fn turn(&self, x: &mut [f32], turns: impl Iterator<Item = (f32, f32)>) {
         for (i, (cos, sin)) in turns.enumerate() {
-            let (a, b) = if self.interleaved { (2 * i, 2 * i + 1) } else { (i, i + self.dim / 2) };
+            let (a, b) = if self.interleaved {
+                (2 * i, 2 * i + 1)
+            } else {
+                (i, i + self.dim / 2)
+            };
             (x[a], x[b]) = (x[a] * cos - x[b] * sin, x[a] * sin + x[b] * cos);
         }
     }

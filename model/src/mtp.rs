@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use guild_kernels::Cpu;
 
+use crate::ModelError;
 use crate::mla::Rope;
 use crate::trunk::{self, EMBEDDING, HEAD, Layer, Norm};
 use crate::weights::{Loader, Matrix};
-use crate::ModelError;
 
 /// The first MTP module of a model.
 ///
@@ -38,16 +38,34 @@ impl Mtp {
     ) -> Result<Mtp, ModelError> {
         let cfg = loader.config();
         let prefix = format!("model.layers.{}", cfg.num_hidden_layers);
-        let main_head = if cfg.tie_word_embeddings { EMBEDDING } else { HEAD };
+        let main_head = if cfg.tie_word_embeddings {
+            EMBEDDING
+        } else {
+            HEAD
+        };
         Ok(Mtp {
             cpu: cpu.clone(),
             layer: Layer::load(loader, cfg.num_hidden_layers, cpu, rope)?,
-            embedding: own_or_main(loader, &format!("{prefix}.embed_tokens"), EMBEDDING, embedding)?,
+            embedding: own_or_main(
+                loader,
+                &format!("{prefix}.embed_tokens"),
+                EMBEDDING,
+                embedding,
+            )?,
             embedding_norm: Norm::load(loader, &format!("{prefix}.enorm"))?,
             hidden_norm: Norm::load(loader, &format!("{prefix}.hnorm"))?,
-            projection: loader.matrix(&format!("{prefix}.eh_proj"), cfg.hidden_size, 2 * cfg.hidden_size)?,
+            projection: loader.matrix(
+                &format!("{prefix}.eh_proj"),
+                cfg.hidden_size,
+                2 * cfg.hidden_size,
+            )?,
             norm: Norm::load(loader, &format!("{prefix}.shared_head.norm"))?,
-            head: own_or_main(loader, &format!("{prefix}.shared_head.head"), main_head, head)?,
+            head: own_or_main(
+                loader,
+                &format!("{prefix}.shared_head.head"),
+                main_head,
+                head,
+            )?,
         })
     }
 
@@ -60,7 +78,9 @@ impl Mtp {
     /// As [`Trunk::embed`](crate::trunk::Trunk::embed).
     pub fn combine_input(&self, next_tokens: &[u32], hidden: &[f32]) -> Vec<f32> {
         let width = self.projection.rows();
-        let embedded = self.embedding_norm.forward(&self.cpu, &trunk::embed(&self.embedding, next_tokens));
+        let embedded = self
+            .embedding_norm
+            .forward(&self.cpu, &trunk::embed(&self.embedding, next_tokens));
         let hidden = self.hidden_norm.forward(&self.cpu, hidden);
         let mut both = Vec::with_capacity(2 * hidden.len());
         for (e, h) in embedded.chunks_exact(width).zip(hidden.chunks_exact(width)) {
@@ -77,29 +97,49 @@ impl Mtp {
 
     /// Logits `[n, vocab]` of the layer's output rows `[n, hidden]`.
     pub fn draft_logits(&self, hidden: &[f32]) -> Vec<f32> {
-        self.head.apply(&self.cpu, &self.norm.forward(&self.cpu, hidden))
+        self.head
+            .apply(&self.cpu, &self.norm.forward(&self.cpu, hidden))
     }
 
     /// Resident bytes beyond the main model's embedding and head where those are shared.
     pub(crate) fn bytes(&self, embedding: &Arc<Matrix>, head: &Arc<Matrix>) -> u64 {
-        let own = |mine: &Arc<Matrix>, main: &Arc<Matrix>| if Arc::ptr_eq(mine, main) { 0 } else { mine.bytes() };
+        let own = |mine: &Arc<Matrix>, main: &Arc<Matrix>| {
+            if Arc::ptr_eq(mine, main) {
+                0
+            } else {
+                mine.bytes()
+            }
+        };
         let norms = self.embedding_norm.bytes() + self.hidden_norm.bytes() + self.norm.bytes();
-        let matrices = self.projection.bytes() + own(&self.embedding, embedding) + own(&self.head, head);
+        let matrices =
+            self.projection.bytes() + own(&self.embedding, embedding) + own(&self.head, head);
         norms + matrices + self.layer.bytes()
     }
 }
 
 /// The module's own copy of a matrix, or the main model's where it has none or the same: released
 /// checkpoints repeat embedding and head bit for bit, and holding them twice would be gigabytes.
-fn own_or_main(loader: &Loader<'_>, own: &str, main: &str, matrix: &Arc<Matrix>) -> Result<Arc<Matrix>, ModelError> {
+fn own_or_main(
+    loader: &Loader<'_>,
+    own: &str,
+    main: &str,
+    matrix: &Arc<Matrix>,
+) -> Result<Arc<Matrix>, ModelError> {
     let ckpt = loader.checkpoint();
     let tensor = format!("{own}.weight");
     if !ckpt.contains(&tensor) {
         return Ok(Arc::clone(matrix));
     }
-    let (copy, original) = (ckpt.tensor(&tensor)?, ckpt.tensor(&format!("{main}.weight"))?);
+    let (copy, original) = (
+        ckpt.tensor(&tensor)?,
+        ckpt.tensor(&format!("{main}.weight"))?,
+    );
     if copy.dtype() == original.dtype() && copy.bytes() == original.bytes() {
         return Ok(Arc::clone(matrix));
     }
-    Ok(Arc::new(loader.matrix(own, matrix.rows(), matrix.cols())?))
+    Ok(Arc::new(loader.matrix(
+        own,
+        matrix.rows(),
+        matrix.cols(),
+    )?))
 }

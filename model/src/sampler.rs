@@ -24,7 +24,12 @@ pub struct Sampling {
 
 impl Sampling {
     /// The most probable token always.
-    pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 };
+    pub const GREEDY: Sampling = Sampling {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        seed: 0,
+    };
 }
 
 /// One chosen token.
@@ -42,10 +47,18 @@ pub struct Sampled {
 /// in its sequence; the same (seed, position) and logits always give the same token.
 ///
 /// Logits that are no distribution (NaN, +inf, all -inf) fall back to the greedy choice.
-pub fn sample(cpu: &Cpu, logits: &[f32], sampling: &Sampling, position: u64, n_top: usize) -> Sampled {
+pub fn sample(
+    cpu: &Cpu,
+    logits: &[f32],
+    sampling: &Sampling,
+    position: u64,
+    n_top: usize,
+) -> Sampled {
     let greedy = argmax(logits);
     let token = match logits.get(greedy as usize) {
-        Some(max) if sampling.temperature > 0.0 && max.is_finite() => draw(cpu, logits, *max, sampling, position),
+        Some(max) if sampling.temperature > 0.0 && max.is_finite() => {
+            draw(cpu, logits, *max, sampling, position)
+        }
         _ => greedy,
     };
     logprobs_of(cpu, logits, token, n_top)
@@ -61,7 +74,13 @@ pub fn logprobs_of(cpu: &Cpu, logits: &[f32], token: u32, n_top: usize) -> Sampl
         if l.is_nan() { f32::NEG_INFINITY } else { l }
     };
     let top = best_n(logits.iter().map(|&l| logprob(l)), n_top);
-    Sampled { token, logprob: logits.get(token as usize).map_or(f32::NEG_INFINITY, |&l| logprob(l)), top }
+    Sampled {
+        token,
+        logprob: logits
+            .get(token as usize)
+            .map_or(f32::NEG_INFINITY, |&l| logprob(l)),
+        top,
+    }
 }
 
 /// The lowest id of the greatest logit; NaN never wins.
@@ -90,7 +109,10 @@ fn draw(cpu: &Cpu, logits: &[f32], max: f32, sampling: &Sampling, position: u64)
     };
     let mut probabilities: Vec<f32> = candidates.iter().map(|c| c.1).collect();
     cpu.softmax(&mut probabilities);
-    candidates.iter_mut().zip(&probabilities).for_each(|(c, &p)| c.1 = p);
+    candidates
+        .iter_mut()
+        .zip(&probabilities)
+        .for_each(|(c, &p)| c.1 = p);
     let mut total: f64 = candidates.iter().map(|c| f64::from(c.1)).sum();
     if sampling.top_p < 1.0 {
         (candidates, total) = nucleus(candidates, f64::from(sampling.top_p) * total);
@@ -132,7 +154,9 @@ fn nucleus(mut candidates: Vec<(u32, f32)>, mass: f64) -> (Vec<(u32, f32)>, f64)
 
 /// Greater value first, of equal values the lower id; a total order because NaN is kept out.
 fn falling(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
-    b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0))
+    b.1.partial_cmp(&a.1)
+        .unwrap_or(Ordering::Equal)
+        .then(a.0.cmp(&b.0))
 }
 
 /// The `n` greatest values with their indices, in [`falling`] order, in one pass and O(n) memory.
@@ -174,9 +198,20 @@ fn philox4x32(mut c: [u32; 4], mut k: [u32; 2]) -> [u32; 4] {
     const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
     const KEY_STEPS: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
     for _ in 0..10 {
-        let (a, b) = (MULTIPLIERS[0] * u64::from(c[0]), MULTIPLIERS[1] * u64::from(c[2]));
-        c = [(b >> 32) as u32 ^ c[1] ^ k[0], b as u32, (a >> 32) as u32 ^ c[3] ^ k[1], a as u32];
-        k = [k[0].wrapping_add(KEY_STEPS[0]), k[1].wrapping_add(KEY_STEPS[1])];
+        let (a, b) = (
+            MULTIPLIERS[0] * u64::from(c[0]),
+            MULTIPLIERS[1] * u64::from(c[2]),
+        );
+        c = [
+            (b >> 32) as u32 ^ c[1] ^ k[0],
+            b as u32,
+            (a >> 32) as u32 ^ c[3] ^ k[1],
+            a as u32,
+        ];
+        k = [
+            k[0].wrapping_add(KEY_STEPS[0]),
+            k[1].wrapping_add(KEY_STEPS[1]),
+        ];
     }
     c
 }
@@ -189,8 +224,16 @@ mod tests {
     #[test]
     fn philox_gives_the_published_answers() {
         let answers = [
-            ([0; 4], [0; 2], [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]),
-            ([u32::MAX; 4], [u32::MAX; 2], [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]),
+            (
+                [0; 4],
+                [0; 2],
+                [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8],
+            ),
+            (
+                [u32::MAX; 4],
+                [u32::MAX; 2],
+                [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd],
+            ),
             (
                 [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
                 [0xa409_3822, 0x299f_31d0],
@@ -209,7 +252,10 @@ mod tests {
         let mean = draws.iter().sum::<f64>() / draws.len() as f64;
         assert!((mean - 0.5).abs() < 0.02, "mean {mean}");
         for tenth in 0..10 {
-            let inside = draws.iter().filter(|&&u| (u * 10.0) as usize == tenth).count();
+            let inside = draws
+                .iter()
+                .filter(|&&u| (u * 10.0) as usize == tenth)
+                .count();
             assert!((330..490).contains(&inside), "tenth {tenth}: {inside}");
         }
     }

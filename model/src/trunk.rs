@@ -53,7 +53,9 @@ impl Trunk {
         };
         let mut layers: Vec<Option<Result<Layer, ModelError>>> = Vec::new();
         layers.resize_with(cfg.num_hidden_layers, || None);
-        cpu.par_chunks(&mut layers, 1, |index, slot| slot[0] = Some(Layer::load(&loader, index, cpu, &rope)));
+        cpu.par_chunks(&mut layers, 1, |index, slot| {
+            slot[0] = Some(Layer::load(&loader, index, cpu, &rope))
+        });
         let trunk = Trunk {
             layers: layers.into_iter().flatten().collect::<Result<_, _>>()?,
             norm: Norm::load(&loader, "model.norm")?,
@@ -74,8 +76,14 @@ impl Trunk {
     pub fn stored_bytes(ckpt: &Checkpoint) -> u64 {
         // Of several MTP modules the first is used.
         let cfg = ckpt.config();
-        let cfg = Config { num_nextn_predict_layers: cfg.num_nextn_predict_layers.min(1), ..cfg.clone() };
-        schema(&cfg).filter(|t| !t.name.contains(".mlp.experts.")).map(|t| ckpt.stored_bytes(&t.name)).sum()
+        let cfg = Config {
+            num_nextn_predict_layers: cfg.num_nextn_predict_layers.min(1),
+            ..cfg.clone()
+        };
+        schema(&cfg)
+            .filter(|t| !t.name.contains(".mlp.experts."))
+            .map(|t| ckpt.stored_bytes(&t.name))
+            .sum()
     }
 
     /// What the model is.
@@ -113,9 +121,20 @@ impl Trunk {
 
     /// Resident bytes of weights.
     pub fn bytes(&self) -> u64 {
-        let head = if self.config.tie_word_embeddings { 0 } else { self.head.bytes() };
-        let mtp = self.mtp.as_ref().map_or(0, |m| m.bytes(&self.embedding, &self.head));
-        self.embedding.bytes() + head + self.norm.bytes() + mtp + self.layers.iter().map(Layer::bytes).sum::<u64>()
+        let head = if self.config.tie_word_embeddings {
+            0
+        } else {
+            self.head.bytes()
+        };
+        let mtp = self
+            .mtp
+            .as_ref()
+            .map_or(0, |m| m.bytes(&self.embedding, &self.head));
+        self.embedding.bytes()
+            + head
+            + self.norm.bytes()
+            + mtp
+            + self.layers.iter().map(Layer::bytes).sum::<u64>()
     }
 }
 
@@ -142,7 +161,10 @@ pub(crate) struct Norm {
 impl Norm {
     pub(crate) fn load(loader: &Loader<'_>, name: &str) -> Result<Norm, ModelError> {
         let cfg = loader.config();
-        Ok(Norm { weight: loader.vector(&format!("{name}.weight"), cfg.hidden_size)?, eps: cfg.rms_norm_eps })
+        Ok(Norm {
+            weight: loader.vector(&format!("{name}.weight"), cfg.hidden_size)?,
+            eps: cfg.rms_norm_eps,
+        })
     }
 
     pub(crate) fn forward(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
@@ -171,7 +193,12 @@ pub struct Layer {
 }
 
 impl Layer {
-    pub(crate) fn load(loader: &Loader<'_>, index: usize, cpu: &Cpu, rope: &Arc<Rope>) -> Result<Layer, ModelError> {
+    pub(crate) fn load(
+        loader: &Loader<'_>,
+        index: usize,
+        cpu: &Cpu,
+        rope: &Arc<Rope>,
+    ) -> Result<Layer, ModelError> {
         let cfg = loader.config();
         let prefix = format!("model.layers.{index}");
         let norm = Norm::load(loader, &format!("{prefix}.post_attention_layernorm"))?;
@@ -182,9 +209,18 @@ impl Layer {
                 0 => None,
                 inner => Some(Mlp::load(loader, &format!("{mlp}.shared_experts"), inner)?),
             };
-            Ffn::Moe(Moe { cpu: cpu.clone(), norm, gate: Gate::load(loader, &mlp)?, shared })
+            Ffn::Moe(Moe {
+                cpu: cpu.clone(),
+                norm,
+                gate: Gate::load(loader, &mlp)?,
+                shared,
+            })
         } else {
-            Ffn::Dense(DenseFfn { cpu: cpu.clone(), norm, mlp: Mlp::load(loader, &mlp, cfg.intermediate_size)? })
+            Ffn::Dense(DenseFfn {
+                cpu: cpu.clone(),
+                norm,
+                mlp: Mlp::load(loader, &mlp, cfg.intermediate_size)?,
+            })
         };
         Ok(Layer {
             index,
@@ -206,7 +242,9 @@ impl Layer {
     /// Every row of the batch belongs to exactly one of `seqs`, and no two of them share a page.
     pub fn attend(&self, hidden: &mut [f32], seqs: &[SeqRows<'_>], cache: &mut LatentCache) {
         let x = self.norm.forward(&self.cpu, hidden);
-        let attended = self.attention.forward(&self.cpu, &x, seqs, cache, self.index);
+        let attended = self
+            .attention
+            .forward(&self.cpu, &x, seqs, cache, self.index);
         self.cpu.add(hidden, &attended);
     }
 
@@ -218,7 +256,9 @@ impl Layer {
     pub(crate) fn bytes(&self) -> u64 {
         let ffn = match &self.ffn {
             Ffn::Dense(dense) => dense.norm.bytes() + dense.mlp.bytes(),
-            Ffn::Moe(moe) => moe.norm.bytes() + moe.gate.bytes() + moe.shared.as_ref().map_or(0, Mlp::bytes),
+            Ffn::Moe(moe) => {
+                moe.norm.bytes() + moe.gate.bytes() + moe.shared.as_ref().map_or(0, Mlp::bytes)
+            }
         };
         self.norm.bytes() + self.attention.bytes() + ffn
     }
@@ -244,7 +284,9 @@ pub struct DenseFfn {
 impl DenseFfn {
     /// Norm, MLP and residual in place, for rows `[n, hidden]`.
     pub fn forward(&self, hidden: &mut [f32]) {
-        let out = self.mlp.forward(&self.cpu, &self.norm.forward(&self.cpu, hidden));
+        let out = self
+            .mlp
+            .forward(&self.cpu, &self.norm.forward(&self.cpu, hidden));
         self.cpu.add(hidden, &out);
     }
 }
@@ -281,13 +323,27 @@ impl Moe {
     ///
     /// # Panics
     /// `rows` or `shared` of another size: whoever carries rows checks that all came back.
-    pub fn combine(&self, hidden: &mut [f32], routes: &Routes, rows: &[f32], shared: Option<&[f32]>) {
+    pub fn combine(
+        &self,
+        hidden: &mut [f32],
+        routes: &Routes,
+        rows: &[f32],
+        shared: Option<&[f32]>,
+    ) {
         let (width, top_k) = (self.norm.width(), routes.top_k);
-        assert_eq!(rows.len(), hidden.len() * top_k, "one expert row for each choice");
+        assert_eq!(
+            rows.len(),
+            hidden.len() * top_k,
+            "one expert row for each choice"
+        );
         self.cpu.par_chunks(hidden, width, |n, hidden| {
             let mut sum = vec![0.0; width];
             for choice in n * top_k..(n + 1) * top_k {
-                self.cpu.fma(&mut sum, routes.weights[choice], &rows[choice * width..][..width]);
+                self.cpu.fma(
+                    &mut sum,
+                    routes.weights[choice],
+                    &rows[choice * width..][..width],
+                );
             }
             if let Some(shared) = shared {
                 self.cpu.add(&mut sum, &shared[n * width..][..width]);

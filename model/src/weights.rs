@@ -38,7 +38,13 @@ impl Matrix {
     /// # Errors
     /// The tensor is missing, has another shape, or holds a value that is not finite; the message
     /// names the tensor and the element.
-    pub fn load(ckpt: &Checkpoint, name: &str, rows: usize, cols: usize, dtype: Dtype) -> Result<Matrix, ModelError> {
+    pub fn load(
+        ckpt: &Checkpoint,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        dtype: Dtype,
+    ) -> Result<Matrix, ModelError> {
         let view = ckpt.tensor(&format!("{name}.weight"))?;
         expect_shape(&view, &[rows, cols])?;
         view.check_finite()?;
@@ -46,18 +52,39 @@ impl Matrix {
         let bf16_of = |b| bf16::from_le_bytes(b).to_f32();
         let f16_of = |b| f16::from_le_bytes(b).to_f32();
         let storage = match (view.dtype(), dtype) {
-            (Stored::F32, Dtype::Auto | Dtype::F32) => Storage::F32(convert(bytes, f32::from_le_bytes)),
-            (Stored::F32, Dtype::Bf16) => Storage::Bf16(convert(bytes, |b| bf16::from_f32(f32::from_le_bytes(b)))),
-            (Stored::Bf16, Dtype::Auto | Dtype::Bf16) => Storage::Bf16(convert(bytes, bf16::from_le_bytes)),
+            (Stored::F32, Dtype::Auto | Dtype::F32) => {
+                Storage::F32(convert(bytes, f32::from_le_bytes))
+            }
+            (Stored::F32, Dtype::Bf16) => {
+                Storage::Bf16(convert(bytes, |b| bf16::from_f32(f32::from_le_bytes(b))))
+            }
+            (Stored::Bf16, Dtype::Auto | Dtype::Bf16) => {
+                Storage::Bf16(convert(bytes, bf16::from_le_bytes))
+            }
             (Stored::Bf16, Dtype::F32) => Storage::F32(convert(bytes, bf16_of)),
             (Stored::F16, Dtype::Auto | Dtype::F32) => Storage::F32(convert(bytes, f16_of)),
-            (Stored::F16, Dtype::Bf16) => Storage::Bf16(convert(bytes, |b| bf16::from_f32(f16_of(b)))),
-            (Stored::F8E4M3, _) => Storage::Fp8 { data: Aligned::copy(bytes), scales: load_scales(&view, rows, cols)? },
+            (Stored::F16, Dtype::Bf16) => {
+                Storage::Bf16(convert(bytes, |b| bf16::from_f32(f16_of(b))))
+            }
+            (Stored::F8E4M3, _) => Storage::Fp8 {
+                data: Aligned::copy(bytes),
+                scales: load_scales(&view, rows, cols)?,
+            },
         };
-        let stored = Matrix { rows, cols, storage };
+        let stored = Matrix {
+            rows,
+            cols,
+            storage,
+        };
         let matrix = match (view.dtype(), dtype) {
-            (Stored::F8E4M3, Dtype::F32) => Matrix { storage: Storage::F32(stored.widened(|v| v)), ..stored },
-            (Stored::F8E4M3, Dtype::Bf16) => Matrix { storage: Storage::Bf16(stored.widened(bf16::from_f32)), ..stored },
+            (Stored::F8E4M3, Dtype::F32) => Matrix {
+                storage: Storage::F32(stored.widened(|v| v)),
+                ..stored
+            },
+            (Stored::F8E4M3, Dtype::Bf16) => Matrix {
+                storage: Storage::Bf16(stored.widened(bf16::from_f32)),
+                ..stored
+            },
             _ => stored,
         };
         matrix.refuse_overflow(&view)?;
@@ -79,9 +106,16 @@ impl Matrix {
         let data = match &self.storage {
             Storage::F32(data) => WeightsRef::F32(data.of()),
             Storage::Bf16(data) => WeightsRef::Bf16(data.of()),
-            Storage::Fp8 { data, scales } => WeightsRef::Fp8 { data: data.of(), scales },
+            Storage::Fp8 { data, scales } => WeightsRef::Fp8 {
+                data: data.of(),
+                scales,
+            },
         };
-        MatrixRef { rows: self.rows, cols: self.cols, data }
+        MatrixRef {
+            rows: self.rows,
+            cols: self.cols,
+            data,
+        }
     }
 
     /// Rows `x` `[m, cols]` to rows `x wᵀ` `[m, rows]`, each alone.
@@ -102,14 +136,17 @@ impl Matrix {
 
     /// Widens one row into `out` `[cols]`: what an embedding is.
     pub fn widen_row(&self, row: usize, out: &mut [f32]) {
-        out.iter_mut().enumerate().for_each(|(col, o)| *o = self.value(row, col));
+        out.iter_mut()
+            .enumerate()
+            .for_each(|(col, o)| *o = self.value(row, col));
     }
 
     /// Some rows as a matrix of their own. FP8 stays FP8 where the cut falls between two blocks of
     /// scales; elsewhere the rows are dequantised to f32, which is exact but four times as large.
     pub(crate) fn slice(&self, range: Range<usize>) -> Matrix {
         let (start, end) = (range.start * self.cols, range.end * self.cols);
-        let span = |data: &Aligned, size: usize| Aligned::copy(&data.bytes()[start * size..end * size]);
+        let span =
+            |data: &Aligned, size: usize| Aligned::copy(&data.bytes()[start * size..end * size]);
         let storage = match &self.storage {
             Storage::F32(data) => Storage::F32(span(data, 4)),
             Storage::Bf16(data) => Storage::Bf16(span(data, 2)),
@@ -117,28 +154,48 @@ impl Matrix {
                 let across = self.cols.div_ceil(FP8_BLOCK);
                 let blocks = range.start / FP8_BLOCK..range.end.div_ceil(FP8_BLOCK);
                 let scales = scales[blocks.start * across..blocks.end * across].to_vec();
-                Storage::Fp8 { data: span(data, 1), scales }
+                Storage::Fp8 {
+                    data: span(data, 1),
+                    scales,
+                }
             }
             Storage::Fp8 { .. } => {
-                let values = range.clone().flat_map(|r| (0..self.cols).map(move |c| self.value(r, c)));
+                let values = range
+                    .clone()
+                    .flat_map(|r| (0..self.cols).map(move |c| self.value(r, c)));
                 Storage::F32(Aligned::collect(range.len() * self.cols, values))
             }
         };
-        Matrix { rows: range.len(), cols: self.cols, storage }
+        Matrix {
+            rows: range.len(),
+            cols: self.cols,
+            storage,
+        }
     }
 
     /// The transpose, in the same format: blocks of scales transpose with what they scale.
     pub(crate) fn transposed(&self) -> Matrix {
         let storage = match &self.storage {
             Storage::F32(data) => Storage::F32(transpose::<f32>(data.of(), self.rows, self.cols)),
-            Storage::Bf16(data) => Storage::Bf16(transpose::<bf16>(data.of(), self.rows, self.cols)),
+            Storage::Bf16(data) => {
+                Storage::Bf16(transpose::<bf16>(data.of(), self.rows, self.cols))
+            }
             Storage::Fp8 { data, scales } => {
                 let (down, across) = (self.rows.div_ceil(FP8_BLOCK), self.cols.div_ceil(FP8_BLOCK));
-                let scales = (0..down * across).map(|i| scales[i % down * across + i / down]).collect();
-                Storage::Fp8 { data: transpose::<u8>(data.of(), self.rows, self.cols), scales }
+                let scales = (0..down * across)
+                    .map(|i| scales[i % down * across + i / down])
+                    .collect();
+                Storage::Fp8 {
+                    data: transpose::<u8>(data.of(), self.rows, self.cols),
+                    scales,
+                }
             }
         };
-        Matrix { rows: self.cols, cols: self.rows, storage }
+        Matrix {
+            rows: self.cols,
+            cols: self.rows,
+            storage,
+        }
     }
 
     /// One weight, widened to f32 as the kernels do it: exactly, or for FP8 with one rounding.
@@ -148,7 +205,8 @@ impl Matrix {
             Storage::F32(data) => data.of::<f32>()[at],
             Storage::Bf16(data) => data.of::<bf16>()[at].to_f32(),
             Storage::Fp8 { data, scales } => {
-                let scale = scales[row / FP8_BLOCK * self.cols.div_ceil(FP8_BLOCK) + col / FP8_BLOCK];
+                let scale =
+                    scales[row / FP8_BLOCK * self.cols.div_ceil(FP8_BLOCK) + col / FP8_BLOCK];
                 e4m3_to_f32(data.bytes()[at]) * scale
             }
         }
@@ -156,14 +214,22 @@ impl Matrix {
 
     fn widened<T: bytemuck::Pod>(&self, narrow: impl Fn(f32) -> T) -> Aligned {
         let values = (0..self.rows).flat_map(|r| (0..self.cols).map(move |c| (r, c)));
-        Aligned::collect(self.rows * self.cols, values.map(|(r, c)| narrow(self.value(r, c))))
+        Aligned::collect(
+            self.rows * self.cols,
+            values.map(|(r, c)| narrow(self.value(r, c))),
+        )
     }
 
     /// Refuses finite values that rounding to bf16 made infinite.
     fn refuse_overflow(&self, view: &TensorView<'_>) -> Result<(), ModelError> {
-        let Storage::Bf16(data) = &self.storage else { return Ok(()) };
+        let Storage::Bf16(data) = &self.storage else {
+            return Ok(());
+        };
         match data.of::<bf16>().iter().position(|v| !v.is_finite()) {
-            Some(at) => Err(refused(view, format!("element {at} is too large for bf16; use --dtype auto or f32"))),
+            Some(at) => Err(refused(
+                view,
+                format!("element {at} is too large for bf16; use --dtype auto or f32"),
+            )),
             None => Ok(()),
         }
     }
@@ -186,7 +252,13 @@ impl<'a> Loader<'a> {
         total: u64,
         progress: &'a (dyn Fn(u64, u64) + Sync),
     ) -> Loader<'a> {
-        Loader { ckpt, dtype, done: AtomicU64::new(0), total, progress }
+        Loader {
+            ckpt,
+            dtype,
+            done: AtomicU64::new(0),
+            total,
+            progress,
+        }
     }
 
     /// A loader nobody watches.
@@ -203,12 +275,22 @@ impl<'a> Loader<'a> {
     }
 
     /// `{name}.weight` as `[rows, cols]` in the role's format.
-    pub(crate) fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
+    pub(crate) fn matrix(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Matrix, ModelError> {
         self.matrix_as(name, rows, cols, self.dtype)
     }
 
     /// `{name}.weight` as `[rows, cols]` in f32, whatever the role's format: routers.
-    pub(crate) fn matrix_f32(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
+    pub(crate) fn matrix_f32(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Matrix, ModelError> {
         self.matrix_as(name, rows, cols, Dtype::F32)
     }
 
@@ -226,7 +308,13 @@ impl<'a> Loader<'a> {
         (self.progress)(self.total, self.total);
     }
 
-    fn matrix_as(&self, name: &str, rows: usize, cols: usize, dtype: Dtype) -> Result<Matrix, ModelError> {
+    fn matrix_as(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        dtype: Dtype,
+    ) -> Result<Matrix, ModelError> {
         let matrix = Matrix::load(self.ckpt, name, rows, cols, dtype)?;
         self.count(&format!("{name}.weight"));
         Ok(matrix)
@@ -241,12 +329,17 @@ impl<'a> Loader<'a> {
 
 /// Block scales of an FP8 weight `[ceil(rows / 128), ceil(cols / 128)]`.
 fn load_scales(weight: &TensorView<'_>, rows: usize, cols: usize) -> Result<Vec<f32>, ModelError> {
-    let Some(view) = weight.scales()? else { return Err(refused(weight, "is FP8 without block scales".into())) };
+    let Some(view) = weight.scales()? else {
+        return Err(refused(weight, "is FP8 without block scales".into()));
+    };
     expect_shape(&view, &[rows.div_ceil(FP8_BLOCK), cols.div_ceil(FP8_BLOCK)])?;
     let scales = view.to_f32()?;
     // 448 is the largest e4m3 value: a scale that overflows with it could make a weight infinite.
     match scales.iter().position(|s| !(s * 448.0).is_finite()) {
-        Some(at) => Err(refused(&view, format!("element {at} is too large for a block scale; the checkpoint is damaged"))),
+        Some(at) => Err(refused(
+            &view,
+            format!("element {at} is too large for a block scale; the checkpoint is damaged"),
+        )),
         None => Ok(scales),
     }
 }
@@ -255,7 +348,13 @@ fn expect_shape(view: &TensorView<'_>, shape: &[usize]) -> Result<(), ModelError
     if view.shape() == shape {
         return Ok(());
     }
-    Err(refused(view, format!("has shape {:?}, the configuration asks for {shape:?}", view.shape())))
+    Err(refused(
+        view,
+        format!(
+            "has shape {:?}, the configuration asks for {shape:?}",
+            view.shape()
+        ),
+    ))
 }
 
 fn refused(view: &TensorView<'_>, reason: String) -> ModelError {
@@ -263,13 +362,19 @@ fn refused(view: &TensorView<'_>, reason: String) -> ModelError {
 }
 
 /// Converts little-endian elements of `N` bytes, one by one, into aligned memory.
-fn convert<T: bytemuck::Pod, const N: usize>(bytes: &[u8], element: impl Fn([u8; N]) -> T) -> Aligned {
+fn convert<T: bytemuck::Pod, const N: usize>(
+    bytes: &[u8],
+    element: impl Fn([u8; N]) -> T,
+) -> Aligned {
     let (elements, _) = bytes.as_chunks::<N>();
     Aligned::collect(elements.len(), elements.iter().map(|b| element(*b)))
 }
 
 fn transpose<T: bytemuck::Pod>(data: &[T], rows: usize, cols: usize) -> Aligned {
-    Aligned::collect(data.len(), (0..cols).flat_map(|c| (0..rows).map(move |r| data[r * cols + c])))
+    Aligned::collect(
+        data.len(),
+        (0..cols).flat_map(|c| (0..rows).map(move |r| data[r * cols + c])),
+    )
 }
 
 /// Bytes that start at a multiple of [`ALIGNMENT`]: a vector with room to slide the start in.
@@ -295,7 +400,11 @@ impl Aligned {
 
     fn collect<T: bytemuck::Pod>(len: usize, values: impl Iterator<Item = T>) -> Aligned {
         let mut aligned = Aligned::zeroed(len * size_of::<T>());
-        aligned.of_mut().iter_mut().zip(values).for_each(|(to, value)| *to = value);
+        aligned
+            .of_mut()
+            .iter_mut()
+            .zip(values)
+            .for_each(|(to, value)| *to = value);
         aligned
     }
 
@@ -318,21 +427,54 @@ mod tests {
 
     /// 300 x 200 FP8 values: blocks of 3 x 2, ragged at both ends.
     fn fp8() -> Matrix {
-        let data = Aligned::collect(300 * 200, (0..300 * 200u32).map(|i| (i * 7 % 126) as u8 | (i as u8 & 0x80)));
-        Matrix { rows: 300, cols: 200, storage: Storage::Fp8 { data, scales: vec![0.5, 3.0, 0.25, 7.0, 1.0, 0.1] } }
+        let data = Aligned::collect(
+            300 * 200,
+            (0..300 * 200u32).map(|i| (i * 7 % 126) as u8 | (i as u8 & 0x80)),
+        );
+        Matrix {
+            rows: 300,
+            cols: 200,
+            storage: Storage::Fp8 {
+                data,
+                scales: vec![0.5, 3.0, 0.25, 7.0, 1.0, 0.1],
+            },
+        }
     }
 
     #[test]
     fn cutting_and_transposing_move_every_value_where_it_belongs() {
-        for matrix in [fp8(), Matrix { storage: Storage::F32(fp8().widened(|v| v)), ..fp8() }] {
-            for range in [0..300, 0..130, 128..300, 256..300, 128..200, 130..260, 299..300] {
+        for matrix in [
+            fp8(),
+            Matrix {
+                storage: Storage::F32(fp8().widened(|v| v)),
+                ..fp8()
+            },
+        ] {
+            for range in [
+                0..300,
+                0..130,
+                128..300,
+                256..300,
+                128..200,
+                130..260,
+                299..300,
+            ] {
                 let cut = matrix.slice(range.clone());
                 let turned = cut.transposed();
-                assert_eq!((cut.rows(), cut.cols(), turned.rows(), turned.cols()), (range.len(), 200, 200, range.len()));
+                assert_eq!(
+                    (cut.rows(), cut.cols(), turned.rows(), turned.cols()),
+                    (range.len(), 200, 200, range.len())
+                );
                 for (i, row) in range.enumerate() {
                     for col in 0..200 {
-                        assert_eq!(cut.value(i, col).to_bits(), matrix.value(row, col).to_bits());
-                        assert_eq!(turned.value(col, i).to_bits(), matrix.value(row, col).to_bits());
+                        assert_eq!(
+                            cut.value(i, col).to_bits(),
+                            matrix.value(row, col).to_bits()
+                        );
+                        assert_eq!(
+                            turned.value(col, i).to_bits(),
+                            matrix.value(row, col).to_bits()
+                        );
                     }
                 }
             }
@@ -343,7 +485,10 @@ mod tests {
     fn fp8_stays_fp8_where_blocks_survive_the_cut() {
         let matrix = fp8();
         assert_eq!(matrix.slice(128..300).bytes(), 172 * 200 + 4 * 4);
-        assert_eq!(matrix.slice(128..300).transposed().bytes(), 172 * 200 + 4 * 4);
+        assert_eq!(
+            matrix.slice(128..300).transposed().bytes(),
+            172 * 200 + 4 * 4
+        );
         assert_eq!(matrix.slice(130..300).bytes(), 170 * 200 * 4);
     }
 

@@ -25,25 +25,39 @@ fn by_sorting(scores: &[f32], bias: Option<&[f32]>, rule: &GateConfig) -> (Vec<u
         order.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap().then(a.0.cmp(&b.0)));
         order[..k].iter().map(|o| o.0).collect()
     };
-    let choice: Vec<f32> = scores.iter().enumerate().map(|(i, s)| s + bias.map_or(0.0, |b| b[i])).collect();
+    let choice: Vec<f32> = scores
+        .iter()
+        .enumerate()
+        .map(|(i, s)| s + bias.map_or(0.0, |b| b[i]))
+        .collect();
     let size = rule.experts / rule.groups;
     let worth: Vec<(usize, f32)> = choice
         .chunks(size)
         .map(|group| {
             let mut best = group.to_vec();
             best.sort_by(|a, b| b.partial_cmp(a).unwrap());
-            if rule.method == TopkMethod::NoauxTc { best.iter().take(2).sum() } else { best[0] }
+            if rule.method == TopkMethod::NoauxTc {
+                best.iter().take(2).sum()
+            } else {
+                best[0]
+            }
         })
         .enumerate()
         .collect();
     let kept = first(&worth, rule.top_groups);
-    let allowed: Vec<(usize, f32)> =
-        choice.into_iter().enumerate().filter(|(i, _)| rule.groups == 1 || kept.contains(&(i / size))).collect();
+    let allowed: Vec<(usize, f32)> = choice
+        .into_iter()
+        .enumerate()
+        .filter(|(i, _)| rule.groups == 1 || kept.contains(&(i / size)))
+        .collect();
     let mut ids = first(&allowed, rule.top_k);
     ids.sort_unstable();
     let sum: f32 = ids.iter().map(|&i| scores[i]).sum::<f32>() + 1e-20;
     let weight = |i: usize| if rule.normalise { scores[i] / sum } else { scores[i] } * rule.scale;
-    (ids.iter().map(|&i| i as u32).collect(), ids.iter().map(|&i| weight(i)).collect())
+    (
+        ids.iter().map(|&i| i as u32).collect(),
+        ids.iter().map(|&i| weight(i)).collect(),
+    )
 }
 
 prop_compose! {
@@ -88,7 +102,11 @@ proptest! {
 #[test]
 fn equal_scores_go_to_the_lowest_indices() {
     assert_eq!(select(&[0.5; 8], None, &rule(8, 3)).0, [0, 1, 2]);
-    let grouped = GateConfig { groups: 4, top_groups: 2, ..rule(8, 3) };
+    let grouped = GateConfig {
+        groups: 4,
+        top_groups: 2,
+        ..rule(8, 3)
+    };
     assert_eq!(select(&[0.5; 8], None, &grouped).0, [0, 1, 2]);
 }
 
@@ -102,22 +120,37 @@ fn the_bias_chooses_and_does_not_weigh() {
 #[test]
 fn an_excluded_group_never_comes_back() {
     let scores = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6];
-    let limited = GateConfig { groups: 3, top_groups: 1, ..rule(6, 2) };
+    let limited = GateConfig {
+        groups: 3,
+        top_groups: 1,
+        ..rule(6, 2)
+    };
     assert_eq!(select(&scores, Some(&[-2.0; 6]), &limited).0, [4, 5]);
 }
 
 #[test]
 fn a_group_counts_by_its_two_best_or_by_its_best() {
     let scores = [0.9, 0.0, 0.6, 0.6];
-    let two = GateConfig { groups: 2, top_groups: 1, ..rule(4, 1) };
+    let two = GateConfig {
+        groups: 2,
+        top_groups: 1,
+        ..rule(4, 1)
+    };
     assert_eq!(select(&scores, None, &two).0, [2]);
-    let one = GateConfig { method: TopkMethod::GroupLimitedGreedy, ..two };
+    let one = GateConfig {
+        method: TopkMethod::GroupLimitedGreedy,
+        ..two
+    };
     assert_eq!(select(&scores, None, &one).0, [0]);
 }
 
 #[test]
 fn weights_are_normalised_then_scaled() {
-    let normalised = GateConfig { normalise: true, scale: 2.5, ..rule(4, 2) };
+    let normalised = GateConfig {
+        normalise: true,
+        scale: 2.5,
+        ..rule(4, 2)
+    };
     let (_, weights) = select(&[0.25, 0.75, 0.0, 0.0], None, &normalised);
     assert_eq!(weights, [0.625, 1.875]);
     let zero = select(&[0.0; 4], None, &normalised).1;

@@ -7,7 +7,10 @@ use guild_model::sampler::{Sampling, logprobs_of, sample};
 use guild_model::{Cpu, Isa};
 use proptest::prelude::*;
 
-const PLAIN: Sampling = Sampling { temperature: 1.0, ..Sampling::GREEDY };
+const PLAIN: Sampling = Sampling {
+    temperature: 1.0,
+    ..Sampling::GREEDY
+};
 
 fn token(logits: &[f32], sampling: Sampling, position: u64) -> u32 {
     sample(&Cpu::new(1), logits, &sampling, position, 0).token
@@ -16,14 +19,19 @@ fn token(logits: &[f32], sampling: Sampling, position: u64) -> u32 {
 /// Every token drawn at many positions.
 fn drawn(logits: &[f32], sampling: Sampling) -> BTreeSet<u32> {
     let cpu = Cpu::new(1);
-    (0..2000).map(|p| sample(&cpu, logits, &sampling, p, 0).token).collect()
+    (0..2000)
+        .map(|p| sample(&cpu, logits, &sampling, p, 0).token)
+        .collect()
 }
 
 /// Log-softmax in f64.
 fn logprobs(logits: &[f32]) -> Vec<f64> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
-    logits.iter().map(|l| f64::from(l - max) - sum.ln()).collect()
+    logits
+        .iter()
+        .map(|l| f64::from(l - max) - sum.ln())
+        .collect()
 }
 
 #[test]
@@ -36,30 +44,67 @@ fn greedy_takes_the_lowest_id_of_equals() {
 #[test]
 fn a_temperature_that_is_not_above_zero_is_greedy() {
     for temperature in [0.0, -0.0, -1.0, f32::NAN] {
-        assert_eq!(token(&[1.0, 1.1, 0.9], Sampling { temperature, ..PLAIN }, 3), 1);
+        assert_eq!(
+            token(
+                &[1.0, 1.1, 0.9],
+                Sampling {
+                    temperature,
+                    ..PLAIN
+                },
+                3
+            ),
+            1
+        );
     }
 }
 
 #[test]
 fn a_tiny_temperature_always_draws_the_best() {
     for temperature in [1e-3, 1e-20, f32::MIN_POSITIVE, 1e-45] {
-        assert_eq!(drawn(&[1.0, 1.1, 0.9], Sampling { temperature, ..PLAIN }), BTreeSet::from([1]));
+        assert_eq!(
+            drawn(
+                &[1.0, 1.1, 0.9],
+                Sampling {
+                    temperature,
+                    ..PLAIN
+                }
+            ),
+            BTreeSet::from([1])
+        );
     }
 }
 
 #[test]
 fn an_endless_temperature_draws_all_that_is_possible() {
     let logits = [5.0, f32::NEG_INFINITY, -5.0, 0.0];
-    assert_eq!(drawn(&logits, Sampling { temperature: f32::INFINITY, ..PLAIN }), BTreeSet::from([0, 2, 3]));
+    assert_eq!(
+        drawn(
+            &logits,
+            Sampling {
+                temperature: f32::INFINITY,
+                ..PLAIN
+            }
+        ),
+        BTreeSet::from([0, 2, 3])
+    );
 }
 
 #[test]
 fn top_k_of_one_is_the_best_and_of_none_or_many_is_all() {
     let logits = [0.1, 0.3, 0.2, 0.3];
-    assert_eq!(drawn(&logits, Sampling { top_k: 1, ..PLAIN }), BTreeSet::from([1]));
-    assert_eq!(drawn(&logits, Sampling { top_k: 2, ..PLAIN }), BTreeSet::from([1, 3]));
+    assert_eq!(
+        drawn(&logits, Sampling { top_k: 1, ..PLAIN }),
+        BTreeSet::from([1])
+    );
+    assert_eq!(
+        drawn(&logits, Sampling { top_k: 2, ..PLAIN }),
+        BTreeSet::from([1, 3])
+    );
     for top_k in [0, 4, u32::MAX] {
-        assert_eq!(drawn(&logits, Sampling { top_k, ..PLAIN }), BTreeSet::from([0, 1, 2, 3]));
+        assert_eq!(
+            drawn(&logits, Sampling { top_k, ..PLAIN }),
+            BTreeSet::from([0, 1, 2, 3])
+        );
     }
 }
 
@@ -80,18 +125,57 @@ fn top_p_keeps_the_smallest_set_that_reaches_it() {
 fn top_p_counts_after_top_k_and_temperature() {
     let logits = [0.4f32.ln(), 0.3f32.ln(), 0.3f32.ln()];
     // Of the two that top-k leaves, the first has 4/7 of the mass.
-    assert_eq!(drawn(&logits, Sampling { top_k: 2, top_p: 0.55, ..PLAIN }), BTreeSet::from([0]));
+    assert_eq!(
+        drawn(
+            &logits,
+            Sampling {
+                top_k: 2,
+                top_p: 0.55,
+                ..PLAIN
+            }
+        ),
+        BTreeSet::from([0])
+    );
     // Without top-k it has only 0.4; at a low temperature nearly all.
-    assert_eq!(drawn(&logits, Sampling { top_p: 0.55, ..PLAIN }), BTreeSet::from([0, 1]));
-    assert_eq!(drawn(&logits, Sampling { temperature: 0.1, top_p: 0.55, ..PLAIN }), BTreeSet::from([0]));
+    assert_eq!(
+        drawn(
+            &logits,
+            Sampling {
+                top_p: 0.55,
+                ..PLAIN
+            }
+        ),
+        BTreeSet::from([0, 1])
+    );
+    assert_eq!(
+        drawn(
+            &logits,
+            Sampling {
+                temperature: 0.1,
+                top_p: 0.55,
+                ..PLAIN
+            }
+        ),
+        BTreeSet::from([0])
+    );
 }
 
 #[test]
 fn a_nucleus_wider_than_the_first_look_is_found() {
     let logits: Vec<f32> = (0..5000).map(|i| (i * 7919 % 5000) as f32 * 1e-4).collect();
-    let kept = drawn(&logits, Sampling { top_p: 0.5, ..PLAIN });
+    let kept = drawn(
+        &logits,
+        Sampling {
+            top_p: 0.5,
+            ..PLAIN
+        },
+    );
     // The upper half by logit holds 56 % of the mass; what is drawn is from the upper half alone.
-    assert!(kept.iter().all(|&t| logits[t as usize] > 0.2), "{:?}", kept.len());
+    assert!(
+        kept.iter().all(|&t| logits[t as usize] > 0.2),
+        "{:?}",
+        kept.len()
+    );
     assert!(kept.len() > 1000, "{}", kept.len());
 }
 
@@ -103,7 +187,11 @@ fn tokens_come_as_often_as_they_are_probable() {
         let mut count = [0usize; 5];
         let draws = 20_000;
         for position in 0..draws {
-            let sampling = Sampling { temperature, seed: 11, ..PLAIN };
+            let sampling = Sampling {
+                temperature,
+                seed: 11,
+                ..PLAIN
+            };
             count[sample(&cpu, &logits, &sampling, position, 0).token as usize] += 1;
         }
         let expected = logprobs(&logits.map(|l| l / temperature));
@@ -111,7 +199,10 @@ fn tokens_come_as_often_as_they_are_probable() {
             let (got, p) = (*n as f64 / draws as f64, l.exp());
             // Five standard deviations.
             let bound = 5.0 * (p * (1.0 - p) / draws as f64).sqrt();
-            assert!((got - p).abs() < bound, "temperature {temperature}, token {id}: {got} for {p}");
+            assert!(
+                (got - p).abs() < bound,
+                "temperature {temperature}, token {id}: {got} for {p}"
+            );
         }
     }
 }
@@ -119,7 +210,11 @@ fn tokens_come_as_often_as_they_are_probable() {
 #[test]
 fn the_draw_depends_on_seed_and_position_alone() {
     let logits: Vec<f32> = (0..300).map(|i| (i % 17) as f32 * 0.1).collect();
-    let stream = |seed, from| -> Vec<u32> { (from..100).map(|p| token(&logits, Sampling { seed, ..PLAIN }, p)).collect() };
+    let stream = |seed, from| -> Vec<u32> {
+        (from..100)
+            .map(|p| token(&logits, Sampling { seed, ..PLAIN }, p))
+            .collect()
+    };
     assert_eq!(stream(1, 0)[40..], stream(1, 40));
     assert_ne!(stream(1, 0), stream(2, 0));
     assert_ne!(stream(1, 0), stream(1 << 32, 0));
@@ -133,7 +228,17 @@ fn logits_that_are_no_distribution_do_no_harm() {
     assert_eq!(token(&[0.0, inf, 1.0], PLAIN, 0), 1);
     assert_eq!(token(&[nan, -1.0, -2.0], Sampling::GREEDY, 0), 1);
     assert_eq!(token(&[], PLAIN, 0), 0);
-    assert_eq!(drawn(&[nan, -inf, 0.0], Sampling { top_p: 0.9, top_k: 2, ..PLAIN }), BTreeSet::from([2]));
+    assert_eq!(
+        drawn(
+            &[nan, -inf, 0.0],
+            Sampling {
+                top_p: 0.9,
+                top_k: 2,
+                ..PLAIN
+            }
+        ),
+        BTreeSet::from([2])
+    );
     for logits in [[-inf, nan, 0.0], [nan; 3], [-inf; 3], [inf; 3]] {
         let sampled = sample(&Cpu::new(1), &logits, &PLAIN, 0, 5);
         assert!(sampled.top.iter().all(|(_, l)| !l.is_nan()) && !sampled.logprob.is_nan());
@@ -144,27 +249,52 @@ fn logits_that_are_no_distribution_do_no_harm() {
 fn logprobs_are_of_the_raw_logits_and_ordered() {
     let logits = [1.0, 3.0, 2.0, 3.0, f32::NEG_INFINITY];
     let cpu = Cpu::new(1);
-    let sampled = sample(&cpu, &logits, &Sampling { temperature: 0.1, top_k: 1, ..PLAIN }, 0, 3);
+    let sampled = sample(
+        &cpu,
+        &logits,
+        &Sampling {
+            temperature: 0.1,
+            top_k: 1,
+            ..PLAIN
+        },
+        0,
+        3,
+    );
     let expected = logprobs(&logits);
     assert_eq!(sampled.token, 1);
-    assert_eq!(sampled.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 3, 2]);
+    assert_eq!(
+        sampled.top.iter().map(|t| t.0).collect::<Vec<_>>(),
+        [1, 3, 2]
+    );
     for (id, logprob) in sampled.top.iter().chain([&(1, sampled.logprob)]) {
         assert!((f64::from(*logprob) - expected[*id as usize]).abs() < 1e-6);
     }
     let given = logprobs_of(&cpu, &logits, 4, 99);
-    assert_eq!((given.token, given.logprob, given.top.len()), (4, f32::NEG_INFINITY, 5));
+    assert_eq!(
+        (given.token, given.logprob, given.top.len()),
+        (4, f32::NEG_INFINITY, 5)
+    );
     assert_eq!(logprobs_of(&cpu, &logits, 77, 0).logprob, f32::NEG_INFINITY);
 }
 
 #[test]
 fn every_isa_and_thread_count_draws_the_same() {
     let logits: Vec<f32> = (0..4099).map(|i| ((i * 31) % 997) as f32 * 0.01).collect();
-    let sampling = Sampling { temperature: 0.8, top_p: 0.9, top_k: 500, seed: 3 };
-    let expected: Vec<_> = (0..50).map(|p| sample(&Cpu::new(1), &logits, &sampling, p, 5)).collect();
+    let sampling = Sampling {
+        temperature: 0.8,
+        top_p: 0.9,
+        top_k: 500,
+        seed: 3,
+    };
+    let expected: Vec<_> = (0..50)
+        .map(|p| sample(&Cpu::new(1), &logits, &sampling, p, 5))
+        .collect();
     for isa in Isa::available() {
         for threads in [1, 3] {
             let cpu = Cpu::with_isa(threads, isa).unwrap();
-            let got: Vec<_> = (0..50).map(|p| sample(&cpu, &logits, &sampling, p, 5)).collect();
+            let got: Vec<_> = (0..50)
+                .map(|p| sample(&cpu, &logits, &sampling, p, 5))
+                .collect();
             assert_eq!(got, expected, "{isa:?}, {threads} threads");
         }
     }

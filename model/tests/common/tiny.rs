@@ -54,8 +54,14 @@ pub fn write_as(dir: &Path, config: &Value, dtype: Dtype, keep: impl Fn(&str) ->
             tensors.push((spec.name, spec.shape, bytes));
         }
     }
-    let views = tensors.iter().map(|(n, s, b)| (n.as_str(), TensorView::new(dtype, s.clone(), b).unwrap()));
-    std::fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    let views = tensors
+        .iter()
+        .map(|(n, s, b)| (n.as_str(), TensorView::new(dtype, s.clone(), b).unwrap()));
+    std::fs::write(
+        dir.join("model.safetensors"),
+        safetensors::serialize(views, None).unwrap(),
+    )
+    .unwrap();
 }
 
 /// Numbers in (-scale, scale) from a splitmix64 stream.
