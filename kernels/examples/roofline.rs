@@ -1,6 +1,6 @@
 //! What the machine allows and what the products make of it, measured in turns in one run.
 //!
-//! `cargo run --release -p guild-kernels --example roofline [threads] [isa]`. Weights are cold: 1 GiB is cycled through.
+//! `cargo run --release -p guild-kernels --example roofline [threads] [isa] [part of a line's name]`. Weights are cold: 1 GiB is cycled through.
 
 use std::{hint::black_box, time::Instant};
 
@@ -37,6 +37,7 @@ fn main() {
     let cpu = isa
         .and_then(|isa| Cpu::with_isa(threads, isa))
         .unwrap_or_else(|| Cpu::new(threads));
+    let only = arguments.next().unwrap_or_default();
     println!("{}", cpu.describe());
 
     let mut bytes = vec![0u8; GIB];
@@ -51,6 +52,7 @@ fn main() {
         let mut turn = Turn {
             lines: &mut lines,
             next: 0,
+            only: &only,
         };
         turn.rate("read, all threads", Limit::Bandwidth, || read(&cpu, &bytes));
         turn.rate("f32 FMA, all threads", Limit::Peak, || peak(&cpu));
@@ -118,10 +120,15 @@ fn main() {
 struct Turn<'a> {
     lines: &'a mut Vec<Line>,
     next: usize,
+    only: &'a str,
 }
 
 impl Turn<'_> {
     fn rate(&mut self, name: &str, limit: Limit, measure: impl FnOnce() -> f64) {
+        // The two limits come first and are always measured.
+        if self.next > 1 && !name.contains(self.only) {
+            return;
+        }
         if self.next == self.lines.len() {
             self.lines.push(Line {
                 name: name.into(),

@@ -5,6 +5,8 @@
 //! order by FMA from +0.0, columns past the end counting as `fma(0, 0, acc)`; then [`Lanes::sum`]. Neither tile nor
 //! block touches that order: a block edge only parks the 16 lanes in memory.
 
+use std::ops::Range;
+
 use super::{
     LANES, Lanes, Op, load_part,
     weights::{BLOCK, Weights},
@@ -19,10 +21,12 @@ pub(crate) const EMPTY: Line = Line([0.0; LANES]);
 
 /// Columns of one block of the packed form: a widened weight panel of it stays in L1.
 pub(crate) const BLOCK_COLS: usize = 1024;
-/// Rows of `x` that one block of columns is run over before the next: they stay in L2.
+/// Rows of `x` that one block of columns is run over before the next: their parked accumulators stay near.
 const SLAB_ROWS: usize = 60;
+/// Up to so many rows of `x`, a block of columns of them stays in L2 beside one weight panel.
+const FEW_ROWS: usize = 36;
 /// Rows of weights in one task of the packed form.
-pub(crate) const TASK_ROWS: usize = 48;
+pub(crate) const TASK_ROWS: usize = 96;
 
 /// Where results go: `[m, stride]`, each task writing its own columns.
 #[derive(Clone, Copy)]
@@ -261,64 +265,82 @@ impl<W: Weights> Op for Packed<'_, W> {
 impl<W: Weights> Packed<'_, W> {
     #[inline(always)]
     unsafe fn blocks<V: Lanes, const R: usize, const C: usize>(self) {
-        let chunks = self.cols.div_ceil(LANES);
-        let tiles = self.m.div_ceil(C);
-        let panels = (self.to - self.from).div_ceil(R);
-        let slab_tiles = SLAB_ROWS / C;
-        assert!(self.x.len() >= tiles * chunks * C, "packed rows are short");
+        let Packed {
+            x,
+            m,
+            cols,
+            w,
+            from,
+            to,
+            scratch,
+            out,
+        } = self;
+        let chunks = cols.div_ceil(LANES);
+        let tiles = m.div_ceil(C);
+        let panels = (to - from).div_ceil(R);
+        assert!(x.len() >= tiles * chunks * C, "packed rows are short");
         // Blocks of equal length, each a whole number of scale blocks.
-        let blocks = self.cols.div_ceil(BLOCK_COLS).max(1);
-        let step = self.cols.div_ceil(blocks).next_multiple_of(BLOCK) / LANES;
-        let panel_lines = step * R;
+        let blocks = cols.div_ceil(BLOCK_COLS).max(1);
+        let step = cols.div_ceil(blocks).next_multiple_of(BLOCK) / LANES;
+        // A tile of many rows of x is kept in L1 and meets all panels; few rows of x stay near anyway, and then widening
+        // one panel at a time lets the next arrive meanwhile.
+        let group = if m > FEW_ROWS { panels } else { 1 };
+        let slab_tiles = if blocks > 1 { SLAB_ROWS / C } else { tiles };
+        let widened = group * step * R;
         let parked = if blocks > 1 {
             panels * slab_tiles * R * C
         } else {
             0
         };
-        if self.scratch.len() < panel_lines + parked {
-            self.scratch.resize(panel_lines + parked, EMPTY);
+        if scratch.len() < widened + parked {
+            scratch.resize(widened + parked, EMPTY);
         }
-        let (panel, parked) = self.scratch.split_at_mut(panel_lines);
+        let (widened, parked) = scratch.split_at_mut(widened);
         for slab in (0..tiles).step_by(slab_tiles) {
             let slab_end = (slab + slab_tiles).min(tiles);
             for begin in (0..chunks).step_by(step) {
                 let end = (begin + step).min(chunks);
-                for p in 0..panels {
-                    let row = self.from + p * R;
-                    let rows = R.min(self.to - row);
-                    // SAFETY: `row..row + rows` lies in `from..to`; `panel` holds `step >= end - begin` chunks of `R`.
-                    unsafe { widen::<V, W, R>(panel, self.w, self.cols, row, rows, begin, end) };
-                    for tile in slab..slab_end {
-                        // The tile's lines were checked to exist above.
-                        let x = &self.x[(tile * chunks + begin) * C..(tile * chunks + end) * C];
-                        // SAFETY: registers, and memory reached through checked slices: `x` holds `end - begin` chunks
-                        // of `C`, `panel` as many of `R`, and `park` one line per accumulator.
+                for first in (0..panels).step_by(group) {
+                    let group_end = (first + group).min(panels);
+                    for p in first..group_end {
+                        let panel = &mut widened[(p - first) * step * R..][..step * R];
+                        let row = from + p * R;
+                        // SAFETY: the rows lie in `from..to`; `panel` holds `step >= end - begin` chunks of `R`.
                         unsafe {
-                            let mut acc = [[V::splat(0.0); C]; R];
-                            if begin > 0 {
-                                let park =
-                                    &parked[(p * slab_tiles + tile - slab) * R * C..][..R * C];
-                                for r in 0..R {
-                                    for c in 0..C {
-                                        acc[r][c] = V::load(park[r * C + c].0.as_ptr());
-                                    }
+                            widen::<V, W, R>(panel, w, cols, row..(row + R).min(to), begin..end)
+                        };
+                    }
+                    for tile in slab..slab_end {
+                        let x = &x[(tile * chunks + begin) * C..(tile * chunks + end) * C];
+                        for p in first..group_end {
+                            let panel = &widened[(p - first) * step * R..][..(end - begin) * R];
+                            let park = (p * slab_tiles + tile - slab) * R * C;
+                            let row = from + p * R;
+                            // SAFETY: registers, and memory reached through checked slices: `x` holds `end - begin`
+                            // chunks of `C`, `panel` as many of `R`, and `park` one line per accumulator. Outputs are
+                            // cut at `to` and `m`.
+                            unsafe {
+                                if tile == slab && group > 1 && end < chunks {
+                                    prefetch::<V, W, R>(w, row, end..(end + step).min(chunks));
                                 }
-                            }
-                            let acc =
-                                accumulate::<V, R, C>(acc, panel.as_ptr(), x.as_ptr(), end - begin);
-                            if end < chunks {
-                                let park =
-                                    &mut parked[(p * slab_tiles + tile - slab) * R * C..][..R * C];
-                                for r in 0..R {
-                                    for c in 0..C {
-                                        acc[r][c].store(park[r * C + c].0.as_mut_ptr());
-                                    }
+                                let acc = if begin > 0 {
+                                    unpark(&parked[park..][..R * C])
+                                } else {
+                                    [[V::splat(0.0); C]; R]
+                                };
+                                let acc = accumulate::<V, R, C>(
+                                    acc,
+                                    panel.as_ptr(),
+                                    x.as_ptr(),
+                                    end - begin,
+                                );
+                                if end < chunks {
+                                    store(acc, &mut parked[park..][..R * C]);
+                                    continue;
                                 }
-                            } else {
-                                let m = C.min(self.m - tile * C);
-                                for r in 0..rows {
-                                    for c in 0..m {
-                                        self.out.set(tile * C + c, row + r, acc[r][c].sum());
+                                for r in 0..R.min(to - row) {
+                                    for c in 0..C.min(m - tile * C) {
+                                        out.set(tile * C + c, row + r, acc[r][c].sum());
                                     }
                                 }
                             }
@@ -326,6 +348,48 @@ impl<W: Weights> Packed<'_, W> {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Asks for a panel's weights of the next block while this one is multiplied.
+///
+/// # Safety
+/// The machine has the instruction set of `V`.
+#[inline(always)]
+unsafe fn prefetch<V: Lanes, W: Weights, const R: usize>(w: W, row: usize, chunks: Range<usize>) {
+    for r in 0..R {
+        for chunk in chunks.clone().step_by(BLOCK / LANES) {
+            // SAFETY: the caller's promise.
+            unsafe { w.prefetch::<V>(row + r, chunk * LANES) };
+        }
+    }
+}
+
+/// # Safety
+/// The machine has the instruction set of `V`.
+#[inline(always)]
+unsafe fn unpark<V: Lanes, const R: usize, const C: usize>(park: &[Line]) -> [[V; C]; R] {
+    // SAFETY: a line is 16 elements.
+    unsafe {
+        let mut acc = [[V::splat(0.0); C]; R];
+        for r in 0..R {
+            for c in 0..C {
+                acc[r][c] = V::load(park[r * C + c].0.as_ptr());
+            }
+        }
+        acc
+    }
+}
+
+/// # Safety
+/// The machine has the instruction set of `V`.
+#[inline(always)]
+unsafe fn store<V: Lanes, const R: usize, const C: usize>(acc: [[V; C]; R], park: &mut [Line]) {
+    for r in 0..R {
+        for c in 0..C {
+            // SAFETY: a line is 16 elements.
+            unsafe { acc[r][c].store(park[r * C + c].0.as_mut_ptr()) };
         }
     }
 }
@@ -358,23 +422,22 @@ unsafe fn accumulate<V: Lanes, const R: usize, const C: usize>(
     acc
 }
 
-/// Widens chunks `begin..end` of rows `row..row + rows` to `panel`, as `[chunk][R][16]`; missing rows are zero.
+/// Widens `chunks` of `rows` to `panel`, as `[chunk][R][16]`; rows missing to `R` are zero.
 ///
 /// # Safety
-/// The rows lie in `w`, and `panel` holds `(end - begin) * R` lines.
+/// The rows lie in `w`, and `panel` holds `R` lines for each chunk.
 #[inline(always)]
 unsafe fn widen<V: Lanes, W: Weights, const R: usize>(
     panel: &mut [Line],
     w: W,
     cols: usize,
-    row: usize,
-    rows: usize,
-    begin: usize,
-    end: usize,
+    rows: Range<usize>,
+    chunks: Range<usize>,
 ) {
-    let whole = (cols / LANES).min(end);
+    let whole = (cols / LANES).min(chunks.end);
     for r in 0..R {
-        if r >= rows {
+        let row = rows.start + r;
+        if row >= rows.end {
             panel
                 .iter_mut()
                 .skip(r)
@@ -382,25 +445,27 @@ unsafe fn widen<V: Lanes, W: Weights, const R: usize>(
                 .for_each(|line| *line = EMPTY);
             continue;
         }
-        let mut chunk = begin;
+        let mut chunk = chunks.start;
         // SAFETY: chunks below `whole` are whole chunks of an existing row; the one after is cut at `cols`. Lines are
         // taken from the slice by checked index.
         unsafe {
             while chunk < whole {
                 let col = chunk * LANES;
-                let scale = w.scale::<V>(row + r, col / BLOCK);
-                // The next panel arrives while this one is multiplied.
-                w.prefetch::<V>(row + R + r, col);
+                let scale = w.scale::<V>(row, col / BLOCK);
+                // The next panel arrives while this one is worked on.
+                w.prefetch::<V>(row + R, col);
                 let stop = ((col / BLOCK + 1) * (BLOCK / LANES)).min(whole);
                 while chunk < stop {
-                    w.chunk::<V>(row + r, chunk * LANES, scale)
-                        .store(panel[(chunk - begin) * R + r].0.as_mut_ptr());
+                    let line = &mut panel[(chunk - chunks.start) * R + r];
+                    w.chunk::<V>(row, chunk * LANES, scale)
+                        .store(line.0.as_mut_ptr());
                     chunk += 1;
                 }
             }
-            if chunk < end {
-                w.part::<V>(row + r, chunk * LANES, cols - chunk * LANES)
-                    .store(panel[(chunk - begin) * R + r].0.as_mut_ptr());
+            if chunk < chunks.end {
+                let line = &mut panel[(chunk - chunks.start) * R + r];
+                w.part::<V>(row, chunk * LANES, cols - chunk * LANES)
+                    .store(line.0.as_mut_ptr());
             }
         }
     }

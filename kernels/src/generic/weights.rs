@@ -141,7 +141,7 @@ impl Weights for Fp8<'_> {
 
     #[inline(always)]
     unsafe fn prefetch<V: Lanes>(self, row: usize, col: usize) {
-        for line in 0..BLOCK * 1 / 64 {
+        for line in 0..BLOCK / 64 {
             let at = self.data.as_ptr().wrapping_add(row * self.cols + col);
             // SAFETY: a prefetch faults on no address, and `wrapping_add` makes no claim about it.
             unsafe { V::prefetch(at.wrapping_add(line * 64)) }

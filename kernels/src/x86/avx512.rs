@@ -78,9 +78,9 @@ impl Lanes for F32x16 {
             // As f16 the same bits stand for the value times 2^-8, subnormals included; 0x7f must become a NaN.
             let wide = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(bytes));
             let half = _mm256_and_si256(wide, _mm256_set1_epi16(0xbf80u16 as i16));
-            let nan =
-                _mm_cmpeq_epi8_mask(_mm_or_si128(bytes, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
-            let half = _mm256_mask_set1_epi16(half, nan, 0x7e00);
+            let largest = _mm256_set1_epi16(0x3f80);
+            let nan = _mm256_cmpeq_epi16(_mm256_and_si256(half, largest), largest);
+            let half = _mm256_or_si256(half, nan);
             F32x16(_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0)))
         }
     }
