@@ -2,6 +2,11 @@
 //!
 //! Secret: the instructions. Knows the contract of [`Lanes`], nothing of the algorithms.
 
+#![allow(
+    unused_unsafe,
+    reason = "NEON belongs to the base target, where the compiler takes register-only intrinsics for safe"
+)]
+
 use std::arch::{aarch64::*, asm, is_aarch64_feature_detected};
 
 use crate::generic::{Lanes, Op};
@@ -98,10 +103,10 @@ impl Lanes for F32x16 {
         unsafe {
             let (a, b) = (vld1q_u16(p), vld1q_u16(p.add(8)));
             F32x16(
-                vreinterpretq_f32_u32(vshll_n_u16::<16>(vget_low_u16(a))),
-                vreinterpretq_f32_u32(vshll_n_u16::<16>(vget_high_u16(a))),
-                vreinterpretq_f32_u32(vshll_n_u16::<16>(vget_low_u16(b))),
-                vreinterpretq_f32_u32(vshll_n_u16::<16>(vget_high_u16(b))),
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(vmovl_u16(vget_low_u16(a)))),
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(vmovl_u16(vget_high_u16(a)))),
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(vmovl_u16(vget_low_u16(b)))),
+                vreinterpretq_f32_u32(vshlq_n_u32::<16>(vmovl_u16(vget_high_u16(b)))),
             )
         }
     }
