@@ -106,7 +106,9 @@ pub(crate) enum Turn {
 
 fn max_readers(limits: &Limits) -> usize {
     let places = limits.max_running.saturating_add(limits.max_waiting);
-    places.saturating_mul(READERS_PER_PLACE).min(Semaphore::MAX_PERMITS)
+    places
+        .saturating_mul(READERS_PER_PLACE)
+        .min(Semaphore::MAX_PERMITS)
 }
 
 #[derive(Debug)]

@@ -121,7 +121,9 @@ impl<F: Fabric> Engine<F> {
             }
         }
         for block in wanted.chunks(HEAD_ROWS) {
-            let rows = block.iter().map(|&(_, _, row)| &hidden[row * width..][..width]);
+            let rows = block
+                .iter()
+                .map(|&(_, _, row)| &hidden[row * width..][..width]);
             let normed = self.trunk.final_norm(&rows.collect::<Vec<_>>().concat());
             let logits = self.trunk.logits(&normed);
             for ((id, position, _), logits) in block.iter().zip(logits.chunks_exact(vocab)) {
@@ -200,10 +202,7 @@ impl<F> Drop for Engine<F> {
 }
 
 /// The rows of a step: their tokens, and which of them belong to which pages.
-fn gather<'a>(
-    step: &'a Step,
-    sequences: &HashMap<u64, Sequence>,
-) -> (Vec<u32>, Vec<SeqRows<'a>>) {
+fn gather<'a>(step: &'a Step, sequences: &HashMap<u64, Sequence>) -> (Vec<u32>, Vec<SeqRows<'a>>) {
     let mut tokens = Vec::with_capacity(step.rows());
     let mut seqs = Vec::with_capacity(step.chunks.len());
     for chunk in &step.chunks {

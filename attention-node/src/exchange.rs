@@ -85,7 +85,11 @@ struct Fault {
 
 impl<F: Fabric> Exchange<F> {
     pub(crate) fn new(fabric: Arc<F>, views: Views, deadline: Duration) -> Self {
-        Self { fabric, views, deadline }
+        Self {
+            fabric,
+            views,
+            deadline,
+        }
     }
 
     /// Sends every row of `x` to its experts and returns at once; [`Away::combine`] waits.
@@ -97,13 +101,23 @@ impl<F: Fabric> Exchange<F> {
     ) -> Away<'a, F> {
         let deadline = Instant::now() + self.deadline;
         let attempt = self.attempt(layer, x, routes, deadline);
-        Away { exchange: self, layer, x, routes, deadline, attempt }
+        Away {
+            exchange: self,
+            layer,
+            x,
+            routes,
+            deadline,
+            attempt,
+        }
     }
 
     fn attempt(&self, layer: usize, x: &[f32], routes: &Routes, deadline: Instant) -> Attempt {
         let view = self.views.borrow().clone();
         let (nodes, sent) = match &view {
-            None => (BTreeSet::new(), Err(Fault::retryable("no placement is active yet"))),
+            None => (
+                BTreeSet::new(),
+                Err(Fault::retryable("no placement is active yet")),
+            ),
             Some(view) => match resolve(view, layer, routes) {
                 Err(fault) => (BTreeSet::new(), Err(fault)),
                 Ok(assignments) => {
@@ -126,7 +140,11 @@ impl<F: Fabric> Exchange<F> {
 /// One assignment for each (row, expert), in the order of the routes.
 fn resolve(view: &View, layer: usize, routes: &Routes) -> Result<Vec<Assignment>, Fault> {
     let assign = |(at, &expert): (usize, &u32)| match view.resolve(layer as u32, expert) {
-        Some((node, slot)) => Ok(Assignment { row: (at / routes.top_k) as u32, node, slot }),
+        Some((node, slot)) => Ok(Assignment {
+            row: (at / routes.top_k) as u32,
+            node,
+            slot,
+        }),
         None => Err(Fault {
             experts: vec![expert],
             ..Fault::retryable("the expert has no home in the present placement")
@@ -177,7 +195,9 @@ impl<F: Fabric> Away<'_, F> {
             self.exchange.news(epoch, backoff.min(left)).await;
             backoff = (backoff * 2).min(BACKOFF_MAX);
             attempts += 1;
-            self.attempt = self.exchange.attempt(self.layer, self.x, self.routes, self.deadline);
+            self.attempt = self
+                .exchange
+                .attempt(self.layer, self.x, self.routes, self.deadline);
         }
     }
 }

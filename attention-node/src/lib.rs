@@ -85,7 +85,9 @@ impl AttentionNodeConfig {
     ) -> AttentionNodeConfig {
         let model = model.into();
         let called = model.canonicalize().unwrap_or_else(|_| model.clone());
-        let called = called.file_name().map(|name| name.to_string_lossy().into_owned());
+        let called = called
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned());
         AttentionNodeConfig {
             model,
             model_name: called.unwrap_or_default(),
@@ -121,7 +123,13 @@ impl AttentionNodeConfig {
         // Before anything is divided by one of them.
         limits.validate()?;
         let memory = self.kv_memory;
-        let pages = memory::pages(memory, model, self.page_tokens, self.max_running, max_context);
+        let pages = memory::pages(
+            memory,
+            model,
+            self.page_tokens,
+            self.max_running,
+            max_context,
+        );
         if pages == 0 {
             return Err(Error::KvMemory { memory });
         }
@@ -139,7 +147,9 @@ pub enum Error {
     #[error("attention node: {0}")]
     Limits(#[from] InvalidLimits),
     /// The KV memory does not hold a page.
-    #[error("--kv-memory: {memory:?} is less than one page; give more or make --page-tokens smaller")]
+    #[error(
+        "--kv-memory: {memory:?} is less than one page; give more or make --page-tokens smaller"
+    )]
     KvMemory {
         /// What was asked for.
         memory: KvMemory,

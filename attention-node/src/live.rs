@@ -260,7 +260,11 @@ impl Node {
             }
         }
         links.set_nodes(&endpoints, self.switchboard.as_ref());
-        tracing::info!(epoch = view.epoch(), nodes = endpoints.len(), "placement is active");
+        tracing::info!(
+            epoch = view.epoch(),
+            nodes = endpoints.len(),
+            "placement is active"
+        );
         Some(view)
     }
 

@@ -30,7 +30,9 @@ impl std::str::FromStr for KvMemory {
             return Ok(KvMemory::Auto);
         }
         let wrong = || format!("{text:?} is neither `auto` nor a size like 8GiB or 500MB");
-        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let digits = text
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len());
         let (number, unit) = text.split_at(digits);
         let scale: u64 = match unit.trim().to_ascii_lowercase().as_str() {
             "" | "b" => 1,
@@ -44,8 +46,14 @@ impl std::str::FromStr for KvMemory {
             "tib" | "t" => 1 << 40,
             _ => return Err(wrong()),
         };
-        let bytes = number.parse::<u64>().ok().and_then(|n| n.checked_mul(scale));
-        bytes.filter(|&b| b > 0).map(KvMemory::Bytes).ok_or_else(wrong)
+        let bytes = number
+            .parse::<u64>()
+            .ok()
+            .and_then(|n| n.checked_mul(scale));
+        bytes
+            .filter(|&b| b > 0)
+            .map(KvMemory::Bytes)
+            .ok_or_else(wrong)
     }
 }
 
@@ -77,9 +85,8 @@ fn available() -> Option<u64> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let host = read("/proc/meminfo").and_then(|text| meminfo(&text));
     let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
-    let group = number("/sys/fs/cgroup/memory.max").map(|limit| {
-        limit.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0))
-    });
+    let group = number("/sys/fs/cgroup/memory.max")
+        .map(|limit| limit.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)));
     match (host, group) {
         (Some(host), Some(group)) => Some(host.min(group)),
         (host, group) => host.or(group),
@@ -87,7 +94,9 @@ fn available() -> Option<u64> {
 }
 
 fn meminfo(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
@@ -104,7 +113,16 @@ mod tests {
         assert_eq!(parse("4096"), Ok(KvMemory::Bytes(4096)));
         assert_eq!(parse("8GiB"), Ok(KvMemory::Bytes(8 << 30)));
         assert_eq!(parse("500 MB"), Ok(KvMemory::Bytes(500_000_000)));
-        for bad in ["", "0", "-1", "GiB", "1.5GiB", "8 parsecs", "99999999999999999999", "99999999TiB"] {
+        for bad in [
+            "",
+            "0",
+            "-1",
+            "GiB",
+            "1.5GiB",
+            "8 parsecs",
+            "99999999999999999999",
+            "99999999TiB",
+        ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

@@ -72,7 +72,11 @@ impl Inference {
             Phase::Serving { engine, digest } => Ok((engine.clone(), digest.clone())),
             Phase::Waiting(reason) => {
                 let message = format!("the attention node is not ready: {reason}");
-                Err(status::unavailable("NOT_READY", message, Some(RETRY_NOT_READY)))
+                Err(status::unavailable(
+                    "NOT_READY",
+                    message,
+                    Some(RETRY_NOT_READY),
+                ))
             }
             Phase::Draining => Err(draining()),
         }
@@ -91,13 +95,19 @@ impl wire::inference_server::Inference for Inference {
         let (engine, _) = self.engine()?;
         let call = call.into_inner();
         if !call.model.is_empty() && call.model != self.model {
-            let message = format!("model {:?} is not served here, {:?} is", call.model, self.model);
+            let message = format!(
+                "model {:?} is not served here, {:?} is",
+                call.model, self.model
+            );
             return Err(status::not_found("MODEL_NOT_FOUND", message));
         }
         let request = check(&self.config, &engine.limits(), &call)?;
         let request_id = match call.request_id.is_empty() {
             false => call.request_id,
-            true => format!("request-{}", self.next_request.fetch_add(1, Ordering::Relaxed)),
+            true => format!(
+                "request-{}",
+                self.next_request.fetch_add(1, Ordering::Relaxed)
+            ),
         };
         let prompt = request.prompt.clone();
         let events = engine.submit(request).map_err(refused)?;
@@ -145,7 +155,11 @@ fn replies(
             Some(Event::Prompt { logprobs }) => {
                 let (request_id, token_ids) = head.take().unwrap_or_default();
                 let logprobs = logprobs.into_iter().map(logprobs_wire).collect();
-                WireEvent::Prompt(wire::Prompt { request_id, token_ids, logprobs })
+                WireEvent::Prompt(wire::Prompt {
+                    request_id,
+                    token_ids,
+                    logprobs,
+                })
             }
             Some(Event::Token { token, logprobs }) => WireEvent::Chunk(wire::Chunk {
                 token_ids: vec![token],
@@ -194,7 +208,11 @@ fn complete(reason: Finish, prompt_tokens: u32, completion_tokens: u32) -> wire:
 }
 
 /// Turns a request into one that can run, or says which field cannot.
-fn check(config: &Config, limits: &Limits, call: &wire::GenerateRequest) -> Result<Request, Status> {
+fn check(
+    config: &Config,
+    limits: &Limits,
+    call: &wire::GenerateRequest,
+) -> Result<Request, Status> {
     let invalid = |field: &str, text: String| Err(status::invalid(field, text));
     if call.request_id.len() > MAX_REQUEST_ID {
         return invalid("request_id", format!("longer than {MAX_REQUEST_ID} bytes"));
@@ -221,9 +239,15 @@ fn check(config: &Config, limits: &Limits, call: &wire::GenerateRequest) -> Resu
         );
     }
     if sampling.stop_token_ids.len() > MAX_STOP_TOKENS {
-        return invalid("sampling.stop_token_ids", format!("more than {MAX_STOP_TOKENS} tokens"));
+        return invalid(
+            "sampling.stop_token_ids",
+            format!("more than {MAX_STOP_TOKENS} tokens"),
+        );
     }
-    let in_vocabulary = [("token_ids", &prompt), ("sampling.stop_token_ids", &sampling.stop_token_ids)];
+    let in_vocabulary = [
+        ("token_ids", &prompt),
+        ("sampling.stop_token_ids", &sampling.stop_token_ids),
+    ];
     for (field, tokens) in in_vocabulary {
         let beyond = |&(_, &token): &(usize, &u32)| token as usize >= config.vocab_size;
         if let Some((at, token)) = tokens.iter().enumerate().find(beyond) {
@@ -236,7 +260,10 @@ fn check(config: &Config, limits: &Limits, call: &wire::GenerateRequest) -> Resu
     }
     let temperature = sampling.temperature.unwrap_or(0.0);
     if !(temperature.is_finite() && temperature >= 0.0) {
-        return invalid("sampling.temperature", format!("{temperature} is not finite and at least 0"));
+        return invalid(
+            "sampling.temperature",
+            format!("{temperature} is not finite and at least 0"),
+        );
     }
     let top_p = sampling.top_p.unwrap_or(1.0);
     if !(top_p > 0.0 && top_p <= 1.0) {
@@ -247,23 +274,13 @@ fn check(config: &Config, limits: &Limits, call: &wire::GenerateRequest) -> Resu
         ("sampling.prompt_logprobs", sampling.prompt_logprobs),
     ] {
         if top.is_some_and(|top| top as usize > MAX_TOP_LOGPROBS) {
-            return invalid(field, format!("at most {MAX_TOP_LOGPROBS} alternatives are given"));
+            return invalid(
+                field,
+                format!("at most {MAX_TOP_LOGPROBS} alternatives are given"),
+            );
         }
     }
-    let longest = limits.longest_request();
-    let room = longest.checked_sub(prompt.len());
-    let max_tokens = match (sampling.max_tokens, room) {
-        (Some(max), Some(room)) if max as usize <= room => max as usize,
-        (None, Some(room)) if room > 0 => room,
-        (max, _) => {
-            let asked = max.map_or("any output".to_owned(), |n| format!("{n} output tokens"));
-            let text = format!(
-                "{} prompt tokens and {asked} exceed the context of {longest}",
-                prompt.len()
-            );
-            return invalid(if room.is_some() { "sampling.max_tokens" } else { "token_ids" }, text);
-        }
-    };
+    let max_tokens = output_room(limits, prompt.len(), sampling.max_tokens)?;
     let min_tokens = sampling.min_tokens.unwrap_or(0) as usize;
     if min_tokens > max_tokens {
         let text = format!("{min_tokens} is more than max_tokens {max_tokens}");
@@ -290,9 +307,38 @@ fn check(config: &Config, limits: &Limits, call: &wire::GenerateRequest) -> Resu
     })
 }
 
+/// How many tokens a request may generate. Asking for more than the context is a mistake; where
+/// the node's KV memory ends before the context does, so does the output.
+fn output_room(limits: &Limits, prompt: usize, asked: Option<u32>) -> Result<usize, Status> {
+    let context = limits.max_context;
+    let least = asked.map_or(1, |asked| asked as usize);
+    if prompt.saturating_add(least) > context {
+        let field = if prompt > context {
+            "token_ids"
+        } else {
+            "sampling.max_tokens"
+        };
+        let text =
+            format!("{prompt} prompt tokens and {least} of output exceed the context of {context}");
+        return Err(status::invalid(field, text));
+    }
+    let longest = limits.longest_request();
+    let room = longest.saturating_sub(prompt);
+    if prompt > longest || room < least.min(1) {
+        let text = format!(
+            "{prompt} prompt tokens leave no room in the KV memory of this node, which ends at {longest}"
+        );
+        return Err(status::invalid("token_ids", text));
+    }
+    Ok(asked.map_or(room, |asked| room.min(asked as usize)))
+}
+
 fn refused(error: SubmitError) -> Status {
     match error {
-        SubmitError::Refused(Refusal::Overloaded { waiting, retry_after }) => status::exhausted(
+        SubmitError::Refused(Refusal::Overloaded {
+            waiting,
+            retry_after,
+        }) => status::exhausted(
             "QUEUE_FULL",
             format!("{waiting} requests wait already"),
             retry_after,
@@ -315,7 +361,14 @@ fn draining() -> Status {
 fn failed(failure: &Failure) -> Status {
     match failure {
         Failure::ShuttingDown => draining(),
-        Failure::Exchange(ExchangeFailure { layer, experts, epoch, node, attempts, .. }) => {
+        Failure::Exchange(ExchangeFailure {
+            layer,
+            experts,
+            epoch,
+            node,
+            attempts,
+            ..
+        }) => {
             let experts: Vec<String> = experts.iter().map(u32::to_string).collect();
             let origin = [
                 ("node", node.clone()),
@@ -324,7 +377,12 @@ fn failed(failure: &Failure) -> Status {
                 ("epoch", epoch.to_string()),
                 ("attempts", attempts.to_string()),
             ];
-            status::with_reason(Code::Unavailable, "EXPERT_LOST", failure.to_string(), origin)
+            status::with_reason(
+                Code::Unavailable,
+                "EXPERT_LOST",
+                failure.to_string(),
+                origin,
+            )
         }
     }
 }

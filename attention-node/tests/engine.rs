@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use common::{DEADLINE, Model, Random, Rig, bits, limits, read_all, repository, request, tokens};
-use guild_attention_node::{READERS_PER_PLACE, SubmitError};
 use guild_attention_node::sequence::{Event, Events, Failure, Finish, Request};
+use guild_attention_node::{READERS_PER_PLACE, SubmitError};
 use guild_model::sampler::Sampling;
 use guild_scheduler::batch::{Limits, Refusal};
 
@@ -18,7 +18,9 @@ use guild_scheduler::batch::{Limits, Refusal};
 fn sixteen(vocab: usize) -> Vec<Request> {
     let mut random = Random(16);
     let one = |n: usize| {
-        let prompt = (0..1 + random.below(40)).map(|_| random.below(vocab) as u32).collect();
+        let prompt = (0..1 + random.below(40))
+            .map(|_| random.below(vocab) as u32)
+            .collect();
         Request {
             sampling: Sampling {
                 temperature: [0.0, 0.7, 1.3][n % 3],
@@ -48,12 +50,7 @@ async fn alone(model: &'static Model, requests: &[Request]) -> Vec<Vec<String>> 
 
 /// Submits all requests in a random order at random moments, drops some readers in the middle,
 /// and checks those that stay against what they got alone.
-async fn mixed(
-    model: &'static Model,
-    requests: &[Request],
-    expected: &[Vec<String>],
-    seed: u64,
-) {
+async fn mixed(model: &'static Model, requests: &[Request], expected: &[Vec<String>], seed: u64) {
     let mut random = Random(seed);
     let page_tokens = random.one_of(&[1, 3, 16, 64]);
     let max_running = random.one_of(&[2, 5, 16]);
@@ -120,7 +117,11 @@ async fn the_demo_model_continues_as_the_independent_reference_does() {
     let text = std::fs::read_to_string(repository().join("tests/golden/demo.json")).unwrap();
     let golden: serde_json::Value = serde_json::from_str(&text).unwrap();
     let ids = |of: &serde_json::Value| -> Vec<u32> {
-        of.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+        of.as_array()
+            .unwrap()
+            .iter()
+            .map(|id| id.as_u64().unwrap() as u32)
+            .collect()
     };
     let rig = Rig::new(Model::demo());
     for case in golden["cases"].as_array().unwrap() {
@@ -133,35 +134,61 @@ async fn the_demo_model_continues_as_the_independent_reference_does() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_come_in_order_and_say_how_it_ended() {
     let rig = Rig::new(Model::v3_basic());
-    let scored = Request { prompt_logprobs: Some(0), ..request(vec![5, 6, 7], 4) };
+    let scored = Request {
+        prompt_logprobs: Some(0),
+        ..request(vec![5, 6, 7], 4)
+    };
     let events = rig.run(&scored).await;
-    let Event::Prompt { logprobs } = &events[0] else { panic!("{events:?}") };
+    let Event::Prompt { logprobs } = &events[0] else {
+        panic!("{events:?}")
+    };
     assert_eq!(logprobs.iter().map(|l| l.token).collect::<Vec<_>>(), [6, 7]);
     assert_eq!(tokens(&events).len(), 4);
-    let finished = Event::Finished { reason: Finish::Length, generated: 4 };
+    let finished = Event::Finished {
+        reason: Finish::Length,
+        generated: 4,
+    };
     assert_eq!(events[5..], [finished]);
 
     // The same request, stopped by its own second token.
     let output = tokens(&events);
     let stop = output[1];
-    let stopped = Request { stop_tokens: vec![stop], ..scored.clone() };
+    let stopped = Request {
+        stop_tokens: vec![stop],
+        ..scored.clone()
+    };
     let events = rig.run(&stopped).await;
     let length = output.iter().position(|&token| token == stop).unwrap() + 1;
     assert_eq!(tokens(&events), output[..length]);
-    let finished = Event::Finished { reason: Finish::Stop(stop), generated: length };
+    let finished = Event::Finished {
+        reason: Finish::Stop(stop),
+        generated: length,
+    };
     assert_eq!(*events.last().unwrap(), finished);
 
     // Masked out before min_tokens.
-    let later = Request { min_tokens: 4, ..stopped };
+    let later = Request {
+        min_tokens: 4,
+        ..stopped
+    };
     let events = rig.run(&later).await;
     assert_eq!(tokens(&events).len(), 4);
     assert!(!tokens(&events).contains(&stop));
 
     // Nothing but the prompt.
-    let only = Request { max_tokens: 0, ..scored };
+    let only = Request {
+        max_tokens: 0,
+        ..scored
+    };
     let events = rig.run(&only).await;
     assert_eq!(events.len(), 2);
-    assert_eq!(events[1], Event::Finished { reason: Finish::Length, generated: 0 });
+    assert_eq!(
+        events[1],
+        Event::Finished {
+            reason: Finish::Length,
+            generated: 0
+        }
+    );
     rig.settle().await;
 }
 
@@ -211,8 +238,14 @@ async fn experts_that_fail_for_ever_cost_the_request_and_nothing_else() {
     let Some(Event::Failed(Failure::Exchange(failure))) = events.last() else {
         panic!("{events:?}");
     };
-    assert_eq!((failure.layer, failure.epoch, failure.node.as_str()), (1, 7, "expert-1"));
-    assert!(failure.attempts > 1 && !failure.experts.is_empty(), "{failure}");
+    assert_eq!(
+        (failure.layer, failure.epoch, failure.node.as_str()),
+        (1, 7, "expert-1")
+    );
+    assert!(
+        failure.attempts > 1 && !failure.experts.is_empty(),
+        "{failure}"
+    );
     assert_eq!(tokens(&events), [0; 0], "no token from a partial sum");
     rig.settle().await;
 
@@ -230,7 +263,10 @@ async fn an_expert_without_a_home_is_waited_for_and_then_named() {
     let Some(Event::Failed(Failure::Exchange(failure))) = events.last() else {
         panic!("{events:?}");
     };
-    assert_eq!((failure.layer, failure.epoch, failure.experts.len()), (1, 3, 1));
+    assert_eq!(
+        (failure.layer, failure.epoch, failure.experts.len()),
+        (1, 3, 1)
+    );
     rig.settle().await;
 }
 
@@ -256,10 +292,18 @@ async fn a_silent_node_is_given_up_when_the_placement_drops_it() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn silence_ends_at_the_deadline() {
     let model = Model::v3_basic();
-    let rig = Rig::with(model, limits(), model.deal(1, 1, 2, 0), Duration::from_millis(30));
+    let rig = Rig::with(
+        model,
+        limits(),
+        model.deal(1, 1, 2, 0),
+        Duration::from_millis(30),
+    );
     rig.wire.silent.store(true, Ordering::SeqCst);
     let events = rig.run(&request(vec![1, 2], 2)).await;
-    assert!(matches!(events.last(), Some(Event::Failed(Failure::Exchange(_)))), "{events:?}");
+    assert!(
+        matches!(events.last(), Some(Event::Failed(Failure::Exchange(_)))),
+        "{events:?}"
+    );
     rig.wire.silent.store(false, Ordering::SeqCst);
     assert_eq!(tokens(&rig.run(&request(vec![1, 2], 2)).await).len(), 2);
     rig.settle().await;
@@ -268,7 +312,11 @@ async fn silence_ends_at_the_deadline() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn results_that_nobody_reads_are_bounded() {
     let model = Model::v3_basic();
-    let small = Limits { max_running: 2, max_waiting: 2, ..limits() };
+    let small = Limits {
+        max_running: 2,
+        max_waiting: 2,
+        ..limits()
+    };
     let rig = Rig::with(model, small, model.deal(1, 1, 2, 0), DEADLINE);
     let mut unread = Vec::new();
     let refusal = loop {
@@ -278,7 +326,12 @@ async fn results_that_nobody_reads_are_bounded() {
         }
         rig.settle().await;
     };
-    assert_eq!(refusal, SubmitError::TooManyReaders { readers: 4 * READERS_PER_PLACE });
+    assert_eq!(
+        refusal,
+        SubmitError::TooManyReaders {
+            readers: 4 * READERS_PER_PLACE
+        }
+    );
     assert_eq!(unread.len(), 4 * READERS_PER_PLACE);
     unread.pop();
     rig.run(&request(vec![1], 2)).await;
@@ -305,7 +358,11 @@ async fn a_reader_that_leaves_is_forgotten_and_a_slow_one_holds_up_nobody() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_queue_refuses_and_a_closed_engine_ends() {
     let model = Model::v3_basic();
-    let small = Limits { max_running: 1, max_waiting: 2, ..limits() };
+    let small = Limits {
+        max_running: 1,
+        max_waiting: 2,
+        ..limits()
+    };
     let mut rig = Rig::with(model, small, model.deal(1, 1, 2, 0), DEADLINE);
     let long = request(vec![2; 20], 200);
     let mut readers = Vec::new();
@@ -316,11 +373,18 @@ async fn a_full_queue_refuses_and_a_closed_engine_ends() {
         }
         assert!(readers.len() <= 3);
     };
-    assert!(matches!(refusal, SubmitError::Refused(Refusal::Overloaded { .. })), "{refusal}");
+    assert!(
+        matches!(refusal, SubmitError::Refused(Refusal::Overloaded { .. })),
+        "{refusal}"
+    );
     rig.engine.close();
     assert_eq!(rig.engine.submit(long).unwrap_err(), SubmitError::Draining);
     for reader in readers {
-        assert_eq!(tokens(&read_all(reader).await).len(), 200, "a drain lets them end");
+        assert_eq!(
+            tokens(&read_all(reader).await).len(),
+            200,
+            "a drain lets them end"
+        );
     }
     assert_eq!((&mut rig.ended).await, Ok(Ok(())));
     rig.settle().await;
@@ -329,7 +393,9 @@ async fn a_full_queue_refuses_and_a_closed_engine_ends() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_halted_engine_says_so_to_everybody() {
     let mut rig = Rig::new(Model::v3_basic());
-    let mut readers: Vec<Events> = (0..4).map(|_| rig.submit(&request(vec![2; 9], 200))).collect();
+    let mut readers: Vec<Events> = (0..4)
+        .map(|_| rig.submit(&request(vec![2; 9], 200)))
+        .collect();
     readers[0].recv().await.unwrap();
     rig.engine.halt();
     for reader in readers {
@@ -346,9 +412,15 @@ async fn a_panic_in_a_step_surfaces() {
     // An id beyond the vocabulary: the service refuses it, the engine trusts it.
     let reader = rig.submit(&request(vec![1 << 20], 3));
     let events = read_all(reader).await;
-    assert!(!events.iter().any(|e| matches!(e, Event::Finished { .. })), "{events:?}");
+    assert!(
+        !events.iter().any(|e| matches!(e, Event::Finished { .. })),
+        "{events:?}"
+    );
     let end = (&mut rig.ended).await.unwrap();
     assert!(end.is_err());
-    assert_eq!(rig.engine.submit(request(vec![1], 1)).unwrap_err(), SubmitError::Draining);
+    assert_eq!(
+        rig.engine.submit(request(vec![1], 1)).unwrap_err(),
+        SubmitError::Draining
+    );
     rig.settle().await;
 }

@@ -50,7 +50,10 @@ impl Cluster for Coordinator {
             return Err(Status::failed_precondition("another model is served here"));
         }
         self.registered.lock().unwrap().push(request.into_inner());
-        Ok(Response::new(RegisterResponse { node_id: 77, lease_ms: 150 }))
+        Ok(Response::new(RegisterResponse {
+            node_id: 77,
+            lease_ms: 150,
+        }))
     }
 
     async fn heartbeat(
@@ -73,7 +76,9 @@ impl Cluster for Coordinator {
         _: Request<WatchPlacementRequest>,
     ) -> Result<Response<Self::WatchPlacementStream>, Status> {
         let placements = WatchStream::new(self.placement.subscribe());
-        Ok(Response::new(placements.filter_map(|p| async { p.map(Ok) }).boxed()))
+        Ok(Response::new(
+            placements.filter_map(|p| async { p.map(Ok) }).boxed(),
+        ))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
@@ -136,8 +141,16 @@ impl Cluster1 {
             ..AttentionNodeConfig::new(dir, "attention-1", &address, url)
         };
         let shutdown = Shutdown::new();
-        let run = run(cfg, listener, model.cpu.clone(), Some(board), shutdown.clone());
-        let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect_lazy();
+        let run = run(
+            cfg,
+            listener,
+            model.cpu.clone(),
+            Some(board),
+            shutdown.clone(),
+        );
+        let channel = Channel::from_shared(format!("http://{address}"))
+            .unwrap()
+            .connect_lazy();
         Cluster1 {
             coordinator,
             serving,
@@ -150,7 +163,9 @@ impl Cluster1 {
     }
 
     fn publish(&self, state: PlacementState) {
-        self.coordinator.placement.send_replace(Some(wire(&self.homes, state)));
+        self.coordinator
+            .placement
+            .send_replace(Some(wire(&self.homes, state)));
     }
 
     async fn beat(&self, until: impl Fn(&HeartbeatRequest) -> bool) -> HeartbeatRequest {
@@ -163,7 +178,13 @@ impl Cluster1 {
         let asked = tonic_health::pb::HealthCheckRequest {
             service: "guild.inference.v1.Inference".to_owned(),
         };
-        let status = self.health.check(asked).await.unwrap().into_inner().status();
+        let status = self
+            .health
+            .check(asked)
+            .await
+            .unwrap()
+            .into_inner()
+            .status();
         status == tonic_health::pb::health_check_response::ServingStatus::Serving
     }
 
@@ -200,14 +221,22 @@ impl Cluster1 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_serves_when_a_placement_is_active_and_not_before() {
     let mut cluster = Cluster1::start(false, PATIENCE).await;
-    cluster.beat(|beat| beat.reason.contains("no placement")).await;
+    cluster
+        .beat(|beat| beat.reason.contains("no placement"))
+        .await;
     let joined = cluster.coordinator.registered.lock().unwrap()[0].clone();
-    assert_eq!((joined.role(), joined.name.as_str()), (Role::Attention, "attention-1"));
+    assert_eq!(
+        (joined.role(), joined.name.as_str()),
+        (Role::Attention, "attention-1")
+    );
     assert!(!joined.model_digest.is_empty() && !joined.numerics_class.is_empty());
 
     cluster.publish(PlacementState::Loading);
     let status = cluster.generate(1).await.unwrap_err();
-    assert_eq!((status.code(), reason_of(&status).as_deref()), (Code::Unavailable, Some("NOT_READY")));
+    assert_eq!(
+        (status.code(), reason_of(&status).as_deref()),
+        (Code::Unavailable, Some("NOT_READY"))
+    );
     assert!(!cluster.serves().await);
 
     // A placement that leaves an expert without a home is not believed.
@@ -222,7 +251,12 @@ async fn it_serves_when_a_placement_is_active_and_not_before() {
     while !cluster.serves().await {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    let info = cluster.client.model_info(ModelInfoRequest {}).await.unwrap().into_inner();
+    let info = cluster
+        .client
+        .model_info(ModelInfoRequest {})
+        .await
+        .unwrap()
+        .into_inner();
     assert_eq!((info.model.as_str(), info.max_context), ("v3-basic", 4000));
     assert_eq!(info.digest, joined.model_digest);
 
@@ -275,7 +309,10 @@ async fn a_drain_ends_at_its_limit() {
     cluster.shutdown.trigger();
     let rest: Vec<_> = stream.collect().await;
     let status = rest.last().unwrap().as_ref().unwrap_err();
-    assert_eq!((status.code(), reason_of(status).as_deref()), (Code::Unavailable, Some("DRAINING")));
+    assert_eq!(
+        (status.code(), reason_of(status).as_deref()),
+        (Code::Unavailable, Some("DRAINING"))
+    );
     cluster.ended().await.unwrap();
 }
 
@@ -283,25 +320,45 @@ async fn a_drain_ends_at_its_limit() {
 async fn a_refusal_by_the_coordinator_ends_it() {
     let cluster = Cluster1::start(true, PATIENCE).await;
     let error = cluster.ended().await.unwrap_err();
-    assert!(error.to_string().contains("another model is served here"), "{error}");
+    assert!(
+        error.to_string().contains("another model is served here"),
+        "{error}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn contradictions_are_reported_before_anything_is_loaded() {
     let dir = repository().join("tests/golden/v3-basic");
     let cfg = || AttentionNodeConfig::new(&dir, "a", "127.0.0.1:1", "http://127.0.0.1:1");
-    let missing = AttentionNodeConfig { model: dir.join("nothing"), ..cfg() };
+    let missing = AttentionNodeConfig {
+        model: dir.join("nothing"),
+        ..cfg()
+    };
     let kv_memory = "100".parse().unwrap();
     let cases = [
-        ("max_step_tokens", AttentionNodeConfig { max_step_tokens: 3, ..cfg() }),
-        ("page_tokens", AttentionNodeConfig { page_tokens: 0, ..cfg() }),
+        (
+            "max_step_tokens",
+            AttentionNodeConfig {
+                max_step_tokens: 3,
+                ..cfg()
+            },
+        ),
+        (
+            "page_tokens",
+            AttentionNodeConfig {
+                page_tokens: 0,
+                ..cfg()
+            },
+        ),
         ("--kv-memory", AttentionNodeConfig { kv_memory, ..cfg() }),
         ("nothing", missing),
     ];
     for (named, cfg) in cases {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let cpu = Model::v3_basic().cpu.clone();
-        let error = run(cfg, listener, cpu, None, Shutdown::new()).await.unwrap_err();
+        let error = run(cfg, listener, cpu, None, Shutdown::new())
+            .await
+            .unwrap_err();
         assert!(error.to_string().contains(named), "{error}");
     }
 }

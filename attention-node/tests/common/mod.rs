@@ -79,7 +79,12 @@ impl Model {
         }
         let slots = |node: u32| NodeSlots {
             node: first + node,
-            slots: all.iter().copied().skip(node as usize).step_by(nodes as usize).collect(),
+            slots: all
+                .iter()
+                .copied()
+                .skip(node as usize)
+                .step_by(nodes as usize)
+                .collect(),
         };
         Placement::new(epoch, (0..nodes).map(slots).collect()).unwrap()
     }
@@ -143,7 +148,9 @@ impl SlotHost for Host {
         let mut out = Vec::new();
         for (slot, rows) in &work.slots {
             let expert = &self.model.experts[&slots[*slot as usize]];
-            let rows = rows.iter().map(|&r| &work.rows[r as usize * work.width..][..work.width]);
+            let rows = rows
+                .iter()
+                .map(|&r| &work.rows[r as usize * work.width..][..work.width]);
             out.extend(expert.forward(&self.model.cpu, &rows.collect::<Vec<_>>().concat()));
         }
         Ok(out)
@@ -243,9 +250,13 @@ impl Rig {
         let board = board(self.model, &placement, &self.trouble);
         let nodes = placement.nodes().iter().map(|node| node.node);
         let nodes: Vec<(NodeId, String)> = nodes.map(|node| (node, name(node))).collect();
-        let endpoints = nodes.iter().map(|(node, name)| (*node, name.clone(), String::new()));
+        let endpoints = nodes
+            .iter()
+            .map(|(node, name)| (*node, name.clone(), String::new()));
         self.wire.links.set_nodes(&[], None);
-        self.wire.links.set_nodes(&endpoints.collect::<Vec<_>>(), Some(&board));
+        self.wire
+            .links
+            .set_nodes(&endpoints.collect::<Vec<_>>(), Some(&board));
         let view = View::new(placement, nodes);
         self.views.send_replace(Some(Arc::new(view)));
     }
@@ -319,11 +330,19 @@ pub fn bits(events: &[Event]) -> Vec<String> {
     use guild_model::sampler::Sampled;
     let sampled = |s: &Sampled| {
         let top = s.top.iter().map(|&(token, l)| (token, l.to_bits()));
-        format!("{} {:08x} {:x?}", s.token, s.logprob.to_bits(), top.collect::<Vec<_>>())
+        format!(
+            "{} {:08x} {:x?}",
+            s.token,
+            s.logprob.to_bits(),
+            top.collect::<Vec<_>>()
+        )
     };
     let show = |event: &Event| match event {
         Event::Prompt { logprobs } => {
-            format!("prompt {:?}", logprobs.iter().map(sampled).collect::<Vec<_>>())
+            format!(
+                "prompt {:?}",
+                logprobs.iter().map(sampled).collect::<Vec<_>>()
+            )
         }
         Event::Token { token, logprobs } => {
             format!("token {token} {:?}", logprobs.as_ref().map(sampled))
