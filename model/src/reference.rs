@@ -237,7 +237,8 @@ impl Reference {
 
         let heads_first = |t: &Tensor| t.transpose(0, 1)?.contiguous(); // [n, h, d] -> [h, n, d]
         let (q, k, v) = (heads_first(&q)?, heads_first(&k)?, heads_first(&v)?);
-        let scores = (q.matmul(&k.transpose(1, 2)?)? * f64::from(config.softmax_scale()))?; // [h, n, n]
+        let scale = f64::from(config.softmax_scale());
+        let scores = (q.matmul(&k.transpose(1, 2)?)? * scale)?; // [h, n, n]
         let hide = |i: usize| {
             if i % n > i / n {
                 f32::NEG_INFINITY
@@ -393,7 +394,8 @@ fn route(config: &Config, logits: &[f32], bias: Option<&[f32]>) -> Vec<(u32, f32
         );
         for (g, others) in choice.chunks_mut(size).enumerate() {
             if !kept.contains(&g) {
-                others.fill(f32::NEG_INFINITY); // not 0: a kept score may be negative and must still win
+                // Not 0: a kept score may be negative and must still win.
+                others.fill(f32::NEG_INFINITY);
             }
         }
     }
