@@ -5,6 +5,20 @@
 //! back into text, stop strings, usage and the two wire shapes. It knows
 //! neither nodes nor placement; the cluster is whatever implements
 //! [`Backend`].
+//!
+//! Rules that hold for both wire forms:
+//! - What would change an answer is done or refused by its name, never
+//!   ignored. What cannot change one (`user`, `metadata`, …) is ignored.
+//! - Of `generation_config.json` only the end-of-sequence ids apply. Unset
+//!   sampling parameters take the defaults of the API that was called:
+//!   temperature 1 over OpenAI HTTP, greedy over gRPC. An unset seed is drawn
+//!   for each request; choice `i` of `n` draws by `seed + i`.
+//! - A stop string is no part of the text; the tokens up to the one that
+//!   completed it count as generated. Tokens that end a request are returned
+//!   as ids and have no text.
+//! - `text_offset` counts characters of the choice's own text.
+//! - Prompt and `max_tokens` must fit the context together; a default is cut
+//!   to fit, what a client wrote is not.
 
 use std::sync::Arc;
 

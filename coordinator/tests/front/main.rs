@@ -1,0 +1,10 @@
+//! The front door before a scripted cluster.
+
+#![allow(clippy::unwrap_used)]
+
+mod bad_inputs;
+mod chat;
+mod completions;
+mod fake;
+mod grpc;
+mod serving;
