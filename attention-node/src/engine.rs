@@ -12,7 +12,7 @@ use std::time::Duration;
 use guild_model::Cpu;
 use guild_model::cache::{LatentCache, SeqRows};
 use guild_model::trunk::{Ffn, Trunk};
-use guild_scheduler::batch::{InvalidLimits, Limits, Step};
+use guild_scheduler::batch::{Chunk, InvalidLimits, Limits, Step};
 use guild_transport::Fabric;
 use tokio::sync::oneshot;
 
@@ -136,7 +136,7 @@ impl<F: Fabric> Engine<F> {
 
     /// What came of each request of a step that went through; those that ended leave.
     fn settle(&mut self, step: &Step) -> Vec<(u64, bool)> {
-        let settle = |chunk: &guild_scheduler::batch::Chunk| {
+        let settle = |chunk: &Chunk| {
             let sequence = self.sequences.get_mut(&chunk.id);
             let finished = sequence.is_none_or(|s| s.settle(chunk.start + chunk.len));
             if finished {
