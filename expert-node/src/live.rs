@@ -32,7 +32,7 @@ use crate::{
 
 /// A draining node is done when no rows have come for this long: those who
 /// decode here send some at every step.
-const QUIET: Duration = Duration::from_millis(250);
+const QUIET: Duration = Duration::from_millis(500);
 /// Between two looks at that.
 const QUIET_POLL: Duration = Duration::from_millis(20);
 /// What the last answers get to reach their readers before connections are cut.
@@ -228,12 +228,11 @@ impl Node {
             (residents, outcome)
         })
         .await?;
-        let residents = loading.residents.insert(back);
+        loading.residents = Some(back);
         match outcome {
             Ok(Some(experts)) => {
                 tracing::info!(epoch, slots = experts.len(), "resident");
                 self.host.publish(epoch, experts);
-                residents.release();
                 loading.tried = Some(epoch);
                 loading.epoch = epoch;
                 self.report(member, epoch, Ok(())).await;

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::Arc,
+    sync::{Arc, Weak},
 };
 
 use guild_model::{Checkpoint, ModelError, checkpoint::Dtype, expert::Expert};
@@ -36,13 +36,16 @@ pub enum LoadError {
     },
 }
 
-/// The experts that this process has read.
+/// The experts that this process has read. Slot tables own them: an expert that
+/// no table uses any more is gone.
 pub struct Residents {
     checkpoint: Checkpoint,
     dtype: Dtype,
     /// Bytes for the experts of one placement; 0 is unlimited.
     capacity: u64,
-    experts: HashMap<ExpertKey, Arc<Expert>>,
+    experts: HashMap<ExpertKey, Weak<Expert>>,
+    /// What a superseded load has read, for the next one.
+    spare: Vec<Arc<Expert>>,
 }
 
 /// How far a load has come.
@@ -64,17 +67,19 @@ impl Residents {
             dtype,
             capacity,
             experts: HashMap::new(),
+            spare: Vec::new(),
         }
     }
 
     /// Experts in memory.
     pub fn len(&self) -> usize {
-        self.experts.len()
+        let alive = |expert: &&Weak<Expert>| expert.strong_count() > 0;
+        self.experts.values().filter(alive).count()
     }
 
     /// Whether none is in memory.
     pub fn is_empty(&self) -> bool {
-        self.experts.is_empty()
+        self.len() == 0
     }
 
     /// The experts of `slots`, in that order; those that are not resident yet
@@ -90,47 +95,20 @@ impl Residents {
         superseded: impl Fn() -> bool,
         progress: impl Fn(Progress),
     ) -> Result<Option<Vec<Arc<Expert>>>, LoadError> {
-        let wanted: HashSet<ExpertKey> = slots.iter().copied().collect();
-        self.experts
-            .retain(|key, expert| in_use(expert) || wanted.contains(key));
-        let outcome = self.read(slots, wanted.len(), superseded, progress);
-        if outcome.is_err() {
-            self.release();
-        }
-        outcome
-    }
-
-    fn read(
-        &mut self,
-        slots: &[ExpertKey],
-        wanted: usize,
-        superseded: impl Fn() -> bool,
-        progress: impl Fn(Progress),
-    ) -> Result<Option<Vec<Arc<Expert>>>, LoadError> {
+        let wanted = slots.iter().collect::<HashSet<_>>().len();
         let mut seen = HashSet::new();
         let mut bytes = 0;
         let mut found = Vec::with_capacity(slots.len());
-        for &(layer, expert) in slots {
-            let key = (layer, expert);
-            let resident = match self.experts.get(&key) {
-                Some(resident) => Arc::clone(resident),
-                None if superseded() => return Ok(None),
-                None => {
-                    let read = Expert::load(
-                        &self.checkpoint,
-                        layer as usize,
-                        expert as usize,
-                        self.dtype,
-                    )
-                    .map_err(|source| LoadError::Expert {
-                        layer,
-                        expert,
-                        source,
-                    })?;
-                    let read = Arc::new(read);
-                    self.experts.insert(key, Arc::clone(&read));
-                    read
+        // Until this load has taken its own from them.
+        let _spare = std::mem::take(&mut self.spare);
+        for &key in slots {
+            let resident = match self.experts.get(&key).and_then(Weak::upgrade) {
+                Some(resident) => resident,
+                None if superseded() => {
+                    self.spare = found;
+                    return Ok(None);
                 }
+                None => self.read(key)?,
             };
             if seen.insert(key) {
                 bytes += resident.bytes();
@@ -148,16 +126,22 @@ impl Residents {
             }
             found.push(resident);
         }
+        self.experts.retain(|_, expert| expert.strong_count() > 0);
         Ok(Some(found))
     }
 
-    /// Frees the experts that no table uses.
-    pub fn release(&mut self) {
-        self.experts.retain(|_, expert| in_use(expert));
+    fn read(&mut self, key: ExpertKey) -> Result<Arc<Expert>, LoadError> {
+        let (layer, expert) = key;
+        let (at, of) = (layer as usize, expert as usize);
+        let read = Expert::load(&self.checkpoint, at, of, self.dtype).map_err(|source| {
+            LoadError::Expert {
+                layer,
+                expert,
+                source,
+            }
+        })?;
+        let read = Arc::new(read);
+        self.experts.insert(key, Arc::downgrade(&read));
+        Ok(read)
     }
-}
-
-/// Whether somebody beside [`Residents`] holds the expert.
-fn in_use(expert: &Arc<Expert>) -> bool {
-    Arc::strong_count(expert) > 1
 }
