@@ -17,6 +17,8 @@ use std::{path::PathBuf, time::Duration};
 use guild_model::{ModelError, checkpoint::Dtype};
 use guild_node::{ExitKind, HasExitKind, member::MemberError, serve::ServeError};
 
+use crate::residents::LoadError;
+
 pub use live::run;
 
 /// What an expert node is told.
@@ -68,6 +70,9 @@ pub enum Error {
     /// The checkpoint cannot be used.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The experts given to this node cannot be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
     /// The server could not be set up or has failed.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -87,7 +92,8 @@ pub enum Error {
 impl HasExitKind for Error {
     fn exit_kind(&self) -> ExitKind {
         match self {
-            Self::Model(_) => ExitKind::Model,
+            Self::Model(_) | Self::Load(LoadError::Expert { .. }) => ExitKind::Model,
+            Self::Load(LoadError::Capacity { .. }) => ExitKind::Resources,
             Self::Serve(error) => error.exit_kind(),
             Self::Member(error) => error.exit_kind(),
             Self::Task { .. } => ExitKind::Internal,

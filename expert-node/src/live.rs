@@ -238,6 +238,12 @@ impl Node {
                 self.report(member, epoch, Ok(())).await;
             }
             Ok(None) => tracing::info!(epoch, "no longer wanted"),
+            // A checkpoint that cannot be read is for whoever started the node to mend; a node that
+            // already serves an epoch goes on serving it and says what it could not load.
+            Err(error @ LoadError::Expert { .. }) if first => {
+                member.leave().await;
+                return Err(error.into());
+            }
             Err(error) => {
                 let reason = describe(epoch, &error);
                 tracing::error!("{reason}");

@@ -123,12 +123,15 @@ struct Entry {
 impl Checkpoint {
     /// Maps and checks a checkpoint directory.
     ///
+    /// A configuration that counts MTP layers over files that hold none of their tensors describes
+    /// the model without them: common converters drop the layers and keep the count.
+    ///
     /// # Errors
     /// Anything in the configuration, index or headers that does not fit, with file and tensor or
     /// field named.
     pub fn open(dir: &Path) -> Result<Checkpoint, ModelError> {
-        let config = Config::from_dir(dir)?;
-        let (shards, tensors) = open::open(dir, &config)?;
+        let mut config = Config::from_dir(dir)?;
+        let (shards, tensors) = open::open(dir, &mut config)?;
         Ok(Checkpoint {
             inner: Arc::new(Inner {
                 dir: dir.to_path_buf(),

@@ -119,6 +119,28 @@ fn what_nobody_asks_for_is_tolerated() {
 }
 
 #[test]
+fn mtp_layers_are_there_whole_or_not_at_all() {
+    let dir = tempfile::tempdir().unwrap();
+    copy(&golden("v3-basic"), dir.path());
+    edit_json(&dir.path().join("config.json"), |v| {
+        v["num_nextn_predict_layers"] = json!(1)
+    });
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(checkpoint.config().num_nextn_predict_layers, 0);
+    let plain = Checkpoint::open(&golden("v3-basic")).unwrap();
+    assert_eq!(checkpoint.digest().unwrap(), plain.digest().unwrap());
+
+    let dir = tempfile::tempdir().unwrap();
+    copy(&golden("v3-mtp"), dir.path());
+    let index = dir.path().join("model.safetensors.index.json");
+    edit_json(&index, |v| {
+        v["weight_map"].as_object_mut().unwrap().remove("model.layers.4.enorm.weight");
+    });
+    let refusal = load(dir.path()).unwrap_err().to_string();
+    assert!(refusal.contains("model.layers.4.enorm.weight"), "{refusal}");
+}
+
+#[test]
 fn a_digest_sees_contents_not_files() {
     let dir = tempfile::tempdir().unwrap();
     let digest = |dir: &Path| Checkpoint::open(dir).unwrap().digest().unwrap();

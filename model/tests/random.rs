@@ -229,7 +229,7 @@ fn every_shape_opens_and_computes() {
         ),
         (
             "tiny",
-            json!({"q_lora_rank": 24, "n_routed_experts": 0, "rope_interleave": false}),
+            json!({"q_lora_rank": 24, "n_routed_experts": null, "rope_interleave": false}),
         ),
     ];
     for (i, (shape, more)) in cases.into_iter().enumerate() {

@@ -28,7 +28,7 @@ const INDEX: &str = "model.safetensors.index.json";
 
 type Opened = (Vec<Shard>, HashMap<String, Entry>);
 
-pub(super) fn open(dir: &Path, config: &Config) -> Result<Opened, ModelError> {
+pub(super) fn open(dir: &Path, config: &mut Config) -> Result<Opened, ModelError> {
     // A single file goes before an index, as it does for other readers of this form.
     let single = dir.join(SINGLE).exists() || !dir.join(INDEX).exists();
     let index = if single {
@@ -60,6 +60,10 @@ pub(super) fn open(dir: &Path, config: &Config) -> Result<Opened, ModelError> {
     } else {
         dir.join(SINGLE)
     };
+    if !holds_mtp(config, &tensors) {
+        config.num_nextn_predict_layers = 0;
+    }
+    let config = &*config;
     let checker = Checker {
         config,
         shards: &shards,
@@ -75,6 +79,14 @@ pub(super) fn open(dir: &Path, config: &Config) -> Result<Opened, ModelError> {
         .filter_map(|(name, raw)| Some((name, raw.supported()?)))
         .collect();
     Ok((shards, tensors))
+}
+
+/// Whether any tensor of any MTP layer is there; some but not all is for the checker to refuse.
+fn holds_mtp(config: &Config, tensors: &HashMap<String, Raw>) -> bool {
+    (0..config.num_nextn_predict_layers).any(|i| {
+        let prefix = format!("model.layers.{}.", config.num_hidden_layers + i);
+        tensors.keys().any(|name| name.starts_with(&prefix))
+    })
 }
 
 /// `model.safetensors.index.json`: which file holds which tensor.

@@ -166,8 +166,16 @@ fn from_fields(f: &Fields<'_>) -> Result<Config, ModelError> {
         ));
     }
 
-    let experts = f.uint("n_routed_experts")?.unwrap_or(0);
-    let n_routed_experts = f.capped("n_routed_experts", experts, MAX_EXPERTS)?;
+    let n_routed_experts = match f.map.get("n_routed_experts") {
+        Some(Value::Null) => 0,
+        Some(_) => f.count("n_routed_experts", MAX_EXPERTS)?,
+        None => {
+            return Err(f.bad(
+                "n_routed_experts",
+                "missing; a number of experts, or null where every layer is dense",
+            ));
+        }
+    };
     let moe = n_routed_experts > 0;
     let moe_count = |key: &str, cap: usize| if moe { f.count(key, cap) } else { Ok(0) };
     let moe_intermediate_size = moe_count("moe_intermediate_size", MAX_DIM)?;

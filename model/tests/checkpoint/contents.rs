@@ -256,11 +256,6 @@ pub(crate) fn configs(cases: &mut Cases<'_>) {
         ),
         ("q_lora_rank", json!(null), "q_proj"),
         ("kv_lora_rank", json!(64), "kv_a_proj_with_mqa"),
-        (
-            "num_nextn_predict_layers",
-            json!(1),
-            "model.layers.4.enorm.weight",
-        ),
         ("attention_bias", json!(true), "q_a_proj.bias"),
     ];
     for (field, value, mention) in others {
