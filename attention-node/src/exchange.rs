@@ -72,7 +72,7 @@ pub(crate) struct Away<'a, F> {
 struct Attempt {
     view: Option<Arc<View>>,
     nodes: BTreeSet<NodeId>,
-    sent: Result<Handle, Fault>,
+    sent: Result<(Handle, Arc<View>), Fault>,
 }
 
 /// Why an attempt failed.
@@ -129,6 +129,7 @@ impl<F: Fabric> Exchange<F> {
                         deadline: Some(deadline.into_std()),
                     };
                     let sent = self.fabric.dispatch(batch).map_err(Fault::from);
+                    let sent = sent.map(|handle| (handle, Arc::clone(view)));
                     (assignments.iter().map(|a| a.node).collect(), sent)
                 }
             },
@@ -164,7 +165,11 @@ impl<F: Fabric> Away<'_, F> {
             let Attempt { view, nodes, sent } = self.attempt;
             let fault = match sent {
                 Err(fault) => fault,
-                Ok(handle) => match self.exchange.receive(handle, &nodes, self.deadline).await {
+                Ok((handle, by)) => match self
+                    .exchange
+                    .receive(handle, &by, &nodes, self.deadline)
+                    .await
+                {
                     Ok(rows) if rows.len() == self.routes.top_k * self.x.len() => return Ok(rows),
                     Ok(rows) => Fault::fatal(format!("{} elements came back", rows.len())),
                     Err(fault) => fault,
@@ -208,18 +213,18 @@ impl<F: Fabric> Exchange<F> {
     async fn receive(
         &self,
         handle: Handle,
+        sent_by: &View,
         nodes: &BTreeSet<NodeId>,
         deadline: Instant,
     ) -> Result<Vec<f32>, Fault> {
         let mut views = self.views.clone();
-        views.mark_unchanged();
-        let orphaned = views.wait_for(|view| match view {
-            Some(view) => nodes.iter().any(|&node| !view.has_node(node)),
-            None => false,
-        });
-        let lost = async {
-            match orphaned.await {
-                Ok(_) => (),
+        let gone = |view: &Option<Arc<View>>| {
+            let view = view.as_ref()?;
+            nodes.iter().copied().find(|&node| !view.has_node(node))
+        };
+        let left = async {
+            match views.wait_for(|view| gone(view).is_some()).await {
+                Ok(view) => gone(&view),
                 // Nobody will publish another placement: only the answer or the deadline counts.
                 Err(_) => std::future::pending().await,
             }
@@ -230,7 +235,10 @@ impl<F: Fabric> Exchange<F> {
                 Ok(answer) => answer.map(|returned| returned.rows).map_err(Fault::from),
                 Err(_) => Err(Fault::retryable("no answer before the deadline")),
             },
-            () = lost => Err(Fault::retryable("a node that was asked has left the placement")),
+            node = left => Err(Fault {
+                node: node.and_then(|node| sent_by.name(node)).unwrap_or_default().to_owned(),
+                ..Fault::retryable("the node has left the placement")
+            }),
         }
     }
 

@@ -40,6 +40,7 @@ const PROGRESS_PERCENT: u64 = 10;
 /// # Errors
 /// The checkpoint, the limits or the listener cannot be used, the coordinator refuses this node,
 /// or the engine has failed.
+#[tracing::instrument(name = "attention", skip_all, fields(node = cfg.name))]
 pub async fn run(
     cfg: AttentionNodeConfig,
     listener: TcpListener,
