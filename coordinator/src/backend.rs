@@ -82,8 +82,13 @@ impl Nodes {
         self.state.with(|membership, _| {
             links.retain(|id, _| membership.node(*id).is_some());
             let mut best: Option<((usize, u32, NodeId), String, Link)> = None;
-            for node in membership.serving().filter(|node| !tried.contains(&node.id)) {
-                let known = links.get(&node.id).filter(|link| link.address == node.address);
+            for node in membership
+                .serving()
+                .filter(|node| !tried.contains(&node.id))
+            {
+                let known = links
+                    .get(&node.id)
+                    .filter(|link| link.address == node.address);
                 let link = match known {
                     Some(link) => link.clone(),
                     None => match channel::lazy(&node.address) {
@@ -132,7 +137,9 @@ impl Nodes {
         let mut tried = Vec::new();
         let mut refusal = None;
         while tried.len() < MAX_ATTEMPTS {
-            let Some(ticket) = self.choose(&tried) else { break };
+            let Some(ticket) = self.choose(&tried) else {
+                break;
+            };
             tried.push(ticket.node);
             let name = ticket.name.clone();
             match self.attempt(ticket, request.clone()).await {
@@ -153,7 +160,11 @@ impl Nodes {
     }
 
     /// Sends the request and waits for its first event.
-    async fn attempt(&self, ticket: Ticket, request: GenerateRequest) -> Result<EventStream, Status> {
+    async fn attempt(
+        &self,
+        ticket: Ticket,
+        request: GenerateRequest,
+    ) -> Result<EventStream, Status> {
         let mut client = InferenceClient::new(ticket.link.channel.clone())
             .max_decoding_message_size(MAX_EVENT_BYTES);
         let begun = async {

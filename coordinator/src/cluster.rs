@@ -111,7 +111,10 @@ impl Cluster for ClusterService {
         request: Request<WatchPlacementRequest>,
     ) -> Result<Response<Self::WatchPlacementStream>, Status> {
         let node = request.into_inner().node_id;
-        if self.state.with(|membership, _| membership.node(node).is_none()) {
+        if self
+            .state
+            .with(|membership, _| membership.node(node).is_none())
+        {
             return Err(unknown(UnknownNode(node)));
         }
         // A watch keeps the newest value only: a slow reader costs one placement.

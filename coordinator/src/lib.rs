@@ -227,7 +227,11 @@ fn check(config: &CoordinatorConfig) -> Result<(), CoordinatorError> {
     if config.lease < state::MIN_LEASE || config.lease > state::MAX_LEASE {
         return wrong(
             "--lease",
-            &format!("must be between {:?} and {:?}", state::MIN_LEASE, state::MAX_LEASE),
+            &format!(
+                "must be between {:?} and {:?}",
+                state::MIN_LEASE,
+                state::MAX_LEASE
+            ),
         );
     }
     if config.max_context == Some(0) {
@@ -249,15 +253,24 @@ fn identify(config: &CoordinatorConfig) -> Result<(Settings, ServedModel), Model
     };
     let settings = Settings {
         model_digest: digest.clone(),
-        layers: description.expert_layers().map(|layer| layer as u32).collect(),
+        layers: description
+            .expert_layers()
+            .map(|layer| layer as u32)
+            .collect(),
         experts: description.n_routed_experts as u32,
-        slot_bytes: description.expert_layers().map(expert_bytes).max().unwrap_or(0),
+        slot_bytes: description
+            .expert_layers()
+            .map(expert_bytes)
+            .max()
+            .unwrap_or(0),
         lease: config.lease,
         settle: config.settle,
         min_expert_nodes: config.min_expert_nodes,
     };
     let made_for = description.max_position_embeddings;
-    let max_context = config.max_context.map_or(made_for, |limit| limit.min(made_for));
+    let max_context = config
+        .max_context
+        .map_or(made_for, |limit| limit.min(made_for));
     let created = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs());

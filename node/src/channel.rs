@@ -13,7 +13,9 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// An address that cannot be dialled.
 #[derive(Debug, thiserror::Error)]
-#[error("`{address}` is not an address to connect to ({reason}); write http://HOST:PORT or HOST:PORT")]
+#[error(
+    "`{address}` is not an address to connect to ({reason}); write http://HOST:PORT or HOST:PORT"
+)]
 pub struct AddressError {
     /// What was given.
     pub address: String,
@@ -63,7 +65,10 @@ fn endpoint(address: &str) -> Result<Endpoint, AddressError> {
     if uri.port_u16().is_none_or(|port| port == 0) {
         return Err(refuse("the port is missing"));
     }
-    if uri.path_and_query().is_some_and(|path| path.as_str() != "/") {
+    if uri
+        .path_and_query()
+        .is_some_and(|path| path.as_str() != "/")
+    {
         return Err(refuse("a path has no meaning here"));
     }
     Ok(endpoint

@@ -234,7 +234,9 @@ impl Layers {
             path: path.to_owned(),
             message,
         };
-        let size = std::fs::metadata(path).map_err(|e| failed(e.to_string()))?.len();
+        let size = std::fs::metadata(path)
+            .map_err(|e| failed(e.to_string()))?
+            .len();
         if size > MAX_FILE_BYTES {
             return Err(failed(format!(
                 "{size} bytes are too many for a configuration file (at most {MAX_FILE_BYTES})"
@@ -359,9 +361,8 @@ fn subcommands(command: &Command, args: &[OsString]) -> Vec<String> {
 }
 
 fn walk<'a>(command: &'a Command, path: &[String]) -> &'a Command {
-    path.iter().fold(command, |at, name| {
-        at.find_subcommand(name).unwrap_or(at)
-    })
+    path.iter()
+        .fold(command, |at, name| at.find_subcommand(name).unwrap_or(at))
 }
 
 fn leaf_matches<'a>(matches: &'a ArgMatches, path: &[String]) -> &'a ArgMatches {
@@ -371,10 +372,7 @@ fn leaf_matches<'a>(matches: &'a ArgMatches, path: &[String]) -> &'a ArgMatches 
 }
 
 /// The configuration file that the command line or else the environment names.
-fn file_named(
-    args: &[OsString],
-    env: &dyn Fn(&str) -> Option<OsString>,
-) -> Option<PathBuf> {
+fn file_named(args: &[OsString], env: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     let flag = format!("--{FILE_FLAG}");
     let prefix = format!("{flag}=");
     let mut named = None;
@@ -415,7 +413,9 @@ fn set_defaults(
     flags: &Flags,
 ) -> Command {
     for (name, (values, _)) in values {
-        let Some(flag) = flags.get(name) else { continue };
+        let Some(flag) = flags.get(name) else {
+            continue;
+        };
         let here = command
             .get_arguments()
             .any(|arg| arg.get_id().as_str() == flag.id && arg.get_long() == Some(name));
@@ -475,10 +475,8 @@ fn explain(error: clap::Error, layers: &Layers, args: &[OsString]) -> ConfigErro
     match layers.values.get(&flag) {
         Some((values, origin)) if !typed => {
             let shown: Vec<_> = values.iter().map(|v| v.to_string_lossy()).collect();
-            let reason = std::error::Error::source(&error).map_or_else(
-                || valid_values(&error),
-                |source| format!(": {source}"),
-            );
+            let reason = std::error::Error::source(&error)
+                .map_or_else(|| valid_values(&error), |source| format!(": {source}"));
             ConfigError::Value {
                 flag,
                 message: format!("`{}` is not valid{reason}", shown.join(",")),

@@ -14,7 +14,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::body::Body;
-use tonic::codegen::{Service, http::{Request, Response}};
+use tonic::codegen::{
+    Service,
+    http::{Request, Response},
+};
 use tonic::server::NamedService;
 use tonic::service::Routes;
 use tonic::transport::server::{Connected, TcpConnectInfo};
@@ -184,7 +187,8 @@ impl Server {
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             .build_v1()
             .map_err(|e| ServeError::Reflection(e.to_string()))?;
-        let checks = HealthServer::new(HealthService::from_health_reporter(health.reporter.clone()));
+        let checks =
+            HealthServer::new(HealthService::from_health_reporter(health.reporter.clone()));
         Ok(Server {
             routes: routes.add_service(checks).add_service(reflection),
             health,
@@ -194,6 +198,10 @@ impl Server {
 
     /// Adds a gRPC service.
     #[must_use]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "a service is added to a server; nothing is summed"
+    )]
     pub fn add<S>(mut self, service: S) -> Server
     where
         S: Service<Request<Body>, Response = Response<Body>, Error = std::convert::Infallible>
@@ -242,17 +250,14 @@ impl Server {
             .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .add_routes(self.routes.prepare())
-            .serve_with_incoming_shutdown(
-                accept(listener, cut.clone()),
-                {
-                    let shutdown = shutdown.clone();
-                    let health = self.health.clone();
-                    async move {
-                        shutdown.requested().await;
-                        health.take_down().await;
-                    }
-                },
-            );
+            .serve_with_incoming_shutdown(accept(listener, cut.clone()), {
+                let shutdown = shutdown.clone();
+                let health = self.health.clone();
+                async move {
+                    shutdown.requested().await;
+                    health.take_down().await;
+                }
+            });
         tokio::pin!(serving);
         let limit = async {
             shutdown.requested().await;
@@ -295,29 +300,32 @@ fn accept(
     cut: CancellationToken,
 ) -> impl Stream<Item = io::Result<Connection>> {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    stream::unfold((listener, permits, cut), |(listener, permits, cut)| async move {
-        let permit = Arc::clone(&permits).acquire_owned().await.ok()?;
-        let stream = loop {
-            match listener.accept().await {
-                Ok((stream, _)) => break stream,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection");
-                    tokio::time::sleep(ACCEPT_RETRY).await;
+    stream::unfold(
+        (listener, permits, cut),
+        |(listener, permits, cut)| async move {
+            let permit = Arc::clone(&permits).acquire_owned().await.ok()?;
+            let stream = loop {
+                match listener.accept().await {
+                    Ok((stream, _)) => break stream,
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot accept a connection");
+                        tokio::time::sleep(ACCEPT_RETRY).await;
+                    }
                 }
+            };
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%error, "TCP_NODELAY refused");
             }
-        };
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY refused");
-        }
-        let connection = Connection {
-            remote: stream.peer_addr().ok(),
-            local: stream.local_addr().ok(),
-            stream,
-            cut: Box::pin(cut.clone().cancelled_owned()),
-            _permit: permit,
-        };
-        Some((Ok(connection), (listener, permits, cut)))
-    })
+            let connection = Connection {
+                remote: stream.peer_addr().ok(),
+                local: stream.local_addr().ok(),
+                stream,
+                cut: Box::pin(cut.clone().cancelled_owned()),
+                _permit: permit,
+            };
+            Some((Ok(connection), (listener, permits, cut)))
+        },
+    )
 }
 
 /// An accepted connection that can be cut from outside.

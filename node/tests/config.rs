@@ -49,7 +49,9 @@ struct Other {
 fn load(args: &str, env: &[(&str, &str)]) -> Result<Loaded<Cli>, ConfigError> {
     let env: HashMap<&str, &str> = env.iter().copied().collect();
     let args = std::iter::once("guild").chain(args.split_whitespace());
-    load_from(args.map(OsString::from), &|name| env.get(name).map(OsString::from))
+    load_from(args.map(OsString::from), &|name| {
+        env.get(name).map(OsString::from)
+    })
 }
 
 fn serve(args: &str, env: &[(&str, &str)]) -> Serve {
@@ -91,7 +93,10 @@ fn flag_over_environment_over_file_over_default() {
     assert_eq!(loaded.origins.of("max-running"), &Origin::CommandLine);
     assert_eq!(
         loaded.origins.of("model"),
-        &Origin::File { path: file.path(), key: "model".into() }
+        &Origin::File {
+            path: file.path(),
+            key: "model".into()
+        }
     );
     assert_eq!(loaded.origins.of("temperature"), &Origin::Default);
     let loaded = load(&format!("serve {}", file.arg()), &env).unwrap();
@@ -103,9 +108,8 @@ fn flag_over_environment_over_file_over_default() {
 
 #[test]
 fn every_kind_of_value_can_stand_in_the_file() {
-    let file = File::new(
-        "model = \"a b\"\ninsecure = true\ntoken-ids = [1, 2, 3]\ntemperature = 0.5\n",
-    );
+    let file =
+        File::new("model = \"a b\"\ninsecure = true\ntoken-ids = [1, 2, 3]\ntemperature = 0.5\n");
     let got = serve(&format!("serve {}", file.arg()), &[]);
     assert_eq!(got.model, Path::new("a b"));
     assert!(got.insecure);
@@ -117,13 +121,19 @@ fn every_kind_of_value_can_stand_in_the_file() {
 fn the_environment_names_the_file_and_says_yes_in_many_ways() {
     let file = File::new("model = \"from-file\"\ninsecure = true\n");
     let path = file.path().display().to_string();
-    let got = serve("serve", &[("GUILD_CONFIG", &path), ("GUILD_INSECURE", "no")]);
+    let got = serve(
+        "serve",
+        &[("GUILD_CONFIG", &path), ("GUILD_INSECURE", "no")],
+    );
     assert_eq!(got.model, Path::new("from-file"));
     assert!(!got.insecure);
     for yes in ["1", "true", "YES", "on"] {
         assert!(serve("serve --model m", &[("GUILD_INSECURE", yes)]).insecure);
     }
-    assert_eq!(serve("serve --model m", &[("GUILD_TOKEN_IDS", "4,5")]).token_ids, [4, 5]);
+    assert_eq!(
+        serve("serve --model m", &[("GUILD_TOKEN_IDS", "4,5")]).token_ids,
+        [4, 5]
+    );
     assert_eq!(
         serve("serve --model m", &[("GUILD_MAX_RUNNING", "")]).max_running,
         64,
@@ -135,7 +145,11 @@ fn the_environment_names_the_file_and_says_yes_in_many_ways() {
 fn a_table_is_for_its_command_and_wins_over_the_top() {
     let file = File::new("[serve]\nmodel = \"s\"\nmax-running = 5\n[other]\nlease = 9\n");
     assert_eq!(serve(&format!("serve {}", file.arg()), &[]).max_running, 5);
-    match load(&format!("other {}", file.arg()), &[]).unwrap().value.command {
+    match load(&format!("other {}", file.arg()), &[])
+        .unwrap()
+        .value
+        .command
+    {
         Command::Other(other) => assert_eq!(other.lease, Some(9)),
         other => panic!("{other:?}"),
     }
@@ -154,7 +168,10 @@ fn refused(text: &str, command: &str) -> (String, ExitKind) {
 #[test]
 fn unknown_keys_are_refused_with_a_hint() {
     let (text, kind) = refused("model = \"m\"\nmax-runing = 1\n", "serve");
-    assert!(text.contains("unknown key `max-runing`; did you mean `max-running`?"), "{text}");
+    assert!(
+        text.contains("unknown key `max-runing`; did you mean `max-running`?"),
+        "{text}"
+    );
     assert_eq!(kind, ExitKind::Config);
     let (text, _) = refused("max_running = 1\n", "serve");
     assert!(text.contains("did you mean `max-running`?"), "{text}");
@@ -166,7 +183,10 @@ fn unknown_keys_are_refused_with_a_hint() {
     assert!(text.contains("did you mean `serve`?"), "{text}");
     // Tables of other commands are checked all the same.
     let (text, _) = refused("[other]\nleese = 1\n", "serve");
-    assert!(text.contains("unknown key `other.leese`; did you mean `lease`?"), "{text}");
+    assert!(
+        text.contains("unknown key `other.leese`; did you mean `lease`?"),
+        "{text}"
+    );
     let (text, _) = refused("config = \"x\"\n", "serve");
     assert!(text.contains("unknown key `config`"), "{text}");
 }
@@ -174,21 +194,36 @@ fn unknown_keys_are_refused_with_a_hint() {
 #[test]
 fn a_wrong_value_is_named_with_where_it_came_from() {
     let (text, kind) = refused("model = \"m\"\nmax-running = -1\n", "serve");
-    assert!(text.contains("--max-running") && text.contains("`-1`"), "{text}");
+    assert!(
+        text.contains("--max-running") && text.contains("`-1`"),
+        "{text}"
+    );
     assert!(text.contains("key `max-running`"), "{text}");
     assert_eq!(kind, ExitKind::Config);
     let (text, _) = refused("model = \"m\"\ninsecure = 1\n", "serve");
-    assert!(text.contains("--insecure: true or false is expected"), "{text}");
+    assert!(
+        text.contains("--insecure: true or false is expected"),
+        "{text}"
+    );
     let (text, _) = refused("model = 1979-05-27\n", "serve");
     assert!(text.contains("--model"), "{text}");
     let (text, _) = refused("model = [\n", "serve");
     assert!(text.contains("configuration file"), "{text}");
 
     let error = load("serve --model m", &[("GUILD_MAX_RUNNING", "many")]).unwrap_err();
-    assert!(error.to_string().contains("environment variable GUILD_MAX_RUNNING"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("environment variable GUILD_MAX_RUNNING"),
+        "{error}"
+    );
     assert_eq!(error.exit_kind(), ExitKind::Config);
     // Typed on the command line it is clap's business, whatever the layers say.
-    let error = load("serve --model m --max-running x", &[("GUILD_MAX_RUNNING", "7")]).unwrap_err();
+    let error = load(
+        "serve --model m --max-running x",
+        &[("GUILD_MAX_RUNNING", "7")],
+    )
+    .unwrap_err();
     assert!(matches!(error, ConfigError::CommandLine(_)));
     assert_eq!(error.exit_kind(), ExitKind::Usage);
 }

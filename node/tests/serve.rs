@@ -23,17 +23,26 @@ struct Streams(mpsc::Sender<mpsc::Sender<Result<Placement, Status>>>);
 
 #[tonic::async_trait]
 impl Cluster for Streams {
-    async fn register(&self, _: Request<RegisterRequest>) -> Result<Response<RegisterResponse>, Status> {
+    async fn register(
+        &self,
+        _: Request<RegisterRequest>,
+    ) -> Result<Response<RegisterResponse>, Status> {
         Err(Status::unimplemented("not in this test"))
     }
-    async fn heartbeat(&self, _: Request<HeartbeatRequest>) -> Result<Response<HeartbeatResponse>, Status> {
+    async fn heartbeat(
+        &self,
+        _: Request<HeartbeatRequest>,
+    ) -> Result<Response<HeartbeatResponse>, Status> {
         Ok(Response::new(HeartbeatResponse {}))
     }
     async fn leave(&self, _: Request<LeaveRequest>) -> Result<Response<LeaveResponse>, Status> {
         Err(Status::unimplemented("not in this test"))
     }
     type WatchPlacementStream = ReceiverStream<Result<Placement, Status>>;
-    async fn watch_placement(&self, _: Request<WatchPlacementRequest>) -> Result<Response<Self::WatchPlacementStream>, Status> {
+    async fn watch_placement(
+        &self,
+        _: Request<WatchPlacementRequest>,
+    ) -> Result<Response<Self::WatchPlacementStream>, Status> {
         let (tx, rx) = mpsc::channel(4);
         self.0.send(tx).await.unwrap();
         Ok(Response::new(ReceiverStream::new(rx)))
@@ -55,28 +64,51 @@ async fn start(drain: Duration) -> Running {
     let listener = bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let (tx, streams) = mpsc::channel(4);
-    let server = Server::new().await.unwrap().add(ClusterServer::new(Streams(tx)));
+    let server = Server::new()
+        .await
+        .unwrap()
+        .add(ClusterServer::new(Streams(tx)));
     let health = server.health();
     let shutdown = Shutdown::new();
     let task = tokio::spawn(server.run(listener, shutdown.clone(), drain));
-    Running { address, health, shutdown, streams, task }
+    Running {
+        address,
+        health,
+        shutdown,
+        streams,
+        task,
+    }
 }
 
 #[tokio::test]
 async fn health_says_not_serving_until_told_and_flips_with_it() {
     let server = start(Duration::from_secs(5)).await;
     let mut client = HealthClient::new(channel::lazy(&server.address).unwrap());
-    let ask = |service: &str| HealthCheckRequest { service: service.into() };
+    let ask = |service: &str| HealthCheckRequest {
+        service: service.into(),
+    };
     let status = client.check(ask("")).await.unwrap().into_inner().status();
     assert_eq!(status, ServingStatus::NotServing);
-    assert_eq!(client.check(ask("unheard.of")).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(
+        client.check(ask("unheard.of")).await.unwrap_err().code(),
+        Code::NotFound
+    );
 
     let mut watch = client.watch(ask("")).await.unwrap().into_inner();
-    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    assert_eq!(
+        watch.message().await.unwrap().unwrap().status(),
+        ServingStatus::NotServing
+    );
     server.health.set_serving("", true).await;
-    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+    assert_eq!(
+        watch.message().await.unwrap().unwrap().status(),
+        ServingStatus::Serving
+    );
     server.health.set_serving("", false).await;
-    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    assert_eq!(
+        watch.message().await.unwrap().unwrap().status(),
+        ServingStatus::NotServing
+    );
 
     // A drain is final, and an open Watch does not hold it up.
     server.health.set_serving("", true).await;
@@ -89,10 +121,10 @@ async fn health_says_not_serving_until_told_and_flips_with_it() {
 
 #[tokio::test]
 async fn reflection_lists_every_service() {
+    use tonic_reflection::pb::v1::ServerReflectionRequest;
     use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
     use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
     use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
-    use tonic_reflection::pb::v1::ServerReflectionRequest;
 
     let server = start(Duration::from_secs(5)).await;
     let mut client = ServerReflectionClient::new(channel::lazy(&server.address).unwrap());
@@ -105,7 +137,13 @@ async fn reflection_lists_every_service() {
         .await
         .unwrap()
         .into_inner();
-    let answer = answers.message().await.unwrap().unwrap().message_response.unwrap();
+    let answer = answers
+        .message()
+        .await
+        .unwrap()
+        .unwrap()
+        .message_response
+        .unwrap();
     let MessageResponse::ListServicesResponse(list) = answer else {
         panic!("{answer:?}");
     };
@@ -116,7 +154,10 @@ async fn reflection_lists_every_service() {
         "guild.experts.v1.Experts",
         "grpc.health.v1.Health",
     ] {
-        assert!(names.iter().any(|n| n == name), "{name} is missing in {names:?}");
+        assert!(
+            names.iter().any(|n| n == name),
+            "{name} is missing in {names:?}"
+        );
     }
 }
 
@@ -139,7 +180,12 @@ async fn a_drain_lets_running_streams_end_and_takes_no_new_connections() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert!(refused);
-    out.send(Ok(Placement { epoch: 3, ..Placement::default() })).await.unwrap();
+    out.send(Ok(Placement {
+        epoch: 3,
+        ..Placement::default()
+    }))
+    .await
+    .unwrap();
     assert_eq!(stream.message().await.unwrap().unwrap().epoch, 3);
     assert!(!server.task.is_finished());
     drop(out);

@@ -354,7 +354,11 @@ impl Membership {
         id: NodeId,
         incarnation: u64,
     ) -> Result<(), UnknownNode> {
-        if self.nodes.get(&id).is_none_or(|node| node.incarnation != incarnation) {
+        if self
+            .nodes
+            .get(&id)
+            .is_none_or(|node| node.incarnation != incarnation)
+        {
             return Err(UnknownNode(id));
         }
         self.remove(now, id, Loss::Left);
@@ -604,21 +608,40 @@ impl Membership {
             // The next one to join asks again.
             return;
         }
-        let candidates: Vec<Candidate> = self
-            .usable_experts()
-            .map(|node| Candidate {
-                node: node.id,
-                capacity_slots: self.slots_of(node.capacity_bytes),
-            })
-            .collect();
         let keep = self
             .published
             .as_ref()
             .filter(|_| self.served)
             .map(|published| &published.placement);
-        let assigned = assign(&self.settings.layers, self.settings.experts, &candidates, keep);
+        let mut nodes: Vec<&Node> = self.usable_experts().collect();
+        if keep.is_none() {
+            // In the order of names, which outlive a coordinator while ids do
+            // not: after its restart every node is given what it holds already.
+            nodes.sort_by(|a, b| a.name.cmp(&b.name));
+        }
+        let ids: Vec<NodeId> = nodes.iter().map(|node| node.id).collect();
+        let candidates: Vec<Candidate> = (0..)
+            .zip(nodes)
+            .map(|(turn, node)| Candidate {
+                node: if keep.is_none() { turn } else { node.id },
+                capacity_slots: self.slots_of(node.capacity_bytes),
+            })
+            .collect();
+        let assigned = assign(
+            &self.settings.layers,
+            self.settings.experts,
+            &candidates,
+            keep,
+        );
         match assigned {
-            Ok(nodes) => self.publish(nodes),
+            Ok(mut slots) => {
+                if keep.is_none() {
+                    for (slots, id) in slots.iter_mut().zip(ids) {
+                        slots.node = id;
+                    }
+                }
+                self.publish(slots);
+            }
             Err(short) => self.shortfall = Some(short),
         }
     }
@@ -670,7 +693,8 @@ impl Membership {
     }
 
     fn usable_experts(&self) -> impl Iterator<Item = &Node> {
-        self.of_role(Role::Expert).filter(|node| !node.report.draining)
+        self.of_role(Role::Expert)
+            .filter(|node| !node.report.draining)
     }
 
     fn needs_no_expert_node(&self) -> bool {
@@ -701,7 +725,10 @@ fn has_loaded(node: &Node, epoch: u64) -> bool {
 
 fn truncate(text: &mut String) {
     if text.len() > MAX_TEXT {
-        let end = (0..=MAX_TEXT).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+        let end = (0..=MAX_TEXT)
+            .rev()
+            .find(|&i| text.is_char_boundary(i))
+            .unwrap_or(0);
         text.truncate(end);
     }
 }
@@ -712,7 +739,10 @@ fn names(nodes: &[&Node]) -> String {
         .take(MAX_NAMES_IN_REASON)
         .map(|node| node.name.as_str())
         .collect();
-    let rest = format!("and {} more", nodes.len().saturating_sub(MAX_NAMES_IN_REASON));
+    let rest = format!(
+        "and {} more",
+        nodes.len().saturating_sub(MAX_NAMES_IN_REASON)
+    );
     if nodes.len() > MAX_NAMES_IN_REASON {
         list.push(&rest);
     }

@@ -32,7 +32,9 @@ pub struct NodeSlots {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlacementError {
     /// One expert has two homes.
-    #[error("expert {expert} of layer {layer} has a home on node {first} and another on node {second}")]
+    #[error(
+        "expert {expert} of layer {layer} has a home on node {first} and another on node {second}"
+    )]
     TwoHomes {
         /// Layer index.
         layer: u32,
@@ -216,7 +218,12 @@ pub fn assign(
     candidates: &[Candidate],
     keep: Option<&Placement>,
 ) -> Result<Vec<NodeSlots>, Shortfall> {
-    let layers: Vec<u32> = layers.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
+    let layers: Vec<u32> = layers
+        .iter()
+        .copied()
+        .collect::<BTreeSet<_>>()
+        .into_iter()
+        .collect();
     let capacities: BTreeMap<NodeId, u64> = candidates
         .iter()
         .map(|candidate| (candidate.node, candidate.capacity_slots))
@@ -257,10 +264,20 @@ fn share_out(
     // of a layer is handed out one expert each; how many of these extras a node
     // gets over all layers is decided first, so that no capacity is overrun.
     let share = |weight: u64| u128::from(weight) * u128::from(experts);
-    let base: Vec<u64> = weights.iter().map(|&w| (share(w) / available) as u64).collect();
+    let base: Vec<u64> = weights
+        .iter()
+        .map(|&w| (share(w) / available) as u64)
+        .collect();
     let left_of_layer = u64::from(experts) - base.iter().sum::<u64>();
     let layer_count = layers.len() as u64;
-    let mut extras = share_extras(&weights, &base, share, available, layer_count, left_of_layer);
+    let mut extras = share_extras(
+        &weights,
+        &base,
+        share,
+        available,
+        layer_count,
+        left_of_layer,
+    );
 
     for (turn, &layer) in layers.iter().enumerate() {
         // Those with most extras still to come go first: then no node is left
@@ -277,7 +294,8 @@ fn share_out(
         let mut expert = 0;
         for (node, count) in nodes.iter_mut().zip(count) {
             let end = expert + count as u32;
-            node.slots.extend((expert..end).map(|expert| (layer, expert)));
+            node.slots
+                .extend((expert..end).map(|expert| (layer, expert)));
             expert = end;
         }
     }

@@ -118,7 +118,10 @@ fn a_cluster_comes_up_and_says_at_every_step_what_it_waits_for() {
     c.wait(SETTLE * 2);
     assert!(c.m.published().is_none());
     let two = c.join(Role::Expert, "expert-2");
-    assert_eq!(c.reason(), "waiting a moment for further expert nodes to join");
+    assert_eq!(
+        c.reason(),
+        "waiting a moment for further expert nodes to join"
+    );
     c.wait(SETTLE);
     let epoch = c.epoch();
     assert!(c.placement().covers(&LAYERS, EXPERTS));
@@ -159,7 +162,15 @@ fn missing_memory_is_named_and_further_nodes_help() {
     let two = c.join(Role::Expert, "expert-2");
     c.wait(SETTLE);
     assert!(c.placement().covers(&LAYERS, EXPERTS));
-    let held = |id| c.placement().nodes().iter().find(|n| n.node == id).unwrap().slots.len();
+    let held = |id| {
+        c.placement()
+            .nodes()
+            .iter()
+            .find(|n| n.node == id)
+            .unwrap()
+            .slots
+            .len()
+    };
     assert!(held(two) >= 14);
 }
 
@@ -168,7 +179,11 @@ fn a_join_before_the_first_request_shares_out_anew_and_later_ones_move_nothing()
     let (mut c, [one, ..]) = Cluster::serving();
     let first = c.epoch();
     c.join(Role::Expert, "expert-3");
-    assert_eq!(c.m.waiting_for(), None, "the old placement serves until the new one is made");
+    assert_eq!(
+        c.m.waiting_for(),
+        None,
+        "the old placement serves until the new one is made"
+    );
     c.wait(SETTLE);
     assert_eq!(c.epoch(), first + 1);
     assert_eq!(c.placement().nodes().len(), 3);
@@ -205,7 +220,10 @@ fn a_silent_expert_node_takes_readiness_away_and_its_experts_get_a_new_home() {
     assert_eq!(c.m.take_actions(), [lost, Action::Publish]);
     assert_eq!(c.epoch(), before.epoch() + 1);
     assert_eq!(c.m.active_epoch(), None);
-    assert!(c.reason().contains("waiting for 1 of 1 expert nodes to load epoch"));
+    assert!(
+        c.reason()
+            .contains("waiting for 1 of 1 expert nodes to load epoch")
+    );
     for layer in LAYERS {
         for expert in 0..EXPERTS {
             let home = before.resolve(layer, expert).unwrap();
@@ -240,7 +258,11 @@ fn holes_that_nobody_has_room_for_wait_for_the_next_node() {
     c.m.leave(c.now, ids[1], incarnation).unwrap();
     assert_eq!(c.m.active_epoch(), None, "ACTIVE is taken back at once");
     assert!(!c.m.published().unwrap().active);
-    assert!(c.reason().starts_with("expert memory is short by 12.0 GiB"), "{}", c.reason());
+    assert!(
+        c.reason().starts_with("expert memory is short by 12.0 GiB"),
+        "{}",
+        c.reason()
+    );
     let kept = c.placement().nodes()[0].clone();
     let three = c.join(Role::Expert, "expert-3");
     c.wait(SETTLE);
@@ -255,21 +277,52 @@ fn another_model_and_another_numerics_class_are_refused_with_both_values() {
     let mut other = registration(Role::Expert, "expert-9", 9);
     other.model_digest = "digest-b".into();
     let text = c.m.register(c.now, other).unwrap_err().to_string();
-    assert!(text.contains("digest-a") && text.contains("digest-b"), "{text}");
+    assert!(
+        text.contains("digest-a") && text.contains("digest-b"),
+        "{text}"
+    );
 
     let mut other = registration(Role::Attention, "attention-9", 9);
     other.numerics_class = "class-b".into();
     let text = c.m.register(c.now, other).unwrap_err().to_string();
-    assert!(text.contains("class-a") && text.contains("class-b"), "{text}");
+    assert!(
+        text.contains("class-a") && text.contains("class-b"),
+        "{text}"
+    );
 
-    let taken = c.m.register(c.now, registration(Role::Expert, "attention-1", 9));
+    let taken =
+        c.m.register(c.now, registration(Role::Expert, "attention-1", 9));
     assert!(matches!(taken, Err(Refused::NameTaken { .. })));
 
     for (field, new) in [
-        ("name", Registration { name: String::new(), ..registration(Role::Expert, "x", 1) }),
-        ("name", Registration { name: "a\nb".into(), ..registration(Role::Expert, "x", 1) }),
-        ("address", Registration { address: "x".repeat(1000), ..registration(Role::Expert, "x", 1) }),
-        ("newest_epoch", Registration { newest_epoch: u64::MAX, ..registration(Role::Expert, "x", 1) }),
+        (
+            "name",
+            Registration {
+                name: String::new(),
+                ..registration(Role::Expert, "x", 1)
+            },
+        ),
+        (
+            "name",
+            Registration {
+                name: "a\nb".into(),
+                ..registration(Role::Expert, "x", 1)
+            },
+        ),
+        (
+            "address",
+            Registration {
+                address: "x".repeat(1000),
+                ..registration(Role::Expert, "x", 1)
+            },
+        ),
+        (
+            "newest_epoch",
+            Registration {
+                newest_epoch: u64::MAX,
+                ..registration(Role::Expert, "x", 1)
+            },
+        ),
     ] {
         match c.m.register(c.now, new) {
             Err(Refused::Field { field: named, .. }) => assert_eq!(named, field),
@@ -284,16 +337,23 @@ fn a_new_process_replaces_the_old_one_of_its_name() {
     let (mut c, [one, ..]) = Cluster::serving();
     c.m.mark_served();
     let old = "expert-1".bytes().map(u64::from).sum();
-    let again = c.m.register(c.now, registration(Role::Expert, "expert-1", old)).unwrap();
+    let again =
+        c.m.register(c.now, registration(Role::Expert, "expert-1", old))
+            .unwrap();
     assert_eq!(again, one, "the same process asking twice keeps its place");
     assert_eq!(c.m.waiting_for(), None);
 
-    let new = c.m.register(c.now, registration(Role::Expert, "expert-1", 77)).unwrap();
+    let new =
+        c.m.register(c.now, registration(Role::Expert, "expert-1", 77))
+            .unwrap();
     assert_ne!(new, one);
     assert_eq!(c.m.active_epoch(), None);
     assert!(c.m.heartbeat(c.now, one, old, ready(1)).is_err());
     assert!(c.m.leave(c.now, one, old).is_err());
-    assert!(c.m.heartbeat(c.now, new, old, ready(1)).is_err(), "not its incarnation");
+    assert!(
+        c.m.heartbeat(c.now, new, old, ready(1)).is_err(),
+        "not its incarnation"
+    );
     c.wait(SETTLE);
     assert!(c.placement().covers(&LAYERS, EXPERTS));
 }
@@ -326,10 +386,39 @@ fn epochs_go_above_everything_any_node_has_seen() {
 }
 
 #[test]
+fn nodes_that_come_back_in_another_order_are_given_what_they_held() {
+    let held = |names: [&str; 3]| {
+        let mut c = Cluster::new(3);
+        for name in names {
+            c.join(Role::Expert, name);
+        }
+        c.wait(SETTLE);
+        let published = c.m.published().unwrap();
+        let mut held: Vec<_> = published
+            .nodes
+            .iter()
+            .zip(published.placement.nodes())
+            .map(|((name, _), slots)| (name.clone(), slots.slots.clone()))
+            .collect();
+        held.sort();
+        held
+    };
+    let before = held(["expert-1", "expert-2", "expert-3"]);
+    assert_eq!(before.len(), 3);
+    assert_eq!(before, held(["expert-3", "expert-1", "expert-2"]));
+}
+
+#[test]
 fn draining_nodes_get_nothing_new() {
     let (mut c, [_, _, attention]) = Cluster::serving();
     let epoch = c.epoch();
-    c.beat(attention, Report { draining: true, ..ready(epoch) });
+    c.beat(
+        attention,
+        Report {
+            draining: true,
+            ..ready(epoch)
+        },
+    );
     assert_eq!(c.m.serving().count(), 0);
     assert!(c.reason().contains("no attention node is ready"));
 }
@@ -337,22 +426,43 @@ fn draining_nodes_get_nothing_new() {
 #[test]
 fn a_model_without_experts_serves_with_an_attention_node_alone() {
     let mut m = Membership::new(
-        Settings { layers: Vec::new(), experts: 0, ..settings(1) },
+        Settings {
+            layers: Vec::new(),
+            experts: 0,
+            ..settings(1)
+        },
         Duration::ZERO,
     );
     m.tick(SETTLE);
     let epoch = m.active_epoch().unwrap();
-    let id = m.register(SETTLE, registration(Role::Attention, "a", 1)).unwrap();
+    let id = m
+        .register(SETTLE, registration(Role::Attention, "a", 1))
+        .unwrap();
     m.heartbeat(SETTLE, id, 1, ready(epoch)).unwrap();
     assert_eq!(m.waiting_for(), None);
 }
 
 #[derive(Clone, Debug)]
 enum Event {
-    Register { role: bool, name: u8, incarnation: u64, capacity: u64, newest: u64 },
-    Beat { id: NodeId, epoch_behind: u64, ready: bool, draining: bool },
-    Leave { id: NodeId },
-    Wait { ms: u64 },
+    Register {
+        role: bool,
+        name: u8,
+        incarnation: u64,
+        capacity: u64,
+        newest: u64,
+    },
+    Beat {
+        id: NodeId,
+        epoch_behind: u64,
+        ready: bool,
+        draining: bool,
+    },
+    Leave {
+        id: NodeId,
+    },
+    Wait {
+        ms: u64,
+    },
     Serve,
 }
 

@@ -28,13 +28,21 @@ fn per_layer(nodes: &[NodeSlots], layer: u32) -> Vec<usize> {
 }
 
 /// Everything that must hold of an assignment, however it came about.
-fn check(layers: &[u32], experts: u32, candidates: &[Candidate], nodes: Vec<NodeSlots>) -> Placement {
+fn check(
+    layers: &[u32],
+    experts: u32,
+    candidates: &[Candidate],
+    nodes: Vec<NodeSlots>,
+) -> Placement {
     let capacity: BTreeMap<u32, u64> = candidates
         .iter()
         .map(|c| (c.node, c.capacity_slots))
         .collect();
     for node in &nodes {
-        assert!(node.slots.len() as u64 <= capacity[&node.node], "over capacity");
+        assert!(
+            node.slots.len() as u64 <= capacity[&node.node],
+            "over capacity"
+        );
     }
     let slots: Vec<NodeSlots> = nodes.clone();
     // `new` refuses an expert with two homes.
@@ -161,7 +169,12 @@ fn extras_rotate_over_the_nodes() {
     // 3 nodes, 4 experts: one node has two of a layer, another one each time.
     let assigned = assign(&[1, 2, 3], 4, &equal(3, UNLIMITED), None).unwrap();
     let doubles: Vec<usize> = (1..=3)
-        .map(|layer| per_layer(&assigned, layer).iter().position(|&n| n == 2).unwrap())
+        .map(|layer| {
+            per_layer(&assigned, layer)
+                .iter()
+                .position(|&n| n == 2)
+                .unwrap()
+        })
         .collect();
     let mut sorted = doubles.clone();
     sorted.sort_unstable();
@@ -171,8 +184,14 @@ fn extras_rotate_over_the_nodes() {
 #[test]
 fn twice_the_capacity_gets_twice_the_experts() {
     let candidates = [
-        Candidate { node: 1, capacity_slots: 80 },
-        Candidate { node: 2, capacity_slots: 160 },
+        Candidate {
+            node: 1,
+            capacity_slots: 80,
+        },
+        Candidate {
+            node: 2,
+            capacity_slots: 160,
+        },
     ];
     let assigned = assign(&[3, 4], 96, &candidates, None).unwrap();
     assert_eq!(per_layer(&assigned, 3), [32, 64]);
@@ -182,7 +201,13 @@ fn twice_the_capacity_gets_twice_the_experts() {
 #[test]
 fn a_shortfall_says_how_much_is_missing() {
     let short = assign(&[1, 2], 64, &equal(2, 50), None).unwrap_err();
-    assert_eq!(short, Shortfall { needed: 128, available: 100 });
+    assert_eq!(
+        short,
+        Shortfall {
+            needed: 128,
+            available: 100
+        }
+    );
     assert_eq!(short.missing(), 28);
     assert_eq!(short.missing_bytes(1000), 28_000);
     assert_eq!(assign(&[1], 8, &[], None).unwrap_err().missing(), 8);
@@ -213,7 +238,12 @@ fn what_is_not_a_placement_is_refused() {
     };
     assert_eq!(
         Placement::new(1, vec![node(1, &[(0, 0)]), node(2, &[(0, 0)])]).unwrap_err(),
-        PlacementError::TwoHomes { layer: 0, expert: 0, first: 1, second: 2 }
+        PlacementError::TwoHomes {
+            layer: 0,
+            expert: 0,
+            first: 1,
+            second: 2
+        }
     );
     assert_eq!(
         Placement::new(1, vec![node(1, &[]), node(1, &[])]).unwrap_err(),

@@ -1,0 +1,374 @@
+//! Membership from the node's side, against a coordinator that misbehaves.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use guild_node::member::{Load, Member, MemberConfig, MemberError, NodeState, REASON_DIGEST};
+use guild_node::serve::{Server, bind};
+use guild_node::{ExitKind, HasExitKind, Shutdown, status};
+use guild_proto::cluster::v1::cluster_server::{Cluster, ClusterServer};
+use guild_proto::cluster::v1::*;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+/// What the node did, as the coordinator saw it.
+#[derive(Debug)]
+enum Seen {
+    Register(RegisterRequest),
+    Beat(HeartbeatRequest),
+    Leave,
+    Watch(u32, mpsc::Sender<Result<Placement, Status>>),
+}
+
+/// A coordinator that does as it is told.
+#[derive(Clone)]
+struct Fake {
+    seen: mpsc::Sender<Seen>,
+    /// Answers to registrations, then always Ok.
+    register: Arc<Mutex<VecDeque<Status>>>,
+    /// Answers to heartbeats, then always Ok.
+    beat: Arc<Mutex<VecDeque<Status>>>,
+    lease: Duration,
+}
+
+impl Fake {
+    fn new(lease: Duration) -> (Fake, mpsc::Receiver<Seen>) {
+        let (seen, rx) = mpsc::channel(1000);
+        let fake = Fake {
+            seen,
+            register: Arc::default(),
+            beat: Arc::default(),
+            lease,
+        };
+        (fake, rx)
+    }
+
+    async fn serve(&self, address: &str) -> (String, Shutdown) {
+        let listener = bind(address).await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let server = Server::new()
+            .await
+            .unwrap()
+            .add(ClusterServer::new(self.clone()));
+        let shutdown = Shutdown::new();
+        tokio::spawn(server.run(listener, shutdown.clone(), Duration::ZERO));
+        (address, shutdown)
+    }
+}
+
+fn answer<T>(queue: &Mutex<VecDeque<Status>>, ok: T) -> Result<Response<T>, Status> {
+    match queue.lock().unwrap().pop_front() {
+        Some(status) => Err(status),
+        None => Ok(Response::new(ok)),
+    }
+}
+
+#[tonic::async_trait]
+impl Cluster for Fake {
+    async fn register(
+        &self,
+        request: Request<RegisterRequest>,
+    ) -> Result<Response<RegisterResponse>, Status> {
+        self.seen
+            .send(Seen::Register(request.into_inner()))
+            .await
+            .unwrap();
+        let lease_ms = self.lease.as_millis() as u32;
+        answer(
+            &self.register,
+            RegisterResponse {
+                node_id: 7,
+                lease_ms,
+            },
+        )
+    }
+    async fn heartbeat(
+        &self,
+        request: Request<HeartbeatRequest>,
+    ) -> Result<Response<HeartbeatResponse>, Status> {
+        self.seen
+            .send(Seen::Beat(request.into_inner()))
+            .await
+            .unwrap();
+        answer(&self.beat, HeartbeatResponse {})
+    }
+    async fn leave(&self, _: Request<LeaveRequest>) -> Result<Response<LeaveResponse>, Status> {
+        self.seen.send(Seen::Leave).await.unwrap();
+        Ok(Response::new(LeaveResponse {}))
+    }
+    type WatchPlacementStream = ReceiverStream<Result<Placement, Status>>;
+    async fn watch_placement(
+        &self,
+        request: Request<WatchPlacementRequest>,
+    ) -> Result<Response<Self::WatchPlacementStream>, Status> {
+        let (tx, rx) = mpsc::channel(4);
+        let node = request.into_inner().node_id;
+        self.seen.send(Seen::Watch(node, tx)).await.unwrap();
+        Ok(Response::new(ReceiverStream::new(rx)))
+    }
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        Ok(Response::new(StatusResponse::default()))
+    }
+}
+
+fn config(coordinator: &str) -> MemberConfig {
+    MemberConfig {
+        coordinator: format!("http://{coordinator}"),
+        role: Role::Expert,
+        name: "expert-1".into(),
+        address: "127.0.0.1:9".into(),
+        model_digest: "d".into(),
+        numerics_class: "c".into(),
+        capacity_bytes: 5,
+    }
+}
+
+/// Waits for what `pick` wants, skipping the rest.
+async fn next<T>(seen: &mut mpsc::Receiver<Seen>, pick: impl Fn(Seen) -> Option<T>) -> T {
+    tokio::time::timeout(Duration::from_secs(20), async {
+        loop {
+            if let Some(found) = pick(seen.recv().await.unwrap()) {
+                return found;
+            }
+        }
+    })
+    .await
+    .expect("the node did not do it")
+}
+
+fn registration(seen: Seen) -> Option<RegisterRequest> {
+    match seen {
+        Seen::Register(request) => Some(request),
+        _ => None,
+    }
+}
+
+fn watch(seen: Seen) -> Option<mpsc::Sender<Result<Placement, Status>>> {
+    match seen {
+        Seen::Watch(7, stream) => Some(stream),
+        _ => None,
+    }
+}
+
+fn ready_beat(seen: Seen) -> Option<HeartbeatRequest> {
+    match seen {
+        Seen::Beat(beat) if beat.ready => Some(beat),
+        _ => None,
+    }
+}
+
+fn placement(epoch: u64, state: PlacementState) -> Placement {
+    Placement {
+        epoch,
+        state: state.into(),
+        nodes: Vec::new(),
+    }
+}
+
+#[tokio::test]
+async fn a_coordinator_that_comes_later_finds_the_node_waiting() {
+    let probe = bind("127.0.0.1:0").await.unwrap();
+    let address = probe.local_addr().unwrap().to_string();
+    drop(probe);
+    let member = Member::start(config(&address)).unwrap();
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    assert_eq!(member.node_id(), None);
+
+    let (fake, mut seen) = Fake::new(Duration::from_secs(60));
+    fake.register
+        .lock()
+        .unwrap()
+        .push_back(Status::unavailable("not yet"));
+    fake.serve(&address).await;
+    next(&mut seen, registration).await;
+    let request = next(&mut seen, registration).await;
+    assert_eq!(
+        (request.name.as_str(), request.capacity_bytes),
+        ("expert-1", 5)
+    );
+    next(&mut seen, watch).await;
+    assert_eq!(member.node_id(), Some(7));
+}
+
+#[tokio::test]
+async fn the_placement_is_followed_through_breaks_and_never_backwards() {
+    let (fake, mut seen) = Fake::new(Duration::from_secs(60));
+    let (address, _) = fake.serve("127.0.0.1:0").await;
+    let member = Member::start(config(&address)).unwrap();
+    let mut placements = member.placement();
+    let first = next(&mut seen, watch).await;
+    first
+        .send(Ok(placement(3, PlacementState::Loading)))
+        .await
+        .unwrap();
+    placements
+        .wait_for(|p| p.as_ref().is_some_and(|p| p.epoch == 3))
+        .await
+        .unwrap();
+    first
+        .send(Err(Status::unavailable("restarting")))
+        .await
+        .unwrap();
+
+    let second = next(&mut seen, watch).await;
+    second
+        .send(Ok(placement(2, PlacementState::Active)))
+        .await
+        .unwrap();
+    second
+        .send(Ok(placement(3, PlacementState::Active)))
+        .await
+        .unwrap();
+    let state = placements
+        .wait_for(|p| {
+            p.as_ref()
+                .is_some_and(|p| p.state() == PlacementState::Active)
+        })
+        .await
+        .unwrap()
+        .clone()
+        .unwrap();
+    assert_eq!(state.epoch, 3, "an older one is not taken");
+}
+
+#[tokio::test]
+async fn an_unknown_node_registers_again_with_the_newest_epoch_and_the_same_incarnation() {
+    let (fake, mut seen) = Fake::new(Duration::from_millis(60));
+    let (address, _) = fake.serve("127.0.0.1:0").await;
+    let member = Member::start(config(&address)).unwrap();
+    let first = next(&mut seen, registration).await;
+    assert_eq!(first.newest_epoch, 0);
+    let stream = next(&mut seen, watch).await;
+    stream
+        .send(Ok(placement(9, PlacementState::Active)))
+        .await
+        .unwrap();
+    let mut placements = member.placement();
+    placements.wait_for(Option::is_some).await.unwrap();
+    fake.beat
+        .lock()
+        .unwrap()
+        .push_back(status::not_found("UNKNOWN_NODE", "who?"));
+    let again = next(&mut seen, registration).await;
+    assert_eq!(again.newest_epoch, 9);
+    assert_eq!(again.incarnation, first.incarnation);
+    // Whatever the node says about itself holds for the new registration too.
+    member.set_state(NodeState {
+        epoch: 9,
+        ready: true,
+        reason: String::new(),
+    });
+    assert_eq!(next(&mut seen, ready_beat).await.epoch, 9);
+}
+
+#[tokio::test]
+async fn news_does_not_wait_for_the_next_heartbeat() {
+    let (fake, mut seen) = Fake::new(Duration::from_secs(600));
+    let (address, _) = fake.serve("127.0.0.1:0").await;
+    let member = Member::start(config(&address)).unwrap();
+    next(&mut seen, |s| matches!(s, Seen::Beat(_)).then_some(())).await;
+    member.set_status(
+        4,
+        true,
+        "",
+        Load {
+            running: 2,
+            waiting: 1,
+        },
+    );
+    let beat = next(&mut seen, ready_beat).await;
+    assert_eq!((beat.epoch, beat.running, beat.waiting), (4, 2, 1));
+    member.set_draining();
+    let beat = next(&mut seen, |s| match s {
+        Seen::Beat(beat) if beat.draining => Some(beat),
+        _ => None,
+    })
+    .await;
+    assert!(!beat.ready, "a node that drains is not ready");
+}
+
+#[tokio::test]
+async fn heartbeats_go_on_while_the_process_blocks_every_worker() {
+    let (fake, mut seen) = Fake::new(Duration::from_millis(60));
+    // The coordinator gets a runtime of its own; this one is blocked below.
+    let (tx, rx) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let (address, _) = fake.serve("127.0.0.1:0").await;
+            tx.send(address).unwrap();
+            std::future::pending::<()>().await;
+        });
+    });
+    let _member = Member::start(config(&rx.recv().unwrap())).unwrap();
+    next(&mut seen, registration).await;
+    while seen.try_recv().is_ok() {}
+    std::thread::sleep(Duration::from_millis(400));
+    let mut beats = 0;
+    while let Ok(event) = seen.try_recv() {
+        beats += usize::from(matches!(event, Seen::Beat(_)));
+    }
+    assert!(beats >= 3, "{beats} heartbeats");
+}
+
+#[tokio::test]
+async fn a_refusal_is_final_and_keeps_the_coordinators_words() {
+    let (fake, mut seen) = Fake::new(Duration::from_secs(60));
+    let words = "this node has model aa, the cluster bb";
+    fake.register
+        .lock()
+        .unwrap()
+        .push_back(status::precondition(REASON_DIGEST, words, []));
+    let (address, _) = fake.serve("127.0.0.1:0").await;
+    let member = Member::start(config(&address)).unwrap();
+    let error = member.ended().await.unwrap_err();
+    assert!(error.to_string().contains(words), "{error}");
+    assert_eq!(error.exit_kind(), ExitKind::Model);
+    next(&mut seen, registration).await;
+    member.leave().await;
+    assert!(seen.try_recv().is_err(), "it does not ask again");
+}
+
+#[tokio::test]
+async fn leaving_says_goodbye_and_dropping_does_not() {
+    let (fake, mut seen) = Fake::new(Duration::from_millis(60));
+    let (address, _) = fake.serve("127.0.0.1:0").await;
+    let member = Member::start(config(&address)).unwrap();
+    next(&mut seen, watch).await;
+    member.leave().await;
+    member.ended().await.unwrap();
+    next(&mut seen, |s| matches!(s, Seen::Leave).then_some(())).await;
+
+    let member = Member::start(config(&address)).unwrap();
+    next(&mut seen, watch).await;
+    drop(member);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    while let Ok(event) = seen.try_recv() {
+        assert!(!matches!(event, Seen::Leave));
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(seen.try_recv().is_err(), "silence");
+}
+
+#[tokio::test]
+async fn leaving_works_while_the_coordinator_is_away() {
+    let member = Member::start(config("127.0.0.1:1")).unwrap();
+    member.leave().await;
+    member.ended().await.unwrap();
+}
+
+#[test]
+fn an_address_that_is_none_is_refused_at_once() {
+    let error = Member::start(MemberConfig {
+        coordinator: "nonsense".into(),
+        ..config("x:1")
+    });
+    assert!(matches!(error, Err(MemberError::Address(_))));
+}
