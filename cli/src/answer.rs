@@ -45,7 +45,11 @@ pub(crate) struct Usage {
 impl Usage {
     pub(crate) fn new(prompt_tokens: u32, completion_tokens: u32) -> Self {
         let total_tokens = prompt_tokens.saturating_add(completion_tokens);
-        Self { prompt_tokens, completion_tokens, total_tokens }
+        Self {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens,
+        }
     }
 }
 
@@ -63,8 +67,9 @@ impl Answer {
 
     /// The object on one line.
     pub(crate) fn print_json(&self) -> Result<(), Failure> {
-        let line = serde_json::to_string(self)
-            .map_err(|error| Failure::new(ExitKind::Internal, format!("cannot write JSON: {error}")))?;
+        let line = serde_json::to_string(self).map_err(|error| {
+            Failure::new(ExitKind::Internal, format!("cannot write JSON: {error}"))
+        })?;
         Ok(writeln!(std::io::stdout(), "{line}")?)
     }
 
@@ -84,7 +89,10 @@ impl Answer {
     /// Log-probabilities, one line a token.
     pub(crate) fn print_logprobs(&self) -> Result<(), Failure> {
         let mut stdout = std::io::stdout().lock();
-        for (name, list) in [("prompt", &self.prompt_logprobs), ("output", &self.logprobs)] {
+        for (name, list) in [
+            ("prompt", &self.prompt_logprobs),
+            ("output", &self.logprobs),
+        ] {
             for one in list.iter().flatten() {
                 write!(stdout, "{name} {:>7} {:>9.5} ", one.token_id, one.logprob)?;
                 for (id, logprob) in &one.top {
@@ -102,7 +110,11 @@ impl From<TokenLogprobs> for Logprobs {
         Self {
             token_id: wire.token_id,
             logprob: wire.logprob,
-            top: wire.top.into_iter().map(|t| (t.token_id, t.logprob)).collect(),
+            top: wire
+                .top
+                .into_iter()
+                .map(|t| (t.token_id, t.logprob))
+                .collect(),
         }
     }
 }
@@ -114,20 +126,43 @@ mod tests {
 
     #[test]
     fn printed_floats_read_back_as_the_same_bits() {
-        let values = [-0.1f32, -1.0e-7, f32::MIN_POSITIVE, -12.345_679, -0.0, -103.278_93];
+        let values = [
+            -0.1f32,
+            -1.0e-7,
+            f32::MIN_POSITIVE,
+            -12.345_679,
+            -0.0,
+            -103.278_93,
+        ];
         for value in values {
-            let one = Logprobs { token_id: 1, logprob: value, top: vec![(2, value)] };
-            let json: serde_json::Value = serde_json::from_str(&serde_json::to_string(&one).unwrap()).unwrap();
+            let one = Logprobs {
+                token_id: 1,
+                logprob: value,
+                top: vec![(2, value)],
+            };
+            let json: serde_json::Value =
+                serde_json::from_str(&serde_json::to_string(&one).unwrap()).unwrap();
             for read in [&json["logprob"], &json["top"][0][1]] {
-                assert_eq!((read.as_f64().unwrap() as f32).to_bits(), value.to_bits(), "{json}");
+                assert_eq!(
+                    (read.as_f64().unwrap() as f32).to_bits(),
+                    value.to_bits(),
+                    "{json}"
+                );
             }
         }
-        assert!(serde_json::to_string(&-0.1f32).unwrap() == "-0.1", "no digits beyond an f32's");
+        assert!(
+            serde_json::to_string(&-0.1f32).unwrap() == "-0.1",
+            "no digits beyond an f32's"
+        );
     }
 
     #[test]
     fn what_was_not_asked_for_is_null() {
-        let answer = Answer { finish_reason: "length", usage: Usage::new(3, 2), ..Answer::default() };
+        let answer = Answer {
+            finish_reason: "length",
+            usage: Usage::new(3, 2),
+            ..Answer::default()
+        };
         assert_eq!(
             serde_json::to_string(&answer).unwrap(),
             r#"{"token_ids":[],"text":null,"logprobs":null,"prompt_logprobs":null,"finish_reason":"length","usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5}}"#

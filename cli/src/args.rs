@@ -48,10 +48,22 @@ pub(crate) struct Common {
     #[arg(long, value_name = "FILE", help_heading = "Common")]
     pub(crate) config: Option<PathBuf>,
     /// Form of the log on stderr
-    #[arg(long, value_enum, default_value_t, value_name = "text|json", hide_possible_values = true, help_heading = "Common")]
+    #[arg(
+        long,
+        value_enum,
+        default_value_t,
+        value_name = "text|json",
+        hide_possible_values = true,
+        help_heading = "Common"
+    )]
     pub(crate) log_format: LogFormat,
     /// error, warn, info, debug, trace, or directives such as `info,guild_node=debug`
-    #[arg(long, default_value = "info", value_name = "LEVEL", help_heading = "Common")]
+    #[arg(
+        long,
+        default_value = "info",
+        value_name = "LEVEL",
+        help_heading = "Common"
+    )]
     pub(crate) log_level: String,
 }
 
@@ -81,7 +93,12 @@ pub(crate) struct Exposure {
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct Engine {
     /// Memory for the KV cache: `auto`, or a size such as 8GiB
-    #[arg(long, default_value = "auto", value_name = "SIZE", help_heading = "Engine")]
+    #[arg(
+        long,
+        default_value = "auto",
+        value_name = "SIZE",
+        help_heading = "Engine"
+    )]
     pub(crate) kv_memory: KvMemory,
     /// Tokens of prompt and output together; 0: as many as the model was made for
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Engine")]
@@ -147,7 +164,13 @@ pub(crate) struct Up {
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64), value_name = "N")]
     pub(crate) expert_nodes: u16,
     /// How rows travel between them
-    #[arg(long, value_enum, default_value_t, value_name = "local|grpc", hide_possible_values = true)]
+    #[arg(
+        long,
+        value_enum,
+        default_value_t,
+        value_name = "local|grpc",
+        hide_possible_values = true
+    )]
     pub(crate) fabric: FabricKind,
     /// OpenAI-compatible front door
     #[arg(long, default_value = "127.0.0.1:8000", value_name = "HOST:PORT")]
@@ -284,13 +307,23 @@ pub(crate) struct Generate {
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub(crate) max_tokens: u32,
     /// 0: always the most probable token
-    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        allow_negative_numbers = true,
+        value_name = "T"
+    )]
     pub(crate) temperature: f32,
     /// Same seed, same prompt, same tokens
     #[arg(long, value_name = "S")]
     pub(crate) seed: Option<u64>,
     /// Sample from the most probable tokens that make up this share
-    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        allow_negative_numbers = true,
+        value_name = "P"
+    )]
     pub(crate) top_p: f32,
     /// Sample from this many most probable tokens; 0: all
     #[arg(long, default_value_t = 0, value_name = "K")]
@@ -333,10 +366,10 @@ pub(crate) struct Chat {
     #[arg(long, default_value_t = 256, value_name = "N")]
     pub(crate) max_tokens: u32,
     /// 0: always the most probable token; default: the server's
-    #[arg(long, value_name = "T")]
+    #[arg(long, allow_negative_numbers = true, value_name = "T")]
     pub(crate) temperature: Option<f32>,
     /// Sample from the most probable tokens that make up this share
-    #[arg(long, value_name = "P")]
+    #[arg(long, allow_negative_numbers = true, value_name = "P")]
     pub(crate) top_p: Option<f32>,
     /// Same seed, same conversation, same replies
     #[arg(long, value_name = "S")]

@@ -25,7 +25,11 @@ pub(crate) struct Banner {
 
 impl Banner {
     pub(crate) fn new(roles: impl Into<String>) -> Self {
-        Self { roles: roles.into(), lines: Vec::new(), warnings: Vec::new() }
+        Self {
+            roles: roles.into(),
+            lines: Vec::new(),
+            warnings: Vec::new(),
+        }
     }
 
     pub(crate) fn line(&mut self, name: &'static str, value: impl Into<String>) -> &mut Self {
@@ -42,7 +46,11 @@ impl Banner {
     ///
     /// # Errors
     /// The checkpoint has no digest.
-    pub(crate) fn model(&mut self, name: &str, checkpoint: &Checkpoint) -> Result<&mut Self, Failure> {
+    pub(crate) fn model(
+        &mut self,
+        name: &str,
+        checkpoint: &Checkpoint,
+    ) -> Result<&mut Self, Failure> {
         let digest = checkpoint.digest()?;
         let c = checkpoint.config();
         self.line(
@@ -82,7 +90,10 @@ impl Banner {
             Dtype::F32 => "widened to f32",
             Dtype::Bf16 => "rounded to bf16",
         };
-        self.line("weights", format!("{stored} on disk, {kept} (--dtype {dtype}); activations and KV cache f32"))
+        self.line(
+            "weights",
+            format!("{stored} on disk, {kept} (--dtype {dtype}); activations and KV cache f32"),
+        )
     }
 
     /// Room for the latent KV cache of one attention node.
@@ -90,25 +101,50 @@ impl Banner {
         let c = checkpoint.config();
         let each = LatentCache::bytes_per_token(c) as u64;
         let longest = c.max_position_embeddings as u64;
-        let context = if engine.max_context == 0 { longest } else { longest.min(engine.max_context.into()) };
+        let context = if engine.max_context == 0 {
+            longest
+        } else {
+            longest.min(engine.max_context.into())
+        };
         let useful = u64::from(engine.max_running).saturating_mul(context);
         let room = match engine.kv_memory {
-            KvMemory::Auto => format!("up to {} tokens, as half of the free memory allows", units::count(useful)),
-            KvMemory::Bytes(n) => format!("{} tokens in {}", units::count(useful.min(n / each.max(1))), units::bytes(n)),
+            KvMemory::Auto => format!(
+                "up to {} tokens, as half of the free memory allows",
+                units::count(useful)
+            ),
+            KvMemory::Bytes(n) => format!(
+                "{} tokens in {}",
+                units::count(useful.min(n / each.max(1))),
+                units::bytes(n)
+            ),
         };
-        self.line("KV cache", format!("{room}; {} a token, context {}", units::bytes(each), units::count(context)))
+        self.line(
+            "KV cache",
+            format!(
+                "{room}; {} a token, context {}",
+                units::bytes(each),
+                units::count(context)
+            ),
+        )
     }
 
     /// The line to paste into another terminal.
     pub(crate) fn try_it(&mut self, model: &str, http: SocketAddr) -> &mut Self {
         let body = serde_json::json!({"model": model, "prompt": "ROMEO:", "max_tokens": 64});
-        self.line("try", format!("curl http://{http}/v1/completions -H 'content-type: application/json' -d '{body}'"))
+        self.line(
+            "try",
+            format!(
+                "curl http://{http}/v1/completions -H 'content-type: application/json' -d '{body}'"
+            ),
+        )
     }
 
     /// The risk that `--insecure` takes.
     pub(crate) fn insecure(&mut self, insecure: bool) -> &mut Self {
         if insecure {
-            self.warn("--insecure: whoever reaches these addresses can use and disturb this cluster");
+            self.warn(
+                "--insecure: whoever reaches these addresses can use and disturb this cluster",
+            );
         }
         self
     }
@@ -117,8 +153,11 @@ impl Banner {
     pub(crate) fn show(&self, format: LogFormat) {
         let version = env!("CARGO_PKG_VERSION");
         if format == LogFormat::Json {
-            let lines: serde_json::Map<String, serde_json::Value> =
-                self.lines.iter().map(|(name, value)| ((*name).to_owned(), value.as_str().into())).collect();
+            let lines: serde_json::Map<String, serde_json::Value> = self
+                .lines
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), value.as_str().into()))
+                .collect();
             tracing::info!(version, roles = self.roles, start = %serde_json::Value::from(lines), "guild starts");
         } else {
             // A banner that nobody can read is no reason to stop.

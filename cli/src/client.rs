@@ -3,8 +3,8 @@
 use guild_node::channel;
 use guild_proto::inference::v1::inference_client::InferenceClient;
 use guild_proto::inference::v1::{ModelInfoRequest, ModelInfoResponse};
-use tonic::transport::Channel;
 use tonic::Code;
+use tonic::transport::Channel;
 
 use crate::failure::Failure;
 
@@ -17,7 +17,8 @@ const MAX_MESSAGE_BYTES: usize = 256 << 20;
 /// # Errors
 /// `endpoint` is malformed.
 pub(crate) fn inference(endpoint: &str) -> Result<InferenceClient<Channel>, Failure> {
-    let channel = channel::lazy(endpoint).map_err(|error| Failure::usage(format!("--endpoint: {error}")))?;
+    let channel =
+        channel::lazy(endpoint).map_err(|error| Failure::usage(format!("--endpoint: {error}")))?;
     Ok(InferenceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES))
 }
 
@@ -35,7 +36,9 @@ pub(crate) async fn model_info(
             let unreachable = status.code() == Code::Unavailable;
             let failure = Failure::from(status);
             Err(if unreachable {
-                failure.hint(format!("is a Guild serving gRPC at {endpoint}? `guild up --model DIR` starts one"))
+                failure.hint(format!(
+                    "is a Guild serving gRPC at {endpoint}? `guild up --model DIR` starts one"
+                ))
             } else {
                 failure
             })

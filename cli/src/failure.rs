@@ -37,7 +37,12 @@ pub(crate) struct Failure {
 
 impl Failure {
     pub(crate) fn new(kind: ExitKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), hints: Vec::new(), clap: None }
+        Self {
+            kind,
+            message: message.into(),
+            hints: Vec::new(),
+            clap: None,
+        }
     }
 
     pub(crate) fn usage(message: impl Into<String>) -> Self {
@@ -61,7 +66,11 @@ impl Failure {
     /// Says it on stderr and gives the exit code.
     pub(crate) fn report(self) -> ExitCode {
         if let Some(error) = self.clap {
-            let code = if error.use_stderr() { ExitKind::Usage.code() } else { 0 };
+            let code = if error.use_stderr() {
+                ExitKind::Usage.code()
+            } else {
+                0
+            };
             // Nothing is left to do when the terminal is gone.
             let _ = error.print();
             return ExitCode::from(code);
@@ -115,12 +124,24 @@ impl From<Status> for Failure {
             Code::ResourceExhausted => ExitKind::Resources,
             _ => ExitKind::Internal,
         };
-        let mut failure =
-            Self::new(kind, format!("the server answered {:?}: {}", status.code(), status.message()));
+        let mut failure = Self::new(
+            kind,
+            format!(
+                "the server answered {:?}: {}",
+                status.code(),
+                status.message()
+            ),
+        );
         let details = status.get_error_details();
-        for violation in details.bad_request().map(|bad| bad.field_violations.as_slice()).unwrap_or_default()
+        for violation in details
+            .bad_request()
+            .map(|bad| bad.field_violations.as_slice())
+            .unwrap_or_default()
         {
-            failure = failure.hint(format!("field `{}`: {}", violation.field, violation.description));
+            failure = failure.hint(format!(
+                "field `{}`: {}",
+                violation.field, violation.description
+            ));
         }
         if let Some(reason) = guild_node::status::reason_of(&status)
             && reason != "INVALID_ARGUMENT"

@@ -26,7 +26,11 @@ impl Server {
         let wrong = |why: &str| {
             Failure::usage(format!("--endpoint: `{endpoint}` {why}")).hint("write http://HOST:PORT")
         };
-        let text = if endpoint.contains("://") { endpoint.to_owned() } else { format!("http://{endpoint}") };
+        let text = if endpoint.contains("://") {
+            endpoint.to_owned()
+        } else {
+            format!("http://{endpoint}")
+        };
         let uri: Uri = text.parse().map_err(|_| wrong("is no URL"))?;
         if uri.scheme_str() != Some("http") {
             return Err(wrong("has a scheme other than http"));
@@ -34,32 +38,55 @@ impl Server {
         if uri.path() != "/" {
             return Err(wrong("has a path"));
         }
-        let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(|| wrong("has no host"))?;
-        Ok(Self { authority: format!("{host}:{}", uri.port_u16().unwrap_or(80)) })
+        let host = uri
+            .host()
+            .filter(|host| !host.is_empty())
+            .ok_or_else(|| wrong("has no host"))?;
+        Ok(Self {
+            authority: format!("{host}:{}", uri.port_u16().unwrap_or(80)),
+        })
     }
 
     /// GET, answered with JSON.
     pub(crate) async fn get(&self, path: &str) -> Result<serde_json::Value, Failure> {
         let response = self.send(Method::GET, path, Bytes::new()).await?;
         let whole = whole(response.into_body()).await?;
-        serde_json::from_slice(&whole)
-            .map_err(|_| Failure::network(format!("http://{}{path} answered no JSON", self.authority)))
+        serde_json::from_slice(&whole).map_err(|_| {
+            Failure::network(format!("http://{}{path} answered no JSON", self.authority))
+        })
     }
 
     /// POST of JSON, answered with server-sent events.
-    pub(crate) async fn stream(&self, path: &str, body: &serde_json::Value) -> Result<Events, Failure> {
-        let response = self.send(Method::POST, path, Bytes::from(body.to_string())).await?;
-        Ok(Events { body: response.into_body(), buffer: Vec::new() })
+    pub(crate) async fn stream(
+        &self,
+        path: &str,
+        body: &serde_json::Value,
+    ) -> Result<Events, Failure> {
+        let response = self
+            .send(Method::POST, path, Bytes::from(body.to_string()))
+            .await?;
+        Ok(Events {
+            body: response.into_body(),
+            buffer: Vec::new(),
+        })
     }
 
-    async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, Failure> {
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, Failure> {
         let failed = |why: &dyn std::fmt::Display| {
             Failure::network(format!("http://{}: {why}", self.authority))
                 .hint("is a Guild serving HTTP there? `guild up --model DIR` starts one")
         };
-        let stream = TcpStream::connect(&self.authority).await.map_err(|error| failed(&error))?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| failed(&error))?;
+        let stream = TcpStream::connect(&self.authority)
+            .await
+            .map_err(|error| failed(&error))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| failed(&error))?;
         // Ends with the body; its error comes out of the body as well.
         tokio::spawn(connection);
         let request = Request::builder()
@@ -69,12 +96,19 @@ impl Server {
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(body))
             .map_err(|error| failed(&error))?;
-        let response = sender.send_request(request).await.map_err(|error| failed(&error))?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|error| failed(&error))?;
         if response.status().is_success() {
             return Ok(response);
         }
         let status = response.status();
-        let retry = response.headers().get("retry-after").and_then(|v| v.to_str().ok()).map(str::to_owned);
+        let retry = response
+            .headers()
+            .get("retry-after")
+            .and_then(|v| v.to_str().ok())
+            .map(str::to_owned);
         let body = whole(response.into_body()).await?;
         let mut failure = refused(status.as_u16(), &body);
         if let Some(seconds) = retry {
@@ -109,10 +143,13 @@ fn refused(status: u16, body: &[u8]) -> Failure {
 async fn whole(mut body: Incoming) -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|error| Failure::network(format!("the answer broke off: {error}")))?;
+        let frame =
+            frame.map_err(|error| Failure::network(format!("the answer broke off: {error}")))?;
         bytes.extend_from_slice(frame.data_ref().map_or(&[], Bytes::as_ref));
         if bytes.len() > MAX_BODY_BYTES {
-            return Err(Failure::network(format!("the answer is longer than {MAX_BODY_BYTES} bytes")));
+            return Err(Failure::network(format!(
+                "the answer is longer than {MAX_BODY_BYTES} bytes"
+            )));
         }
     }
     Ok(bytes)
@@ -133,7 +170,9 @@ impl Events {
         loop {
             while let Some(end) = self.buffer.iter().position(|&b| b == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
-                let Some(data) = line.strip_prefix(b"data:") else { continue };
+                let Some(data) = line.strip_prefix(b"data:") else {
+                    continue;
+                };
                 let data = data.trim_ascii();
                 if data == b"[DONE]" {
                     return Ok(None);
@@ -143,11 +182,14 @@ impl Events {
                     .map_err(|_| Failure::network("the server sent an event that is no JSON"));
             }
             if self.buffer.len() > MAX_BODY_BYTES {
-                return Err(Failure::network(format!("an event is longer than {MAX_BODY_BYTES} bytes")));
+                return Err(Failure::network(format!(
+                    "an event is longer than {MAX_BODY_BYTES} bytes"
+                )));
             }
             match self.body.frame().await {
                 Some(Ok(frame)) => {
-                    self.buffer.extend_from_slice(frame.data_ref().map_or(&[], Bytes::as_ref));
+                    self.buffer
+                        .extend_from_slice(frame.data_ref().map_or(&[], Bytes::as_ref));
                 }
                 Some(Err(error)) => {
                     return Err(Failure::network(format!("the answer broke off: {error}")));

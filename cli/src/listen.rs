@@ -15,12 +15,18 @@ pub(crate) const EPHEMERAL: &str = "127.0.0.1:0";
 ///
 /// # Errors
 /// An address that others can reach without `insecure`; one that is taken.
-pub(crate) async fn bind(flag: &str, address: &str, insecure: bool) -> Result<TcpListener, Failure> {
+pub(crate) async fn bind(
+    flag: &str,
+    address: &str,
+    insecure: bool,
+) -> Result<TcpListener, Failure> {
     let resolved: Vec<SocketAddr> = address
         .to_socket_addrs()
         .map_err(|error| {
-            Failure::usage(format!("--{flag}: `{address}` is no address to listen on: {error}"))
-                .hint(format!("write HOST:PORT, such as --{flag} 127.0.0.1:0"))
+            Failure::usage(format!(
+                "--{flag}: `{address}` is no address to listen on: {error}"
+            ))
+            .hint(format!("write HOST:PORT, such as --{flag} 127.0.0.1:0"))
         })?
         .collect();
     if !insecure && !resolved.iter().all(|a| a.ip().is_loopback()) {
@@ -29,12 +35,16 @@ pub(crate) async fn bind(flag: &str, address: &str, insecure: bool) -> Result<Tc
         ))
         .hint("listen on 127.0.0.1, or close the network in front of it and say --insecure"));
     }
-    serve::bind(address).await.map_err(|error| Failure::of(&error).hint(format!("the address comes from --{flag}")))
+    serve::bind(address)
+        .await
+        .map_err(|error| Failure::of(&error).hint(format!("the address comes from --{flag}")))
 }
 
 /// The address a listener really has.
 pub(crate) fn address_of(listener: &TcpListener) -> Result<SocketAddr, Failure> {
-    listener.local_addr().map_err(|error| Failure::network(format!("a listener has no address: {error}")))
+    listener
+        .local_addr()
+        .map_err(|error| Failure::network(format!("a listener has no address: {error}")))
 }
 
 /// What to write in a URL to reach a listener from this machine.
@@ -76,7 +86,13 @@ mod tests {
 
     #[test]
     fn an_unspecified_address_is_reached_over_loopback() {
-        assert_eq!(reachable("0.0.0.0:8000".parse().unwrap()), "127.0.0.1:8000".parse().unwrap());
-        assert_eq!(reachable("10.1.2.3:8000".parse().unwrap()), "10.1.2.3:8000".parse().unwrap());
+        assert_eq!(
+            reachable("0.0.0.0:8000".parse().unwrap()),
+            "127.0.0.1:8000".parse().unwrap()
+        );
+        assert_eq!(
+            reachable("10.1.2.3:8000".parse().unwrap()),
+            "10.1.2.3:8000".parse().unwrap()
+        );
     }
 }

@@ -14,8 +14,8 @@ use guild_transport::Switchboard;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use crate::command::served_name;
 use crate::args::{Compute, Engine, Exposure, FabricKind};
+use crate::command::served_name;
 use crate::failure::Failure;
 use crate::listen::{EPHEMERAL, address_of, bind};
 use crate::shells;
@@ -45,8 +45,14 @@ impl Plan {
             expert_nodes: 1,
             fabric: FabricKind::Local,
             compute,
-            exposure: Exposure { insecure: false, drain: 1 },
-            engine: Engine { max_running: 1, ..Engine::default() },
+            exposure: Exposure {
+                insecure: false,
+                drain: 1,
+            },
+            engine: Engine {
+                max_running: 1,
+                ..Engine::default()
+            },
         }
     }
 }
@@ -64,7 +70,12 @@ impl Local {
     ///
     /// # Errors
     /// No port is free.
-    pub(crate) async fn start(plan: &Plan, cpu: &Cpu, http: TcpListener, grpc: TcpListener) -> Result<Self, Failure> {
+    pub(crate) async fn start(
+        plan: &Plan,
+        cpu: &Cpu,
+        http: TcpListener,
+        grpc: TcpListener,
+    ) -> Result<Self, Failure> {
         let listener = bind("listen", EPHEMERAL, false).await?;
         let cluster = format!("http://{}", address_of(&listener)?);
         let switchboard = (plan.fabric == FabricKind::Local).then(Switchboard::default);
@@ -75,7 +86,11 @@ impl Local {
             cluster,
         };
 
-        let listeners = Listeners { cluster: listener, http, grpc };
+        let listeners = Listeners {
+            cluster: listener,
+            http,
+            grpc,
+        };
         let config = shells::coordinator(&shells::FrontDesk {
             model: &plan.model,
             model_name: &plan.model_name,
@@ -86,23 +101,39 @@ impl Local {
             settle: Some(Duration::ZERO),
             exposure: plan.exposure,
         });
-        local.coordinator.spawn("coordinator", |end| guild_coordinator::run(config, listeners, end));
+        local.coordinator.spawn("coordinator", |end| {
+            guild_coordinator::run(config, listeners, end)
+        });
         for index in 0..plan.attention_nodes {
             let (place, listener) = local.place(plan, format!("attention-{index}")).await?;
-            let config = shells::attention(&place, &plan.model_name, plan.compute, plan.engine, plan.exposure);
+            let config = shells::attention(
+                &place,
+                &plan.model_name,
+                plan.compute,
+                plan.engine,
+                plan.exposure,
+            );
             let (cpu, switchboard) = (cpu.clone(), switchboard.clone());
-            local.attention.spawn(&place.name, |end| guild_attention_node::run(config, listener, cpu, switchboard, end));
+            local.attention.spawn(&place.name, |end| {
+                guild_attention_node::run(config, listener, cpu, switchboard, end)
+            });
         }
         for index in 0..plan.expert_nodes {
             let (place, listener) = local.place(plan, format!("expert-{index}")).await?;
             let config = shells::expert(&place, plan.compute, 0, plan.exposure);
             let (cpu, switchboard) = (cpu.clone(), switchboard.clone());
-            local.experts.spawn(&place.name, |end| guild_expert_node::run(config, listener, cpu, switchboard, end));
+            local.experts.spawn(&place.name, |end| {
+                guild_expert_node::run(config, listener, cpu, switchboard, end)
+            });
         }
         Ok(local)
     }
 
-    async fn place(&self, plan: &Plan, name: String) -> Result<(shells::Place, TcpListener), Failure> {
+    async fn place(
+        &self,
+        plan: &Plan,
+        name: String,
+    ) -> Result<(shells::Place, TcpListener), Failure> {
         let listener = bind("listen", EPHEMERAL, false).await?;
         let place = shells::Place {
             model: plan.model.clone(),
@@ -188,8 +219,12 @@ impl Tier {
     async fn failed(&mut self) -> Failure {
         match self.roles.join_next().await {
             Some(Ok((_, Err(failure)))) => failure,
-            Some(Ok((name, Ok(())))) => Failure::new(ExitKind::Internal, format!("{name} has ended by itself")),
-            Some(Err(error)) => Failure::new(ExitKind::Internal, format!("a role has failed: {error}")),
+            Some(Ok((name, Ok(())))) => {
+                Failure::new(ExitKind::Internal, format!("{name} has ended by itself"))
+            }
+            Some(Err(error)) => {
+                Failure::new(ExitKind::Internal, format!("a role has failed: {error}"))
+            }
             None => std::future::pending().await,
         }
     }
@@ -200,7 +235,10 @@ impl Tier {
         while let Some(ended) = self.roles.join_next().await {
             let this = match ended {
                 Ok((_, this)) => this,
-                Err(error) => Err(Failure::new(ExitKind::Internal, format!("a role has failed: {error}"))),
+                Err(error) => Err(Failure::new(
+                    ExitKind::Internal,
+                    format!("a role has failed: {error}"),
+                )),
             };
             outcome = outcome.and(this);
         }

@@ -36,16 +36,31 @@ pub(crate) fn attention(
         max_step_tokens: engine.max_step_tokens as usize,
         max_context: context(engine.max_context),
         drain: drain(exposure),
-        ..AttentionNodeConfig::new(&place.model, &place.name, &place.address, &place.coordinator)
+        ..AttentionNodeConfig::new(
+            &place.model,
+            &place.name,
+            &place.address,
+            &place.coordinator,
+        )
     }
 }
 
-pub(crate) fn expert(place: &Place, compute: Compute, capacity: u64, exposure: Exposure) -> ExpertNodeConfig {
+pub(crate) fn expert(
+    place: &Place,
+    compute: Compute,
+    capacity: u64,
+    exposure: Exposure,
+) -> ExpertNodeConfig {
     ExpertNodeConfig {
         dtype: compute.dtype,
         capacity_bytes: capacity,
         drain: drain(exposure),
-        ..ExpertNodeConfig::new(&place.model, &place.name, &place.address, &place.coordinator)
+        ..ExpertNodeConfig::new(
+            &place.model,
+            &place.name,
+            &place.address,
+            &place.coordinator,
+        )
     }
 }
 

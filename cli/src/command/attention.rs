@@ -30,5 +30,7 @@ async fn serve(args: &AttentionNode) -> Result<(), Failure> {
         .insecure(args.exposure.insecure)
         .show(args.common.log_format);
     let config = shells::attention(&place, &name, args.compute, args.engine, args.exposure);
-    guild_attention_node::run(config, listener, cpu, None, shutdown).await.map_err(|error| Failure::of(&error))
+    guild_attention_node::run(config, listener, cpu, None, shutdown)
+        .await
+        .map_err(|error| Failure::of(&error))
 }

@@ -31,7 +31,12 @@ fn lines_of_stdin() -> Result<mpsc::Receiver<String>, Failure> {
                 }
             }
         })
-        .map_err(|error| Failure::new(ExitKind::Resources, format!("cannot start a thread: {error}")))?;
+        .map_err(|error| {
+            Failure::new(
+                ExitKind::Resources,
+                format!("cannot start a thread: {error}"),
+            )
+        })?;
     Ok(lines)
 }
 
@@ -39,12 +44,19 @@ async fn talk(args: &Chat) -> Result<(), Failure> {
     let server = Server::new(&args.endpoint)?;
     let models = server.get("/v1/models").await?;
     let Some(model) = models["data"][0]["id"].as_str() else {
-        return Err(Failure::network(format!("{} serves no model", args.endpoint)));
+        return Err(Failure::network(format!(
+            "{} serves no model",
+            args.endpoint
+        )));
     };
     let person = std::io::stdin().is_terminal();
     let mut stdout = std::io::stdout();
     if person {
-        writeln!(stdout, "{model} at {}; /reset forgets, /exit ends, Ctrl-C stops a reply", args.endpoint)?;
+        writeln!(
+            stdout,
+            "{model} at {}; /reset forgets, /exit ends, Ctrl-C stops a reply",
+            args.endpoint
+        )?;
     }
     let mut conversation = Conversation::new(model, args);
     let mut lines = lines_of_stdin()?;
@@ -103,7 +115,10 @@ impl Conversation {
             }
         }
         let system = args.system.as_deref();
-        let messages = system.map(|text| json!({"role": "system", "content": text})).into_iter().collect();
+        let messages = system
+            .map(|text| json!({"role": "system", "content": text}))
+            .into_iter()
+            .collect();
         Self { messages, request }
     }
 
@@ -112,7 +127,9 @@ impl Conversation {
         self.messages.push(json!({"role": "user", "content": text}));
         let replied = self.reply(server).await;
         match replied {
-            Ok(reply) => self.messages.push(json!({"role": "assistant", "content": reply})),
+            Ok(reply) => self
+                .messages
+                .push(json!({"role": "assistant", "content": reply})),
             Err(failure) => {
                 self.messages.pop();
                 let failure = if self.messages.len() > 1 {
@@ -129,7 +146,9 @@ impl Conversation {
     async fn reply(&self, server: &Server) -> Result<String, Failure> {
         let mut request = self.request.clone();
         request.insert("messages".into(), self.messages.clone().into());
-        let mut events = server.stream("/v1/chat/completions", &request.into()).await?;
+        let mut events = server
+            .stream("/v1/chat/completions", &request.into())
+            .await?;
         let mut stdout = std::io::stdout();
         let mut reply = String::new();
         loop {
@@ -142,7 +161,9 @@ impl Conversation {
             if let Some(message) = event["error"]["message"].as_str() {
                 return Err(Failure::network(format!("the reply broke off: {message}")));
             }
-            let piece = event["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
+            let piece = event["choices"][0]["delta"]["content"]
+                .as_str()
+                .unwrap_or_default();
             write!(stdout, "{piece}")?;
             stdout.flush()?;
             reply.push_str(piece);

@@ -29,8 +29,17 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
     let mut banner = Banner::new("coordinator");
     banner
         .model(&name, &checkpoint)?
-        .line("waits for", format!("{} expert nodes and an attention node", args.min_expert_nodes))
-        .line("nodes join", format!("http://{}", address_of(&listeners.cluster)?))
+        .line(
+            "waits for",
+            format!(
+                "{} expert nodes and an attention node",
+                args.min_expert_nodes
+            ),
+        )
+        .line(
+            "nodes join",
+            format!("http://{}", address_of(&listeners.cluster)?),
+        )
         .line("http", format!("http://{http}/v1"))
         .line("grpc", format!("http://{}", address_of(&listeners.grpc)?))
         .try_it(&name, reachable(http))
@@ -45,5 +54,7 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
         settle: None,
         exposure: args.exposure,
     });
-    guild_coordinator::run(config, listeners, shutdown).await.map_err(|error| Failure::of(&error))
+    guild_coordinator::run(config, listeners, shutdown)
+        .await
+        .map_err(|error| Failure::of(&error))
 }

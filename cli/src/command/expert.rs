@@ -19,20 +19,37 @@ async fn serve(args: &ExpertNode) -> Result<(), Failure> {
     let checkpoint = Checkpoint::open(&place.model)?;
     let cpu = cpu(args.compute.threads);
     let config = checkpoint.config();
-    let each = config.expert_layers().map(|layer| checkpoint.expert_bytes(layer)).max().unwrap_or(0);
+    let each = config
+        .expert_layers()
+        .map(|layer| checkpoint.expert_bytes(layer))
+        .max()
+        .unwrap_or(0);
     let room = match args.capacity {
         0 => "as many as are placed here".to_owned(),
-        bytes => format!("{} in {}", units::count(bytes.checked_div(each).unwrap_or(0)), units::bytes(bytes)),
+        bytes => format!(
+            "{} in {}",
+            units::count(bytes.checked_div(each).unwrap_or(0)),
+            units::bytes(bytes)
+        ),
     };
     let mut banner = Banner::new(format!("expert-node {}", place.name));
     banner
         .model(&served_name(None, &place.model), &checkpoint)?
-        .line("experts", format!("{room}; {} each as stored (--dtype {})", units::bytes(each), args.compute.dtype))
+        .line(
+            "experts",
+            format!(
+                "{room}; {} each as stored (--dtype {})",
+                units::bytes(each),
+                args.compute.dtype
+            ),
+        )
         .cpu(&cpu)
         .line("cluster", &place.coordinator)
         .line("reached at", &place.address)
         .insecure(args.exposure.insecure)
         .show(args.common.log_format);
     let config = shells::expert(&place, args.compute, args.capacity, args.exposure);
-    guild_expert_node::run(config, listener, cpu, None, shutdown).await.map_err(|error| Failure::of(&error))
+    guild_expert_node::run(config, listener, cpu, None, shutdown)
+        .await
+        .map_err(|error| Failure::of(&error))
 }

@@ -21,10 +21,20 @@ pub(crate) fn run(args: &Generate, origins: &Origins) -> Result<(), Failure> {
     log_tool(&args.common)?;
     let input = match (&args.prompt, args.token_ids.is_empty()) {
         (Some(text), true) => Input::Text(text.clone()),
-        (None, false) => Input::TokenIds(TokenIds { ids: args.token_ids.clone() }),
-        _ => return Err(Failure::usage("give either --prompt TEXT or --token-ids 1,2,3")),
+        (None, false) => Input::TokenIds(TokenIds {
+            ids: args.token_ids.clone(),
+        }),
+        _ => {
+            return Err(Failure::usage(
+                "give either --prompt TEXT or --token-ids 1,2,3",
+            ));
+        }
     };
-    let request = GenerateRequest { input: Some(input), sampling: Some(sampling(args)), ..Default::default() };
+    let request = GenerateRequest {
+        input: Some(input),
+        sampling: Some(sampling(args)),
+        ..Default::default()
+    };
     // A typed --endpoint wins over a model that the environment or a file names.
     let typed = *origins.of("endpoint") == Origin::CommandLine;
     block_on(async {
@@ -40,7 +50,10 @@ async fn alone(args: &Generate, model: &Path, request: GenerateRequest) -> Resul
     // Before anything is started: what is wrong with it is the answer.
     Checkpoint::open(model)?;
     let plan = Plan::smallest(model, args.compute);
-    let (http, grpc) = (bind("http", EPHEMERAL, false).await?, bind("grpc", EPHEMERAL, false).await?);
+    let (http, grpc) = (
+        bind("http", EPHEMERAL, false).await?,
+        bind("grpc", EPHEMERAL, false).await?,
+    );
     let endpoint = format!("http://{}", address_of(&grpc)?);
     let mut local = Local::start(&plan, &cpu(args.compute.threads), http, grpc).await?;
     let answered = match local.ready().await {
@@ -83,13 +96,18 @@ async fn ask(args: &Generate, endpoint: &str, request: GenerateRequest) -> Resul
     while let Some(response) = stream.message().await? {
         match response.event {
             Some(Event::Prompt(prompt)) => {
-                answer.prompt_logprobs = args.prompt_logprobs.map(|_| prompt.logprobs.into_iter().map(Logprobs::from).collect());
+                answer.prompt_logprobs = args
+                    .prompt_logprobs
+                    .map(|_| prompt.logprobs.into_iter().map(Logprobs::from).collect());
             }
             Some(Event::Chunk(chunk)) => {
                 if !args.json {
                     match &answer.text {
                         Some(_) => write!(stdout, "{}", chunk.text)?,
-                        None => chunk.token_ids.iter().try_for_each(|id| write!(stdout, "{id} "))?,
+                        None => chunk
+                            .token_ids
+                            .iter()
+                            .try_for_each(|id| write!(stdout, "{id} "))?,
                     }
                     stdout.flush()?;
                 }
@@ -106,7 +124,9 @@ async fn ask(args: &Generate, endpoint: &str, request: GenerateRequest) -> Resul
         }
     }
     if answer.finish_reason.is_empty() {
-        return Err(Failure::network("the stream ended before the answer was complete"));
+        return Err(Failure::network(
+            "the stream ended before the answer was complete",
+        ));
     }
     if args.json {
         return answer.print_json();

@@ -26,7 +26,8 @@ pub(crate) fn run(args: &Inspect) -> Result<(), Failure> {
         if args.cpu {
             return describe_cpu(&cpu);
         }
-        return Err(Failure::usage("--model DIR is missing").hint("or --cpu, to ask about this machine alone"));
+        return Err(Failure::usage("--model DIR is missing")
+            .hint("or --cpu, to ask about this machine alone"));
     };
     let checkpoint = Checkpoint::open(model)?;
     if args.reference {
@@ -34,8 +35,9 @@ pub(crate) fn run(args: &Inspect) -> Result<(), Failure> {
     }
     let report = Report::new(&checkpoint, args.compute.dtype, u64::from(args.nodes))?;
     if args.json {
-        let line = serde_json::to_string(&report)
-            .map_err(|error| Failure::new(ExitKind::Internal, format!("cannot write JSON: {error}")))?;
+        let line = serde_json::to_string(&report).map_err(|error| {
+            Failure::new(ExitKind::Internal, format!("cannot write JSON: {error}"))
+        })?;
         writeln!(std::io::stdout(), "{line}")?;
     } else {
         report.print(model, checkpoint.config())?;
@@ -46,7 +48,10 @@ pub(crate) fn run(args: &Inspect) -> Result<(), Failure> {
 fn describe_cpu(cpu: &Cpu) -> Result<(), Failure> {
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "{}", cpu.describe())?;
-    let available: Vec<String> = Isa::available().iter().map(|isa| format!("{isa:?}").to_lowercase()).collect();
+    let available: Vec<String> = Isa::available()
+        .iter()
+        .map(|isa| format!("{isa:?}").to_lowercase())
+        .collect();
     Ok(writeln!(
         stdout,
         "this machine can run: {}; numerics class {}, whichever of them is chosen",
@@ -104,7 +109,8 @@ impl Report {
         let c = checkpoint.config();
         let digest = checkpoint.digest()?;
         let mut stored: BTreeMap<&'static str, (u64, u64)> = BTreeMap::new();
-        let mut layers = vec![LayerBytes::default(); c.num_hidden_layers + c.num_nextn_predict_layers];
+        let mut layers =
+            vec![LayerBytes::default(); c.num_hidden_layers + c.num_nextn_predict_layers];
         let mut outside = 0;
         for view in checkpoint.required() {
             let of = stored.entry(view.dtype().name()).or_default();
@@ -112,7 +118,9 @@ impl Report {
             of.1 += view.bytes().len() as u64;
             let bytes = resident(&view, dtype);
             match layer_of(view.name()).and_then(|layer| layers.get_mut(layer)) {
-                Some(layer) if view.name().contains(".mlp.experts.") => layer.routed_expert_bytes += bytes,
+                Some(layer) if view.name().contains(".mlp.experts.") => {
+                    layer.routed_expert_bytes += bytes
+                }
                 Some(layer) => {
                     layer.attention_node_bytes += bytes;
                     if view.name().contains(".mlp.shared_experts.") {
@@ -123,14 +131,21 @@ impl Report {
             }
         }
         for (index, layer) in layers.iter_mut().enumerate() {
-            layer.routed_experts = if c.is_moe(index) { c.n_routed_experts as u64 } else { 0 };
+            layer.routed_experts = if c.is_moe(index) {
+                c.n_routed_experts as u64
+            } else {
+                0
+            };
         }
         let sum = |of: fn(&LayerBytes) -> u64| layers.iter().map(of).sum::<u64>();
         let attention_node_bytes = outside + sum(|l| l.attention_node_bytes);
         let routed_experts = sum(|l| l.routed_experts);
         let routed_expert_bytes = sum(|l| l.routed_expert_bytes);
         let experts_per_node = routed_experts.div_ceil(nodes);
-        let largest = layers.iter().filter_map(|l| l.routed_expert_bytes.checked_div(l.routed_experts)).max();
+        let largest = layers
+            .iter()
+            .filter_map(|l| l.routed_expert_bytes.checked_div(l.routed_experts))
+            .max();
         let row = c.hidden_size as u64 * ROW_ELEMENT_BYTES;
         let moe = c.moe_layers().count() as u64;
         let chosen = c.num_experts_per_tok as u64;
@@ -184,9 +199,19 @@ impl Report {
         let by_dtype: Vec<String> = self
             .stored
             .iter()
-            .map(|(name, (tensors, size))| format!("{} {name} ({})", units::count(*tensors), bytes(*size)))
+            .map(|(name, (tensors, size))| {
+                format!("{} {name} ({})", units::count(*tensors), bytes(*size))
+            })
             .collect();
-        line("tensors", format!("{}, {}: {}", units::count(self.tensors), bytes(self.stored_bytes), by_dtype.join(", ")))?;
+        line(
+            "tensors",
+            format!(
+                "{}, {}: {}",
+                units::count(self.tensors),
+                bytes(self.stored_bytes),
+                by_dtype.join(", ")
+            ),
+        )?;
         line(
             "attention node",
             format!(
@@ -196,7 +221,10 @@ impl Report {
                 bytes(self.shared_expert_bytes)
             ),
         )?;
-        line("KV cache", format!("{} a token", bytes(self.kv_bytes_per_token)))?;
+        line(
+            "KV cache",
+            format!("{} a token", bytes(self.kv_bytes_per_token)),
+        )?;
         if self.routed_experts > 0 {
             line(
                 "routed experts",
@@ -209,14 +237,28 @@ impl Report {
             )?;
         }
         for (first, last, layer) in alike(&self.layers) {
-            let which = if first == last { format!("layer {first}") } else { format!("layers {first}-{last}") };
+            let which = if first == last {
+                format!("layer {first}")
+            } else {
+                format!("layers {first}-{last}")
+            };
             let experts = match layer.routed_experts {
                 0 => "dense".to_owned(),
                 n => format!("{n} experts {}", bytes(layer.routed_expert_bytes)),
             };
-            let mtp = if first >= c.num_hidden_layers { ", multi-token prediction" } else { "" };
+            let mtp = if first >= c.num_hidden_layers {
+                ", multi-token prediction"
+            } else {
+                ""
+            };
             let each = if first == last { "" } else { ", each" };
-            line(&which, format!("attention node {}, {experts}{mtp}{each}", bytes(layer.attention_node_bytes)))?;
+            line(
+                &which,
+                format!(
+                    "attention node {}, {experts}{mtp}{each}",
+                    bytes(layer.attention_node_bytes)
+                ),
+            )?;
         }
         let cluster = &self.cluster;
         line(
@@ -260,7 +302,11 @@ fn resident(view: &TensorView<'_>, dtype: Dtype) -> u64 {
 
 /// The layer in `model.layers.N.…`.
 fn layer_of(name: &str) -> Option<usize> {
-    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
+    name.strip_prefix("model.layers.")?
+        .split('.')
+        .next()?
+        .parse()
+        .ok()
 }
 
 /// Runs of equal layers: (first, last, what each holds).
@@ -276,25 +322,41 @@ fn alike(layers: &[LayerBytes]) -> Vec<(usize, usize, LayerBytes)> {
 }
 
 fn attention(c: &Config) -> String {
-    let query = c.q_lora_rank.map_or_else(|| "direct queries".to_owned(), |rank| format!("queries through rank {rank}"));
+    let query = c.q_lora_rank.map_or_else(
+        || "direct queries".to_owned(),
+        |rank| format!("queries through rank {rank}"),
+    );
     format!(
         "{} heads of {} + {} rotary, values of {}, {query}, latent of {} + {}",
-        c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank, c.qk_rope_head_dim
+        c.num_attention_heads,
+        c.qk_nope_head_dim,
+        c.qk_rope_head_dim,
+        c.v_head_dim,
+        c.kv_lora_rank,
+        c.qk_rope_head_dim
     )
 }
 
 fn experts(c: &Config) -> String {
     let moe = c.moe_layers().count();
     if moe == 0 {
-        return format!("none: {} dense layers of {}", c.num_hidden_layers, c.intermediate_size);
+        return format!(
+            "none: {} dense layers of {}",
+            c.num_hidden_layers, c.intermediate_size
+        );
     }
     let scores = match c.scoring_func {
         Scoring::Sigmoid => "sigmoid",
         Scoring::Softmax => "softmax",
     };
     let choice = match c.topk_method {
-        TopkMethod::NoauxTc => format!("the best {} of {} groups, with selection bias", c.topk_group, c.n_group),
-        TopkMethod::GroupLimitedGreedy => format!("the best {} of {} groups", c.topk_group, c.n_group),
+        TopkMethod::NoauxTc => format!(
+            "the best {} of {} groups, with selection bias",
+            c.topk_group, c.n_group
+        ),
+        TopkMethod::GroupLimitedGreedy => {
+            format!("the best {} of {} groups", c.topk_group, c.n_group)
+        }
         TopkMethod::Greedy => "all groups".to_owned(),
     };
     format!(
@@ -309,9 +371,16 @@ fn experts(c: &Config) -> String {
 }
 
 fn position(c: &Config) -> String {
-    let pairs = if c.rope.interleave { "neighbouring pairs" } else { "halves" };
+    let pairs = if c.rope.interleave {
+        "neighbouring pairs"
+    } else {
+        "halves"
+    };
     let yarn = c.rope.yarn.as_ref().map_or_else(String::new, |y| {
-        format!(", YaRN x{} from {}", y.factor, y.original_max_position_embeddings)
+        format!(
+            ", YaRN x{} from {}",
+            y.factor, y.original_max_position_embeddings
+        )
     });
     format!("rotary, base {}, {pairs}{yarn}", c.rope.theta)
 }
@@ -324,7 +393,13 @@ mod tests {
     fn layers_are_found_in_names_and_alike_ones_shown_once() {
         assert_eq!(layer_of("model.layers.12.mlp.gate.weight"), Some(12));
         assert_eq!(layer_of("model.norm.weight"), None);
-        let one = |attention_node_bytes| LayerBytes { attention_node_bytes, ..LayerBytes::default() };
-        assert_eq!(alike(&[one(1), one(2), one(2), one(1)]), vec![(0, 0, one(1)), (1, 2, one(2)), (3, 3, one(1))]);
+        let one = |attention_node_bytes| LayerBytes {
+            attention_node_bytes,
+            ..LayerBytes::default()
+        };
+        assert_eq!(
+            alike(&[one(1), one(2), one(2), one(1)]),
+            vec![(0, 0, one(1)), (1, 2, one(2)), (3, 3, one(1))]
+        );
     }
 }

@@ -21,11 +21,15 @@ use tokio::net::TcpListener;
 use crate::args::{Cli, Command, Common, Exposure, Joining};
 use crate::failure::Failure;
 use crate::listen::{address_of, bind};
+use crate::loading::init_log;
 use crate::shells::Place;
 
 /// Runs the command that this process was started with.
 pub(crate) fn run() -> Result<(), Failure> {
-    let config::Loaded { value: cli, origins } = config::load::<Cli>()?;
+    let config::Loaded {
+        value: cli,
+        origins,
+    } = config::load::<Cli>()?;
     match cli.command {
         Command::Up(args) => up::run(&args),
         Command::Coordinator(args) => coordinator::run(&args),
@@ -40,13 +44,17 @@ pub(crate) fn run() -> Result<(), Failure> {
 
 /// Sets up logging for a role: everything at the level that was asked for.
 fn log_role(common: &Common) -> Result<(), Failure> {
-    telemetry::init(common.log_format, &common.log_level).map_err(|error| Failure::of(&error))
+    init_log(common.log_format, &common.log_level)
 }
 
 /// Sets up logging for a tool, whose output is its result: only what is wrong,
 /// unless a level was asked for.
 fn log_tool(common: &Common) -> Result<(), Failure> {
-    let level = if common.log_level == "info" { "warn" } else { &common.log_level };
+    let level = if common.log_level == "info" {
+        "warn"
+    } else {
+        &common.log_level
+    };
     telemetry::init(common.log_format, level).map_err(|error| Failure::of(&error))
 }
 
@@ -56,15 +64,22 @@ fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Fa
         .enable_all()
         .build()
         .map_err(|error| {
-            Failure::new(ExitKind::Resources, format!("cannot start the runtime: {error}"))
+            Failure::new(
+                ExitKind::Resources,
+                format!("cannot start the runtime: {error}"),
+            )
         })?
         .block_on(future)
 }
 
 /// The request to end that SIGTERM and Ctrl-C make.
 fn signals() -> Result<Shutdown, Failure> {
-    Shutdown::from_signals()
-        .map_err(|error| Failure::new(ExitKind::Resources, format!("cannot listen to signals: {error}")))
+    Shutdown::from_signals().map_err(|error| {
+        Failure::new(
+            ExitKind::Resources,
+            format!("cannot listen to signals: {error}"),
+        )
+    })
 }
 
 /// The arithmetic with the threads that were asked for.
@@ -78,26 +93,39 @@ pub(crate) fn served_name(given: Option<&str>, model: &Path) -> String {
         return name.to_owned();
     }
     let full = model.canonicalize().unwrap_or_else(|_| model.to_owned());
-    full.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+    full.file_name().map_or_else(
+        || "model".to_owned(),
+        |name| name.to_string_lossy().into_owned(),
+    )
 }
 
 /// Opens a node's listener and settles who and where it is.
-async fn join(role: &str, joining: &Joining, exposure: Exposure) -> Result<(Place, TcpListener), Failure> {
-    channel::lazy(&joining.coordinator).map_err(|error| Failure::usage(format!("--coordinator: {error}")))?;
+async fn join(
+    role: &str,
+    joining: &Joining,
+    exposure: Exposure,
+) -> Result<(Place, TcpListener), Failure> {
+    channel::lazy(&joining.coordinator)
+        .map_err(|error| Failure::usage(format!("--coordinator: {error}")))?;
     let listener = bind("listen", &joining.listen, exposure.insecure).await?;
     let address = match &joining.advertise {
         Some(address) => address.clone(),
         None => {
             let address = address_of(&listener)?;
             if address.ip().is_unspecified() {
-                return Err(Failure::usage(format!("--advertise is missing: {address} is no address to be reached at")));
+                return Err(Failure::usage(format!(
+                    "--advertise is missing: {address} is no address to be reached at"
+                )));
             }
             address.to_string()
         }
     };
     let place = Place {
         model: joining.model.clone(),
-        name: joining.name.clone().unwrap_or_else(|| format!("{role}-{address}")),
+        name: joining
+            .name
+            .clone()
+            .unwrap_or_else(|| format!("{role}-{address}")),
         address,
         coordinator: joining.coordinator.clone(),
     };

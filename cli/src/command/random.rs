@@ -18,13 +18,20 @@ const MAX_SHARD_GB: f64 = 1000.0;
 pub(crate) fn run(args: &RandomModel) -> Result<(), Failure> {
     log_role(&args.common)?;
     if !(args.shard_gb > 0.0 && args.shard_gb <= MAX_SHARD_GB) {
-        return Err(Failure::usage(format!("--shard-gb: {} is not between 0 and {MAX_SHARD_GB}", args.shard_gb)));
+        return Err(Failure::usage(format!(
+            "--shard-gb: {} is not between 0 and {MAX_SHARD_GB}",
+            args.shard_gb
+        )));
     }
     let shape = random::shape(&args.shape).ok_or_else(|| {
         Failure::usage(format!("--shape: `{}` is unknown", args.shape))
             .hint(format!("one of {}", random::NAMES.join(", ")))
     })?;
-    let overrides = args.set.iter().map(|text| random::parse_override(text)).collect::<Result<Vec<_>, _>>()?;
+    let overrides = args
+        .set
+        .iter()
+        .map(|text| random::parse_override(text))
+        .collect::<Result<Vec<_>, _>>()?;
     let config = shape.clone().with(&overrides).config().map_err(|error| {
         Failure::usage(error.to_string()).hint("the field comes from --shape or --set")
     })?;
@@ -45,6 +52,10 @@ pub(crate) fn run(args: &RandomModel) -> Result<(), Failure> {
         &args.out,
         &|done, total| progress.at(done, total),
     )?;
-    tracing::info!("{} written in {:.1} s", args.out.display(), begun.elapsed().as_secs_f32());
+    tracing::info!(
+        "{} written in {:.1} s",
+        args.out.display(),
+        begun.elapsed().as_secs_f32()
+    );
     Ok(())
 }

@@ -34,14 +34,20 @@ pub(crate) fn run(args: &Inspect, checkpoint: &Checkpoint, cpu: &Cpu) -> Result<
     let output = scored.split_off(prompt - 1);
     let text = Text::load(checkpoint.dir(), config)?;
     let answer = Answer {
-        text: text.map(|text| text.decode(&continuation, true)).transpose()?,
+        text: text
+            .map(|text| text.decode(&continuation, true))
+            .transpose()?,
         logprobs: Some(output),
         prompt_logprobs: Some(scored),
         finish_reason: "length",
         usage: Usage::new(count(prompt), count(continuation.len())),
         token_ids: continuation,
     };
-    if args.json { answer.print_json() } else { answer.print_words() }
+    if args.json {
+        answer.print_json()
+    } else {
+        answer.print_words()
+    }
 }
 
 fn count(n: usize) -> u32 {
@@ -50,6 +56,10 @@ fn count(n: usize) -> u32 {
 
 impl From<Sampled> for Logprobs {
     fn from(sampled: Sampled) -> Self {
-        Self { token_id: sampled.token, logprob: sampled.logprob, top: sampled.top }
+        Self {
+            token_id: sampled.token,
+            logprob: sampled.logprob,
+            top: sampled.top,
+        }
     }
 }

@@ -53,7 +53,10 @@ async fn serve(args: &Up) -> Result<(), Failure> {
 }
 
 /// Waits until the cluster serves and says so to programs: one line on stdout.
-async fn announce(local: &mut Local, (http, grpc): (SocketAddr, SocketAddr)) -> Result<(), Failure> {
+async fn announce(
+    local: &mut Local,
+    (http, grpc): (SocketAddr, SocketAddr),
+) -> Result<(), Failure> {
     local.ready().await?;
     let mut stdout = std::io::stdout();
     writeln!(stdout, "guild: serving http={http} grpc={grpc}")?;
