@@ -110,7 +110,7 @@ impl Node {
             name: self.cfg.name.clone(),
             address: self.cfg.address.clone(),
             model_digest: digest.clone(),
-            numerics_class: self.cpu.numerics_class().to_owned(),
+            numerics_class: self.cfg.dtype.numerics_class(&self.cpu),
             capacity_bytes: 0,
         })?;
         let outcome = tokio::select! {

@@ -57,7 +57,7 @@ pub async fn run(
     let dir = cfg.model.clone();
     let checkpoint = on_thread("opening the checkpoint", move || Checkpoint::open(&dir)).await??;
     let width = checkpoint.config().hidden_size;
-    let numerics_class = cpu.numerics_class().to_owned();
+    let numerics_class = cfg.dtype.numerics_class(&cpu);
     let host = Arc::new(Host::new(&cfg.name, width, cpu));
 
     let closing = CancellationToken::new();

@@ -32,6 +32,17 @@ pub enum Dtype {
     Bf16,
 }
 
+impl Dtype {
+    /// Names the numerics of a node: those of its arithmetic, and whether its weights were rounded.
+    /// Weights as stored and weights widened to f32 are the same numbers, so they are one class.
+    pub fn numerics_class(self, cpu: &guild_kernels::Cpu) -> String {
+        match self {
+            Dtype::Auto | Dtype::F32 => cpu.numerics_class().to_owned(),
+            Dtype::Bf16 => format!("{}+bf16-weights", cpu.numerics_class()),
+        }
+    }
+}
+
 impl FromStr for Dtype {
     type Err = ModelError;
 
