@@ -177,7 +177,8 @@ pub async fn run(
 
     let http = Server::on(Routes::from(front.router()), true).await?;
     let health = http.health();
-    let grpc = Server::with_health(Routes::from(front.router()), false, health.clone())?;
+    let grpc = Server::with_health(Routes::default(), false, health.clone())?
+        .add(front.inference_service());
     let cluster_end = Shutdown::new();
     let service = ClusterService::new(Arc::clone(&state), cluster_end.clone());
     let cluster = Server::new().await?.add(ClusterServer::new(service));

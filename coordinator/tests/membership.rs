@@ -35,6 +35,7 @@ async fn nodes_join_load_and_serve_in_any_order_and_health_follows() {
     let slots: usize = loading.nodes.iter().map(|node| node.slots.len()).sum();
     assert_eq!(slots, coordinator.experts_in_all());
     // Readiness is refused in words, over the very port clients use.
+    assert_eq!(coordinator.http_health().await, 503);
     let refused = coordinator.generate(&[1, 2, 3]).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable);
     assert!(
@@ -57,6 +58,9 @@ async fn nodes_join_load_and_serve_in_any_order_and_health_follows() {
         matches!(events.last(), Some(Event::Complete(_))),
         "{events:?}"
     );
+    assert_eq!(coordinator.http_health().await, 200);
+    let mut stream = coordinator.open_on_http(&[1]).await.unwrap();
+    while stream.message().await.unwrap().is_some() {}
 }
 
 #[tokio::test]

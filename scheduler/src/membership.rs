@@ -10,217 +10,23 @@
 //! it has reported that epoch as loaded it is ACTIVE. A node that is lost takes
 //! ACTIVE back at once, and a new epoch gives its experts a home elsewhere.
 
+mod types;
+mod words;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use crate::placement::{Candidate, NodeId, NodeSlots, Placement, Shortfall, assign};
 
-/// Nodes a cluster has at most.
-pub const MAX_NODES: usize = 4096;
-/// Bytes of a node's name, its address and of one reason.
-pub const MAX_TEXT: usize = 256;
+pub use types::{
+    Action, Loss, MAX_NODES, MAX_TEXT, Node, Published, Refused, Registration, Report, Role,
+    Settings, UnknownNode,
+};
+
 /// Highest epoch a node may report; no cluster lives long enough to pass it.
 pub const MAX_EPOCH: u64 = 1 << 62;
 /// Incarnations of lost nodes that are remembered.
 const MAX_REMEMBERED: usize = 4096;
-/// Names listed in one reason; the rest are counted.
-const MAX_NAMES_IN_REASON: usize = 8;
-
-/// What does not change while a coordinator runs.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Digest of the configuration and weights that this cluster serves.
-    pub model_digest: String,
-    /// Layers with routed experts, each with `experts` of them.
-    pub layers: Vec<u32>,
-    /// Routed experts of a layer.
-    pub experts: u32,
-    /// Resident bytes of the largest expert, to turn capacities into slots.
-    pub slot_bytes: u64,
-    /// Silence after which a node is taken for dead.
-    pub lease: Duration,
-    /// How long to wait for further expert nodes after one has joined.
-    pub settle: Duration,
-    /// Expert nodes that must be there before the first placement.
-    pub min_expert_nodes: usize,
-}
-
-/// What a node does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Runs the step loop and owns KV memory.
-    Attention,
-    /// Holds experts.
-    Expert,
-}
-
-impl Role {
-    fn in_words(self) -> &'static str {
-        match self {
-            Role::Attention => "attention node",
-            Role::Expert => "expert node",
-        }
-    }
-}
-
-/// A node's request to join.
-#[derive(Clone, Debug)]
-pub struct Registration {
-    /// What it does.
-    pub role: Role,
-    /// Unique and stable.
-    pub name: String,
-    /// Where others reach it.
-    pub address: String,
-    /// Digest of its configuration and weights.
-    pub model_digest: String,
-    /// Which bits it computes.
-    pub numerics_class: String,
-    /// Bytes for experts; 0 is unlimited.
-    pub capacity_bytes: u64,
-    /// Newest epoch it has seen.
-    pub newest_epoch: u64,
-    /// Drawn at process start.
-    pub incarnation: u64,
-}
-
-/// What a node says about itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    /// Newest epoch it has loaded or serves by.
-    pub epoch: u64,
-    /// Whether it can work at that epoch.
-    pub ready: bool,
-    /// Why not.
-    pub reason: String,
-    /// Requests running (attention nodes).
-    pub running: u32,
-    /// Requests waiting (attention nodes).
-    pub waiting: u32,
-    /// It is about to leave: nothing new goes there.
-    pub draining: bool,
-}
-
-/// Why a node may not join.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
-    /// It has another model.
-    #[error(
-        "`{name}` has the model with digest {theirs}, this cluster serves {ours}; give every node the same --model"
-    )]
-    Digest {
-        /// Its name.
-        name: String,
-        /// Its digest.
-        theirs: String,
-        /// The digest of the cluster.
-        ours: String,
-    },
-    /// It would compute other bits than the nodes that are here.
-    #[error(
-        "`{name}` computes in numerics class `{theirs}`, the cluster (`{member}`) in `{ours}`; nodes of one cluster must agree"
-    )]
-    Numerics {
-        /// Its name.
-        name: String,
-        /// Its class.
-        theirs: String,
-        /// A node that is here.
-        member: String,
-        /// The class of that node.
-        ours: String,
-    },
-    /// Its name is in use by a node of another role.
-    #[error("the name `{name}` belongs to an {}; names are unique in a cluster", role.in_words())]
-    NameTaken {
-        /// The name.
-        name: String,
-        /// What the node of that name does.
-        role: Role,
-    },
-    /// A field is empty, too long or absurd.
-    #[error("{field}: {problem}")]
-    Field {
-        /// The field.
-        field: &'static str,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// The limit on nodes is reached.
-    #[error("the cluster has {MAX_NODES} nodes, which is its limit")]
-    Full,
-}
-
-/// The node is not, or no longer, a member: it has to register again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("node {0} is not a member (its lease may have run out): register again")]
-pub struct UnknownNode(pub NodeId);
-
-/// How a node was lost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Loss {
-    /// It said goodbye.
-    Left,
-    /// Its lease ran out.
-    Silent,
-    /// A new process has taken its name.
-    Replaced,
-}
-
-/// What follows from an event.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Tell everybody about [`Membership::published`].
-    Publish,
-    /// A node is a member now.
-    Joined {
-        /// Its id.
-        node: NodeId,
-        /// Its name.
-        name: String,
-    },
-    /// A node is no longer a member.
-    Lost {
-        /// Its id.
-        node: NodeId,
-        /// Its name.
-        name: String,
-        /// How.
-        how: Loss,
-    },
-}
-
-/// A placement as the nodes are told of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Published {
-    /// The homes, and the epoch.
-    pub placement: Placement,
-    /// Whether every home is live and loaded. False: LOADING.
-    pub active: bool,
-    /// Name and address of every node in the placement, in its order.
-    pub nodes: Vec<(String, String)>,
-}
-
-/// A member as others see it.
-#[derive(Clone, Debug)]
-pub struct Node {
-    /// Its id, never used twice.
-    pub id: NodeId,
-    /// What it does.
-    pub role: Role,
-    /// Its name.
-    pub name: String,
-    /// Where it is reached.
-    pub address: String,
-    /// Which bits it computes.
-    pub numerics_class: String,
-    /// Its last word.
-    pub report: Report,
-    incarnation: u64,
-    capacity_bytes: u64,
-    last_seen: Duration,
-}
-
 /// The state of a cluster's membership.
 #[derive(Debug)]
 pub struct Membership {
@@ -417,64 +223,6 @@ impl Membership {
             .map(|published| published.placement.epoch())
     }
 
-    /// What the cluster waits for, in words. None: it can serve.
-    pub fn waiting_for(&self) -> Option<String> {
-        if let Some(epoch) = self.active_epoch() {
-            if self.serving().next().is_some() {
-                return None;
-            }
-            let all: Vec<&Node> = self.of_role(Role::Attention).collect();
-            return Some(match all.as_slice() {
-                [] => "no attention node is ready (none has joined)".to_owned(),
-                all => format!(
-                    "no attention node is ready at epoch {epoch} ({})",
-                    names(all)
-                ),
-            });
-        }
-        let experts = self.usable_experts().count();
-        if let Some(short) = &self.shortfall {
-            if experts > 0 {
-                let bytes = in_words(short.missing_bytes(self.settings.slot_bytes));
-                return Some(format!(
-                    "expert memory is short by {bytes} ({} of {} experts have no room): add expert nodes",
-                    short.missing(),
-                    short.needed
-                ));
-            }
-            return Some("waiting for an expert node".to_owned());
-        }
-        let wanted = self.wanted_experts();
-        if experts < wanted {
-            return Some(match (experts, wanted) {
-                (0, 1) => "waiting for an expert node".to_owned(),
-                (0, wanted) => format!("waiting for {wanted} expert nodes"),
-                (experts, wanted) => format!(
-                    "waiting for {} more of {wanted} expert nodes",
-                    wanted - experts
-                ),
-            });
-        }
-        match &self.published {
-            Some(published) if self.plan_at.is_none() => {
-                let all = published.placement.nodes();
-                let missing: Vec<&Node> = all
-                    .iter()
-                    .filter_map(|slots| self.nodes.get(&slots.node))
-                    .filter(|node| !has_loaded(node, published.placement.epoch()))
-                    .collect();
-                Some(format!(
-                    "waiting for {} of {} expert nodes to load epoch {} ({})",
-                    missing.len(),
-                    all.len(),
-                    published.placement.epoch(),
-                    names(&missing)
-                ))
-            }
-            _ => Some("waiting a moment for further expert nodes to join".to_owned()),
-        }
-    }
-
     fn check(&self, new: &Registration) -> Result<(), Refused> {
         let field = |field: &'static str, problem: &str| {
             Err(Refused::Field {
@@ -579,7 +327,8 @@ impl Membership {
             .published
             .as_ref()
             .is_some_and(|p| p.placement.nodes().iter().any(|slots| slots.node == id));
-        if held {
+        // A shortfall is counted anew, so that it stays true.
+        if held || (node.role == Role::Expert && self.shortfall.is_some()) {
             self.plan_at.get_or_insert(now);
         }
     }
@@ -731,30 +480,4 @@ fn truncate(text: &mut String) {
             .unwrap_or(0);
         text.truncate(end);
     }
-}
-
-fn names(nodes: &[&Node]) -> String {
-    let mut list: Vec<&str> = nodes
-        .iter()
-        .take(MAX_NAMES_IN_REASON)
-        .map(|node| node.name.as_str())
-        .collect();
-    let rest = format!(
-        "and {} more",
-        nodes.len().saturating_sub(MAX_NAMES_IN_REASON)
-    );
-    if nodes.len() > MAX_NAMES_IN_REASON {
-        list.push(&rest);
-    }
-    list.join(", ")
-}
-
-fn in_words(bytes: u64) -> String {
-    const UNITS: [(u64, &str); 3] = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
-    for (unit, name) in UNITS {
-        if bytes >= unit {
-            return format!("{:.1} {name}", bytes as f64 / unit as f64);
-        }
-    }
-    format!("{bytes} bytes")
 }

@@ -23,6 +23,8 @@ use guild_proto::inference::v1::{
     Chunk, Complete, FinishReason, GenerateRequest, GenerateResponse, ModelInfoRequest,
     ModelInfoResponse, Prompt, TokenIds, Usage,
 };
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tonic::transport::Channel;
@@ -54,10 +56,20 @@ pub(crate) async fn expect<F: Future<Output = bool>>(what: &str, holds: impl Fn(
     }
 }
 
+async fn open(address: &str, ids: &[u32]) -> Result<Streaming<GenerateResponse>, Status> {
+    let mut client = InferenceClient::new(channel::lazy(address).unwrap());
+    let request = GenerateRequest {
+        input: Some(Input::TokenIds(TokenIds { ids: ids.to_vec() })),
+        ..GenerateRequest::default()
+    };
+    Ok(client.generate(request).await?.into_inner())
+}
+
 /// A coordinator in this process.
 pub(crate) struct Coordinator {
     cluster: String,
     grpc: String,
+    http: String,
     /// Of the model it serves.
     pub(crate) digest: String,
     experts: usize,
@@ -90,6 +102,7 @@ impl Coordinator {
         Coordinator {
             cluster: listeners.cluster.local_addr().unwrap().to_string(),
             grpc: listeners.grpc.local_addr().unwrap().to_string(),
+            http: listeners.http.local_addr().unwrap().to_string(),
             digest: checkpoint.digest().unwrap(),
             experts: description.expert_layers().count() * description.n_routed_experts,
             task: tokio::spawn(run(config, listeners, shutdown.clone())),
@@ -133,6 +146,17 @@ impl Coordinator {
         said.iter().all(|status| *status == ServingStatus::Serving)
     }
 
+    /// Status code of `GET /health`, asked over HTTP/1.1.
+    pub(crate) async fn http_health(&self) -> u16 {
+        let mut stream = TcpStream::connect(&self.http).await.unwrap();
+        let request = "GET /health HTTP/1.1\r\nhost: guild\r\nconnection: close\r\n\r\n";
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let code = answer.split_whitespace().nth(1);
+        code.and_then(|code| code.parse().ok()).unwrap_or(0)
+    }
+
     /// Waits for readiness, in status and health.
     pub(crate) async fn is_ready(&self) {
         let ready = async {
@@ -167,14 +191,17 @@ impl Coordinator {
         .await;
     }
 
+    /// Opens a stream on the HTTP port, which speaks gRPC too.
+    pub(crate) async fn open_on_http(
+        &self,
+        ids: &[u32],
+    ) -> Result<Streaming<GenerateResponse>, Status> {
+        open(&self.http, ids).await
+    }
+
     /// Opens a stream at the front door.
     pub(crate) async fn open(&self, ids: &[u32]) -> Result<Streaming<GenerateResponse>, Status> {
-        let mut client = InferenceClient::new(channel::lazy(&self.grpc).unwrap());
-        let request = GenerateRequest {
-            input: Some(Input::TokenIds(TokenIds { ids: ids.to_vec() })),
-            ..GenerateRequest::default()
-        };
-        Ok(client.generate(request).await?.into_inner())
+        open(&self.grpc, ids).await
     }
 
     /// Runs one request to its end.

@@ -1,0 +1,341 @@
+//! The membership thread: register, beat, watch, and over again.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
+use std::time::Duration;
+
+use guild_proto::cluster::v1::cluster_client::ClusterClient;
+use guild_proto::cluster::v1::{
+    HeartbeatRequest, LeaveRequest, Placement, RegisterRequest, WatchPlacementRequest,
+};
+use tokio::sync::watch;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+
+use super::{MemberConfig, MemberError, Said};
+use crate::channel;
+use crate::serve::chain;
+use crate::status::reason_of;
+
+/// First pause after a failed attempt; it doubles up to [`BACKOFF_MAX`].
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+/// Longest pause between attempts, so that a coordinator that comes back finds
+/// its nodes within about this time.
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// Heartbeats in one lease: two may be lost before the third is too late.
+const BEATS_PER_LEASE: u32 = 3;
+/// Fastest heartbeat, whatever the lease says.
+const BEAT_MIN: Duration = Duration::from_millis(20);
+/// What a call may take before it counts as failed.
+const CALL_TIMEOUT: Duration = Duration::from_secs(3);
+/// What saying goodbye may take: the lease does the same, only later.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Bytes of one placement message: 2^20 slots of up to 8 bytes, and names.
+const MAX_PLACEMENT_BYTES: usize = 32 << 20;
+
+/// Tells a restarted process from a reconnect; not a secret.
+fn draw_incarnation() -> u64 {
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    hasher.finish()
+}
+
+/// Why a registration ended.
+enum Lost {
+    /// The coordinator does not know this node (any more).
+    Unknown,
+    /// The owner wants to leave.
+    Leaving,
+    /// Every handle was dropped without leaving.
+    Abandoned,
+}
+
+/// The state of the membership thread.
+pub(super) struct Session {
+    client: ClusterClient<Channel>,
+    config: MemberConfig,
+    incarnation: u64,
+    said: watch::Receiver<Said>,
+    placement: watch::Sender<Option<Arc<Placement>>>,
+    node_id: watch::Sender<Option<u32>>,
+}
+
+impl Session {
+    /// Must be made in the runtime that drives it.
+    pub(super) fn new(
+        config: MemberConfig,
+        said: watch::Receiver<Said>,
+        placement: watch::Sender<Option<Arc<Placement>>>,
+        node_id: watch::Sender<Option<u32>>,
+    ) -> Result<Session, MemberError> {
+        let client = ClusterClient::new(channel::lazy(&config.coordinator)?)
+            .max_decoding_message_size(MAX_PLACEMENT_BYTES);
+        Ok(Session {
+            client,
+            config,
+            incarnation: draw_incarnation(),
+            said,
+            placement,
+            node_id,
+        })
+    }
+
+    /// Joins and stays until the owner leaves or is gone, or the coordinator
+    /// refuses this node for good.
+    pub(super) async fn run(self) -> Result<(), MemberError> {
+        let mut complaint = Complaint::default();
+        loop {
+            let registered = tokio::select! {
+                _ = left(self.said.clone()) => return Ok(()),
+                registered = self.register(&mut complaint) => registered?,
+            };
+            let (node_id, lease) = registered;
+            self.node_id.send_replace(Some(node_id));
+            let lost = tokio::select! {
+                lost = left(self.said.clone()) => lost,
+                lost = self.beat(node_id, lease) => lost,
+                lost = self.watch(node_id) => lost,
+            };
+            self.node_id.send_replace(None);
+            match lost {
+                Lost::Leaving => {
+                    self.say_goodbye(node_id).await;
+                    return Ok(());
+                }
+                // Like a crash: the lease runs out.
+                Lost::Abandoned => return Ok(()),
+                Lost::Unknown => {
+                    tracing::warn!(
+                        name = self.config.name,
+                        "the coordinator no longer knows this node: joining again"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Registers, however long it takes. Returns the node id and the lease.
+    async fn register(&self, complaint: &mut Complaint) -> Result<(u32, Duration), MemberError> {
+        let mut backoff = Backoff::default();
+        loop {
+            let request = RegisterRequest {
+                role: self.config.role.into(),
+                name: self.config.name.clone(),
+                address: self.config.address.clone(),
+                model_digest: self.config.model_digest.clone(),
+                numerics_class: self.config.numerics_class.clone(),
+                capacity_bytes: self.config.capacity_bytes,
+                newest_epoch: self.newest_epoch(),
+                incarnation: self.incarnation,
+            };
+            match self.client.clone().register(timed(request)).await {
+                Ok(response) => {
+                    let response = response.into_inner();
+                    let lease = Duration::from_millis(response.lease_ms.into());
+                    tracing::info!(
+                        name = self.config.name,
+                        coordinator = self.config.coordinator,
+                        node_id = response.node_id,
+                        "joined the cluster"
+                    );
+                    complaint.settle();
+                    return Ok((response.node_id, lease));
+                }
+                Err(status) if is_final(&status) => {
+                    return Err(MemberError::Refused {
+                        coordinator: self.config.coordinator.clone(),
+                        message: status.message().to_owned(),
+                        reason: reason_of(&status),
+                    });
+                }
+                Err(status) => {
+                    complaint.say(&format!(
+                        "waiting for the coordinator at {}: {}",
+                        self.config.coordinator,
+                        in_words(&status)
+                    ));
+                    backoff.wait().await;
+                }
+            }
+        }
+    }
+
+    /// Sends heartbeats until the coordinator does not know this node.
+    async fn beat(&self, node_id: u32, lease: Duration) -> Lost {
+        let interval = (lease / BEATS_PER_LEASE).max(BEAT_MIN);
+        let mut said = self.said.clone();
+        let mut complaint = Complaint::default();
+        loop {
+            let now = said.borrow_and_update().clone();
+            let request = HeartbeatRequest {
+                node_id,
+                incarnation: self.incarnation,
+                epoch: now.state.epoch,
+                ready: now.state.ready && !now.draining,
+                reason: if now.draining {
+                    "draining".to_owned()
+                } else {
+                    now.state.reason
+                },
+                running: now.load.running,
+                waiting: now.load.waiting,
+                draining: now.draining,
+            };
+            match self.client.clone().heartbeat(timed(request)).await {
+                Ok(_) => complaint.settle(),
+                Err(status) if status.code() == Code::NotFound => return Lost::Unknown,
+                Err(status) => complaint.say(&format!(
+                    "heartbeat to {} failed: {}",
+                    self.config.coordinator,
+                    in_words(&status)
+                )),
+            }
+            // News goes out at once, silence is broken once an interval.
+            let news = tokio::time::timeout(interval, said.changed()).await;
+            if matches!(news, Ok(Err(_))) {
+                return Lost::Abandoned;
+            }
+        }
+    }
+
+    /// Follows the placement until the coordinator does not know this node.
+    async fn watch(&self, node_id: u32) -> Lost {
+        let mut complaint = Complaint::default();
+        let mut backoff = Backoff::default();
+        loop {
+            let end = self.follow(node_id, &mut complaint, &mut backoff).await;
+            if end.code() == Code::NotFound {
+                return Lost::Unknown;
+            }
+            complaint.say(&format!(
+                "no placement from {}: {}",
+                self.config.coordinator,
+                in_words(&end)
+            ));
+            backoff.wait().await;
+        }
+    }
+
+    async fn follow(
+        &self,
+        node_id: u32,
+        complaint: &mut Complaint,
+        backoff: &mut Backoff,
+    ) -> Status {
+        let request = WatchPlacementRequest { node_id };
+        let mut stream = match self.client.clone().watch_placement(request).await {
+            Ok(response) => response.into_inner(),
+            Err(status) => return status,
+        };
+        loop {
+            match stream.message().await {
+                Ok(Some(placement)) => {
+                    complaint.settle();
+                    backoff.reset();
+                    if placement.epoch < self.newest_epoch() {
+                        tracing::warn!(
+                            epoch = placement.epoch,
+                            newest = self.newest_epoch(),
+                            "ignored a placement older than the one in use"
+                        );
+                        continue;
+                    }
+                    self.placement.send_replace(Some(Arc::new(placement)));
+                }
+                Ok(None) => return Status::unavailable("the coordinator ended the stream"),
+                Err(status) => return status,
+            }
+        }
+    }
+
+    async fn say_goodbye(&self, node_id: u32) {
+        let mut client = self.client.clone();
+        let request = LeaveRequest {
+            node_id,
+            incarnation: self.incarnation,
+        };
+        let left = tokio::time::timeout(LEAVE_TIMEOUT, client.leave(request)).await;
+        if !matches!(left, Ok(Ok(_))) {
+            tracing::info!("the coordinator was not told of leaving: the lease will run out");
+        }
+    }
+
+    fn newest_epoch(&self) -> u64 {
+        self.placement.borrow().as_ref().map_or(0, |p| p.epoch)
+    }
+}
+
+/// Completes when the owner wants to leave or is gone.
+async fn left(mut said: watch::Receiver<Said>) -> Lost {
+    match said.wait_for(|said| said.leaving).await {
+        Ok(_) => Lost::Leaving,
+        Err(_) => Lost::Abandoned,
+    }
+}
+
+fn timed<T>(message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(CALL_TIMEOUT);
+    request
+}
+
+/// Whether asking again cannot help.
+fn is_final(status: &Status) -> bool {
+    matches!(
+        status.code(),
+        Code::FailedPrecondition
+            | Code::InvalidArgument
+            | Code::PermissionDenied
+            | Code::Unauthenticated
+            | Code::Unimplemented
+    )
+}
+
+fn in_words(status: &Status) -> String {
+    // A transport error hides its cause in its sources.
+    match std::error::Error::source(status) {
+        Some(source) => chain(source),
+        None if status.message().is_empty() => status.code().to_string(),
+        None => status.message().to_owned(),
+    }
+}
+
+/// Doubling pauses.
+#[derive(Default)]
+struct Backoff {
+    last: Option<Duration>,
+}
+
+impl Backoff {
+    async fn wait(&mut self) {
+        let pause = self
+            .last
+            .map_or(BACKOFF_MIN, |last| (last * 2).min(BACKOFF_MAX));
+        self.last = Some(pause);
+        tokio::time::sleep(pause).await;
+    }
+
+    fn reset(&mut self) {
+        self.last = None;
+    }
+}
+
+/// Says why something is being waited for, once per reason.
+#[derive(Default)]
+struct Complaint {
+    last: Option<String>,
+}
+
+impl Complaint {
+    fn say(&mut self, reason: &str) {
+        if self.last.as_deref() != Some(reason) {
+            tracing::warn!("{reason}");
+            self.last = Some(reason.to_owned());
+        }
+    }
+
+    fn settle(&mut self) {
+        self.last = None;
+    }
+}

@@ -1,0 +1,205 @@
+//! What goes into the membership and what comes out of it.
+
+use std::time::Duration;
+
+use crate::placement::{NodeId, Placement};
+
+/// Nodes a cluster has at most.
+pub const MAX_NODES: usize = 4096;
+/// Bytes of a node's name, its address and of one reason.
+pub const MAX_TEXT: usize = 256;
+/// What does not change while a coordinator runs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Digest of the configuration and weights that this cluster serves.
+    pub model_digest: String,
+    /// Layers with routed experts, each with `experts` of them.
+    pub layers: Vec<u32>,
+    /// Routed experts of a layer.
+    pub experts: u32,
+    /// Resident bytes of the largest expert, to turn capacities into slots.
+    pub slot_bytes: u64,
+    /// Silence after which a node is taken for dead.
+    pub lease: Duration,
+    /// How long to wait for further expert nodes after one has joined.
+    pub settle: Duration,
+    /// Expert nodes that must be there before the first placement.
+    pub min_expert_nodes: usize,
+}
+
+/// What a node does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Runs the step loop and owns KV memory.
+    Attention,
+    /// Holds experts.
+    Expert,
+}
+
+impl Role {
+    fn in_words(self) -> &'static str {
+        match self {
+            Role::Attention => "attention node",
+            Role::Expert => "expert node",
+        }
+    }
+}
+
+/// A node's request to join.
+#[derive(Clone, Debug)]
+pub struct Registration {
+    /// What it does.
+    pub role: Role,
+    /// Unique and stable.
+    pub name: String,
+    /// Where others reach it.
+    pub address: String,
+    /// Digest of its configuration and weights.
+    pub model_digest: String,
+    /// Which bits it computes.
+    pub numerics_class: String,
+    /// Bytes for experts; 0 is unlimited.
+    pub capacity_bytes: u64,
+    /// Newest epoch it has seen.
+    pub newest_epoch: u64,
+    /// Drawn at process start.
+    pub incarnation: u64,
+}
+
+/// What a node says about itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Newest epoch it has loaded or serves by.
+    pub epoch: u64,
+    /// Whether it can work at that epoch.
+    pub ready: bool,
+    /// Why not.
+    pub reason: String,
+    /// Requests running (attention nodes).
+    pub running: u32,
+    /// Requests waiting (attention nodes).
+    pub waiting: u32,
+    /// It is about to leave: nothing new goes there.
+    pub draining: bool,
+}
+
+/// Why a node may not join.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// It has another model.
+    #[error(
+        "`{name}` has the model with digest {theirs}, this cluster serves {ours}; give every node the same --model"
+    )]
+    Digest {
+        /// Its name.
+        name: String,
+        /// Its digest.
+        theirs: String,
+        /// The digest of the cluster.
+        ours: String,
+    },
+    /// It would compute other bits than the nodes that are here.
+    #[error(
+        "`{name}` computes in numerics class `{theirs}`, the cluster (`{member}`) in `{ours}`; nodes of one cluster must agree"
+    )]
+    Numerics {
+        /// Its name.
+        name: String,
+        /// Its class.
+        theirs: String,
+        /// A node that is here.
+        member: String,
+        /// The class of that node.
+        ours: String,
+    },
+    /// Its name is in use by a node of another role.
+    #[error("the name `{name}` belongs to an {}; names are unique in a cluster", role.in_words())]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// What the node of that name does.
+        role: Role,
+    },
+    /// A field is empty, too long or absurd.
+    #[error("{field}: {problem}")]
+    Field {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The limit on nodes is reached.
+    #[error("the cluster has {MAX_NODES} nodes, which is its limit")]
+    Full,
+}
+
+/// The node is not, or no longer, a member: it has to register again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("node {0} is not a member (its lease may have run out): register again")]
+pub struct UnknownNode(pub NodeId);
+
+/// How a node was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// It said goodbye.
+    Left,
+    /// Its lease ran out.
+    Silent,
+    /// A new process has taken its name.
+    Replaced,
+}
+
+/// What follows from an event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Tell everybody about [`Membership::published`].
+    Publish,
+    /// A node is a member now.
+    Joined {
+        /// Its id.
+        node: NodeId,
+        /// Its name.
+        name: String,
+    },
+    /// A node is no longer a member.
+    Lost {
+        /// Its id.
+        node: NodeId,
+        /// Its name.
+        name: String,
+        /// How.
+        how: Loss,
+    },
+}
+
+/// A placement as the nodes are told of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Published {
+    /// The homes, and the epoch.
+    pub placement: Placement,
+    /// Whether every home is live and loaded. False: LOADING.
+    pub active: bool,
+    /// Name and address of every node in the placement, in its order.
+    pub nodes: Vec<(String, String)>,
+}
+
+/// A member as others see it.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Its id, never used twice.
+    pub id: NodeId,
+    /// What it does.
+    pub role: Role,
+    /// Its name.
+    pub name: String,
+    /// Where it is reached.
+    pub address: String,
+    /// Which bits it computes.
+    pub numerics_class: String,
+    /// Its last word.
+    pub report: Report,
+    pub(super) incarnation: u64,
+    pub(super) capacity_bytes: u64,
+    /// When it was last heard of.
+    pub(super) last_seen: Duration,
+}
