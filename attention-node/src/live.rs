@@ -56,7 +56,7 @@ pub async fn run(
 
     let (phase, phases) = watch::channel(Phase::Waiting("it is starting".to_owned()));
     let service = Inference::new(Arc::clone(&model), &cfg.model_name, phases);
-    let server = Server::new().await?.add(InferenceServer::new(service));
+    let server = Server::new().await.add(InferenceServer::new(service));
     let health = server.health();
     health.set_serving(SERVICE_NAME, false).await;
     let down = shutdown.child();

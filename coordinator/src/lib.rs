@@ -175,13 +175,15 @@ pub async fn run(
         config.limits.clone(),
     );
 
-    let http = Server::on(Routes::from(front.router()), true).await?;
+    let http = Server::on(Routes::from(front.router()), true)
+        .await
+        .listing(INFERENCE);
     let health = http.health();
-    let grpc = Server::with_health(Routes::default(), false, health.clone())?
+    let grpc = Server::with_health(Routes::default(), false, health.clone())
         .add(front.inference_service());
     let cluster_end = Shutdown::new();
     let service = ClusterService::new(Arc::clone(&state), cluster_end.clone());
-    let cluster = Server::new().await?.add(ClusterServer::new(service));
+    let cluster = Server::new().await.add(ClusterServer::new(service));
     cluster.health().set_serving("", true).await;
     cluster.health().set_serving(CLUSTER, true).await;
 

@@ -67,7 +67,7 @@ pub async fn run(
         ServiceLimits::default(),
         closing.clone(),
     );
-    let server = Server::new().await?.add(experts);
+    let server = Server::new().await.add(experts);
     let health = server.health();
     health.set_serving(SERVICE_NAME, false).await;
     // Not a child of `shutdown`: rows are served while the node drains.

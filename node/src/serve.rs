@@ -156,44 +156,41 @@ pub struct Server {
     routes: Routes,
     health: Health,
     http1: bool,
+    /// Full names of the services that reflection lists.
+    services: Vec<String>,
 }
 
 impl Server {
-    /// A gRPC server with grpc.health.v1 and reflection v1 and nothing else.
-    /// Health answers NOT_SERVING until told otherwise.
-    ///
-    /// # Errors
-    /// The descriptor set that this binary was built with is unusable.
-    pub async fn new() -> Result<Server, ServeError> {
+    /// A gRPC server with grpc.health.v1 and reflection (v1 and v1alpha, which generic clients still
+    /// ask for) and nothing else. Health answers NOT_SERVING until told otherwise.
+    pub async fn new() -> Server {
         Server::on(Routes::default(), false).await
     }
 
     /// The same over existing routes; `http1` also accepts HTTP/1.1 (for a
     /// router that has more than gRPC on it).
-    ///
-    /// # Errors
-    /// As [`Server::new`].
-    pub async fn on(routes: Routes, http1: bool) -> Result<Server, ServeError> {
+    pub async fn on(routes: Routes, http1: bool) -> Server {
         Server::with_health(routes, http1, Health::new().await)
     }
 
     /// The same, answering with the health of another server of this process.
-    ///
-    /// # Errors
-    /// As [`Server::new`].
-    pub fn with_health(routes: Routes, http1: bool, health: Health) -> Result<Server, ServeError> {
-        let reflection = tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(guild_proto::FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .build_v1()
-            .map_err(|e| ServeError::Reflection(e.to_string()))?;
+    pub fn with_health(routes: Routes, http1: bool, health: Health) -> Server {
         let checks =
             HealthServer::new(HealthService::from_health_reporter(health.reporter.clone()));
-        Ok(Server {
-            routes: routes.add_service(checks).add_service(reflection),
+        let server = Server {
+            routes,
             health,
             http1,
-        })
+            services: Vec::new(),
+        };
+        server.add(checks)
+    }
+
+    /// Lists a service that the routes given to [`Server::on`] already carry.
+    #[must_use]
+    pub fn listing(mut self, service: &str) -> Server {
+        self.services.push(service.to_owned());
+        self
     }
 
     /// Adds a gRPC service.
@@ -213,7 +210,24 @@ impl Server {
         S::Future: Send + 'static,
     {
         self.routes = self.routes.add_service(service);
-        self
+        self.listing(S::NAME)
+    }
+
+    /// The routes with reflection over what they carry: no port lists what it does not answer.
+    fn reflected(&self) -> Result<Routes, tonic_reflection::server::Error> {
+        let builder = || {
+            let all = tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(guild_proto::FILE_DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                .with_service_name("grpc.reflection.v1.ServerReflection")
+                .with_service_name("grpc.reflection.v1alpha.ServerReflection");
+            self.services.iter().fold(all, |b, name| b.with_service_name(name))
+        };
+        Ok(self
+            .routes
+            .clone()
+            .add_service(builder().build_v1()?)
+            .add_service(builder().build_v1alpha()?))
     }
 
     /// The handle by which health answers are set.
@@ -226,7 +240,8 @@ impl Server {
     /// is left is cut.
     ///
     /// # Errors
-    /// The server ended without being asked to.
+    /// The server ended without being asked to, or the descriptor set that this binary was built
+    /// with is unusable.
     pub async fn run(
         self,
         listener: TcpListener,
@@ -236,6 +251,9 @@ impl Server {
         let address = listener
             .local_addr()
             .map_or_else(|_| "?".to_owned(), |address| address.to_string());
+        let routes = self
+            .reflected()
+            .map_err(|e| ServeError::Reflection(e.to_string()))?;
         let cut = CancellationToken::new();
         // However this future ends, no connection outlives it.
         let cut_on_drop = cut.clone().drop_guard();
@@ -249,7 +267,7 @@ impl Server {
             .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
             .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-            .add_routes(self.routes.prepare())
+            .add_routes(routes.prepare())
             .serve_with_incoming_shutdown(accept(listener, cut.clone()), {
                 let shutdown = shutdown.clone();
                 let health = self.health.clone();

@@ -52,7 +52,6 @@ impl Fake {
         let address = listener.local_addr().unwrap().to_string();
         let server = Server::new()
             .await
-            .unwrap()
             .add(ClusterServer::new(self.clone()));
         let shutdown = Shutdown::new();
         tokio::spawn(server.run(listener, shutdown.clone(), Duration::ZERO));

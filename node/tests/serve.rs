@@ -65,8 +65,7 @@ async fn start(drain: Duration) -> Running {
     let address = listener.local_addr().unwrap().to_string();
     let (tx, streams) = mpsc::channel(4);
     let server = Server::new()
-        .await
-        .unwrap()
+            .await
         .add(ClusterServer::new(Streams(tx)));
     let health = server.health();
     let shutdown = Shutdown::new();

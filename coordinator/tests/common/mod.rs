@@ -325,7 +325,6 @@ impl Attention {
         let shutdown = Shutdown::new();
         let server = Server::new()
             .await
-            .unwrap()
             .add(InferenceServer::new(service.clone()));
         tokio::spawn(server.run(listener, shutdown.clone(), Duration::ZERO));
         Attention {
