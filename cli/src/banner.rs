@@ -129,8 +129,20 @@ impl Banner {
     }
 
     /// The line to paste into another terminal.
-    pub(crate) fn try_it(&mut self, model: &str, http: SocketAddr) -> &mut Self {
-        let body = serde_json::json!({"model": model, "prompt": "ROMEO:", "max_tokens": 64});
+    pub(crate) fn try_it(
+        &mut self,
+        name: &str,
+        checkpoint: &Checkpoint,
+        http: SocketAddr,
+    ) -> &mut Self {
+        // Without a tokenizer only token ids are served.
+        let text = checkpoint.dir().join("tokenizer.json").exists();
+        let prompt = if text {
+            serde_json::json!("ROMEO:")
+        } else {
+            serde_json::json!([1, 2, 3])
+        };
+        let body = serde_json::json!({"model": name, "prompt": prompt, "max_tokens": 64});
         self.line(
             "try",
             format!(

@@ -151,19 +151,13 @@ impl Local {
     pub(crate) async fn ready(&mut self) -> Result<(), Failure> {
         let channel = channel::lazy(&self.cluster).map_err(|error| Failure::of(&error))?;
         let mut client = ClusterClient::new(channel);
+        // The coordinator logs what is being waited for.
         let serves = async {
-            let mut last = String::new();
-            loop {
-                if let Ok(status) = client.status(StatusRequest {}).await {
-                    let status = status.into_inner();
-                    if status.ready {
-                        return;
-                    }
-                    if status.reason != last {
-                        tracing::info!("waiting: {}", status.reason);
-                        last = status.reason;
-                    }
-                }
+            while !client
+                .status(StatusRequest {})
+                .await
+                .is_ok_and(|status| status.get_ref().ready)
+            {
                 tokio::time::sleep(READY_POLL).await;
             }
         };

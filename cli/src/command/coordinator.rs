@@ -32,7 +32,7 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
         .line(
             "waits for",
             format!(
-                "{} expert nodes and an attention node",
+                "an attention node, expert nodes: {} or more",
                 args.min_expert_nodes
             ),
         )
@@ -42,7 +42,7 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
         )
         .line("http", format!("http://{http}/v1"))
         .line("grpc", format!("http://{}", address_of(&listeners.grpc)?))
-        .try_it(&name, reachable(http))
+        .try_it(&name, &checkpoint, reachable(http))
         .insecure(insecure)
         .show(args.common.log_format);
     let config = shells::coordinator(&shells::FrontDesk {

@@ -85,7 +85,7 @@ fn banner(
         .cpu(cpu)
         .line("http", format!("http://{http}/v1"))
         .line("grpc", format!("http://{grpc}"))
-        .try_it(&plan.model_name, reachable(http))
+        .try_it(&plan.model_name, checkpoint, reachable(http))
         .insecure(args.exposure.insecure);
     Ok(banner)
 }
