@@ -5,5 +5,6 @@
 //! code that production runs. It uses nothing of ours.
 
 pub mod batch;
+pub mod eplb;
 pub mod membership;
 pub mod placement;
