@@ -63,7 +63,10 @@ pub struct Text {
 
 impl std::fmt::Debug for Text {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Text").field("path", &self.path).field("has_template", &self.has_template()).finish_non_exhaustive()
+        f.debug_struct("Text")
+            .field("path", &self.path)
+            .field("has_template", &self.has_template())
+            .finish_non_exhaustive()
     }
 }
 
@@ -74,23 +77,40 @@ impl Text {
     /// token ids. A file that is there and broken is an error.
     pub fn load(dir: &Path, config: &Config) -> Result<Option<Arc<Text>>, ModelError> {
         let path = dir.join(TOKENIZER);
-        let Some(json) = read(&path, MAX_TOKENIZER_BYTES)? else { return Ok(None) };
-        let refuse = |reason: String| ModelError::Tokenizer { path: path.clone(), reason };
-        let mut tokenizer = Tokenizer::from_bytes(json).map_err(|e| refuse(format!("not a tokenizer: {e}")))?;
+        let Some(json) = read(&path, MAX_TOKENIZER_BYTES)? else {
+            return Ok(None);
+        };
+        let refuse = |reason: String| ModelError::Tokenizer {
+            path: path.clone(),
+            reason,
+        };
+        let mut tokenizer =
+            Tokenizer::from_bytes(json).map_err(|e| refuse(format!("not a tokenizer: {e}")))?;
         // A prompt is never cut or filled up behind the client's back.
         tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|e| refuse(e.to_string()))?;
+        tokenizer
+            .with_truncation(None)
+            .map_err(|e| refuse(e.to_string()))?;
 
         let settings_path = dir.join(TOKENIZER_CONFIG);
         let settings: TokenizerConfig = match read(&settings_path, MAX_TEMPLATE_BYTES)? {
-            Some(json) => serde_json::from_slice(&json)
-                .map_err(|e| ModelError::Tokenizer { path: settings_path, reason: format!("not a tokenizer configuration: {e}") })?,
+            Some(json) => serde_json::from_slice(&json).map_err(|e| ModelError::Tokenizer {
+                path: settings_path,
+                reason: format!("not a tokenizer configuration: {e}"),
+            })?,
             None => TokenizerConfig::default(),
         };
         let template = template(dir, &settings)?;
 
         let bytes = bytes::TokenBytes::new(&tokenizer, config.vocab_size);
-        let mut text = Text { path, tokenizer, bytes, before: None, after: None, template };
+        let mut text = Text {
+            path,
+            tokenizer,
+            bytes,
+            before: None,
+            after: None,
+            template,
+        };
         text.add_configured_tokens(&settings)?;
         Ok(Some(Arc::new(text)))
     }
@@ -99,18 +119,29 @@ impl Text {
     /// for a token at the ends; a post-processor that puts it there already
     /// does it alone.
     fn add_configured_tokens(&mut self, settings: &TokenizerConfig) -> Result<(), ModelError> {
-        let wanted = |flag: &str| settings.extra.get(flag).and_then(Value::as_bool).unwrap_or(false);
+        let wanted = |flag: &str| {
+            settings
+                .extra
+                .get(flag)
+                .and_then(Value::as_bool)
+                .unwrap_or(false)
+        };
         let id = |field: &Option<hf_chat_template::TokenField>, name: &str| {
             let token = field.as_ref().and_then(|f| f.as_str());
-            token.and_then(|t| self.tokenizer.token_to_id(t)).ok_or_else(|| ModelError::Tokenizer {
-                path: self.path.with_file_name(TOKENIZER_CONFIG),
-                reason: format!("`add_{name}` is true but `{name}` names no token of {TOKENIZER}"),
-            })
+            token
+                .and_then(|t| self.tokenizer.token_to_id(t))
+                .ok_or_else(|| ModelError::Tokenizer {
+                    path: self.path.with_file_name(TOKENIZER_CONFIG),
+                    reason: format!(
+                        "`add_{name}` is true but `{name}` names no token of {TOKENIZER}"
+                    ),
+                })
         };
         let probe = self.encode("a")?;
         let mut before = None;
         if wanted("add_bos_token") {
-            before = Some(id(&settings.bos_token, "bos_token")?).filter(|b| probe.first() != Some(b));
+            before =
+                Some(id(&settings.bos_token, "bos_token")?).filter(|b| probe.first() != Some(b));
         }
         let mut after = None;
         if wanted("add_eos_token") {
@@ -137,13 +168,17 @@ impl Text {
     }
 
     fn tokenize(&self, text: &str, special: bool) -> Result<tokenizers::Encoding, ModelError> {
-        self.tokenizer.encode_fast(text, special).map_err(|e| self.refuse(format!("cannot tokenize the text: {e}")))
+        self.tokenizer
+            .encode_fast(text, special)
+            .map_err(|e| self.refuse(format!("cannot tokenize the text: {e}")))
     }
 
     /// Text of token ids. Ids that the tokenizer does not know (a padded
     /// vocabulary has some) stand for no text.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, ModelError> {
-        self.tokenizer.decode(ids, skip_special).map_err(|e| self.refuse(format!("cannot decode the tokens: {e}")))
+        self.tokenizer
+            .decode(ids, skip_special)
+            .map_err(|e| self.refuse(format!("cannot decode the tokens: {e}")))
     }
 
     /// Bytes of one token, special or not; empty when the tokenizer does not
@@ -172,7 +207,12 @@ impl Text {
             Some(NormalizerWrapper::Sequence(s)) => !s.as_ref().is_empty(),
             Some(_) => true,
         };
-        let strips = self.tokenizer.get_added_vocabulary().get_added_tokens_decoder().values().any(|t| t.lstrip || t.rstrip);
+        let strips = self
+            .tokenizer
+            .get_added_vocabulary()
+            .get_added_tokens_decoder()
+            .values()
+            .any(|t| t.lstrip || t.rstrip);
         (self.bytes.is_byte_level() && !normalizes && !strips).then(|| self.bytes.longest())
     }
 
@@ -185,32 +225,55 @@ impl Text {
     ///
     /// `messages` are objects with `role` and `content`, as in the OpenAI API;
     /// `variables` are further names that the template may read.
-    pub fn chat(&self, messages: &[Value], add_generation_prompt: bool, variables: &Map<String, Value>) -> Result<String, ModelError> {
+    pub fn chat(
+        &self,
+        messages: &[Value],
+        add_generation_prompt: bool,
+        variables: &Map<String, Value>,
+    ) -> Result<String, ModelError> {
         let refuse = |reason: String| ModelError::Template { reason };
         let template = self.template.as_ref().ok_or_else(|| {
             refuse("this checkpoint has none (neither chat_template.jinja nor `chat_template` in tokenizer_config.json); send a plain prompt".into())
         })?;
         if messages.len() > MAX_MESSAGES {
-            return Err(refuse(format!("{} messages, at most {MAX_MESSAGES} are rendered", messages.len())));
+            return Err(refuse(format!(
+                "{} messages, at most {MAX_MESSAGES} are rendered",
+                messages.len()
+            )));
         }
         if let Some(name) = RESERVED.iter().find(|name| variables.contains_key(**name)) {
-            return Err(refuse(format!("variable `{name}` is set by the server and cannot be given")));
+            return Err(refuse(format!(
+                "variable `{name}` is set by the server and cannot be given"
+            )));
         }
         let messages: Vec<Message> = messages
             .iter()
             .enumerate()
-            .map(|(i, m)| serde_json::from_value(m.clone()).map_err(|e| refuse(format!("message {i}: {e}"))))
+            .map(|(i, m)| {
+                serde_json::from_value(m.clone()).map_err(|e| refuse(format!("message {i}: {e}")))
+            })
             .collect::<Result<_, _>>()?;
-        let input = RenderInput { messages, add_generation_prompt, extra: variables.clone(), ..RenderInput::default() };
+        let input = RenderInput {
+            messages,
+            add_generation_prompt,
+            extra: variables.clone(),
+            ..RenderInput::default()
+        };
         let rendered = template.render(&input).map_err(|e| refuse(e.to_string()))?;
         if rendered.len() > MAX_RENDERED_BYTES {
-            return Err(refuse(format!("the conversation renders to {} bytes, at most {MAX_RENDERED_BYTES} are allowed", rendered.len())));
+            return Err(refuse(format!(
+                "the conversation renders to {} bytes, at most {MAX_RENDERED_BYTES} are allowed",
+                rendered.len()
+            )));
         }
         Ok(rendered)
     }
 
     fn refuse(&self, reason: String) -> ModelError {
-        ModelError::Tokenizer { path: self.path.clone(), reason }
+        ModelError::Tokenizer {
+            path: self.path.clone(),
+            reason,
+        }
     }
 }
 
@@ -222,9 +285,14 @@ fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, ModelError> {
         Err(e) => return Err(ModelError::file(path, e)),
     };
     if size > limit {
-        return Err(ModelError::file(path, format!("{size} bytes, at most {limit} are read")));
+        return Err(ModelError::file(
+            path,
+            format!("{size} bytes, at most {limit} are read"),
+        ));
     }
-    fs::read(path).map(Some).map_err(|e| ModelError::file(path, e))
+    fs::read(path)
+        .map(Some)
+        .map_err(|e| ModelError::file(path, e))
 }
 
 /// The chat template: a file of its own goes before the one in the tokenizer's
@@ -239,7 +307,9 @@ fn template(dir: &Path, settings: &TokenizerConfig) -> Result<Option<ChatTemplat
         None if settings.chat_template.is_some() => ChatTemplate::from_tokenizer_config(settings),
         None => return Ok(None),
     };
-    compiled.map(Some).map_err(|e| ModelError::Template { reason: format!("of {}: {e}", dir.display()) })
+    compiled.map(Some).map_err(|e| ModelError::Template {
+        reason: format!("of {}: {e}", dir.display()),
+    })
 }
 
 /// Whether decoding is the concatenation of the tokens' bytes.

@@ -134,7 +134,10 @@ fn mtp_layers_are_there_whole_or_not_at_all() {
     copy(&golden("v3-mtp"), dir.path());
     let index = dir.path().join("model.safetensors.index.json");
     edit_json(&index, |v| {
-        v["weight_map"].as_object_mut().unwrap().remove("model.layers.4.enorm.weight");
+        v["weight_map"]
+            .as_object_mut()
+            .unwrap()
+            .remove("model.layers.4.enorm.weight");
     });
     let refusal = load(dir.path()).unwrap_err().to_string();
     assert!(refusal.contains("model.layers.4.enorm.weight"), "{refusal}");

@@ -24,14 +24,19 @@ fn config() -> Config {
 }
 
 fn demo() -> Arc<Text> {
-    static DEMO: LazyLock<Arc<Text>> = LazyLock::new(|| Text::load(&demo_dir(), &config()).unwrap().unwrap());
+    static DEMO: LazyLock<Arc<Text>> =
+        LazyLock::new(|| Text::load(&demo_dir(), &config()).unwrap().unwrap());
     DEMO.clone()
 }
 
 /// A checkpoint directory with these files, tokenizer.json of the demo unless given.
 fn dir_with(files: &[(&str, &str)]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    fs::copy(demo_dir().join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    fs::copy(
+        demo_dir().join("tokenizer.json"),
+        dir.path().join("tokenizer.json"),
+    )
+    .unwrap();
     for (name, content) in files {
         fs::write(dir.path().join(name), content).unwrap();
     }
@@ -45,7 +50,9 @@ fn load(files: &[(&str, &str)]) -> Result<Option<Arc<Text>>, ModelError> {
 /// A sentencepiece-like tokenizer: byte fallback, `▁` for space, first space stripped.
 fn byte_fallback() -> Arc<Text> {
     let mut vocab = Map::new();
-    for word in ["<unk>", "<s>", "▁", "▁This", "▁is", "a", "é", "▁世", "界", "ab"] {
+    for word in [
+        "<unk>", "<s>", "▁", "▁This", "▁is", "a", "é", "▁世", "界", "ab",
+    ] {
         vocab.insert(word.into(), vocab.len().into());
     }
     for byte in 0..=255u8 {
@@ -65,7 +72,9 @@ fn byte_fallback() -> Arc<Text> {
         "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null, "end_of_word_suffix": null,
             "fuse_unk": true, "byte_fallback": true, "ignore_merges": false, "vocab": vocab, "merges": []},
     });
-    load(&[("tokenizer.json", &tokenizer.to_string())]).unwrap().unwrap()
+    load(&[("tokenizer.json", &tokenizer.to_string())])
+        .unwrap()
+        .unwrap()
 }
 
 /// Word pieces: `##` joins, a space stands before every other token.
@@ -77,13 +86,18 @@ fn word_piece() -> Arc<Text> {
         "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
             "vocab": {"[UNK]": 0, "he": 1, "##llo": 2, "wor": 3, "##ld": 4, ".": 5, ",": 6, "do": 7, "n't": 8}},
     });
-    load(&[("tokenizer.json", &tokenizer.to_string())]).unwrap().unwrap()
+    load(&[("tokenizer.json", &tokenizer.to_string())])
+        .unwrap()
+        .unwrap()
 }
 
 /// The pieces of a detokenizer, the last one from its end.
 fn pieces(text: &Arc<Text>, ids: &[u32], skip_special: bool) -> Vec<String> {
     let mut detokenizer = Detokenizer::new(text.clone(), skip_special);
-    let mut pieces: Vec<String> = ids.iter().map(|id| detokenizer.push(*id).unwrap()).collect();
+    let mut pieces: Vec<String> = ids
+        .iter()
+        .map(|id| detokenizer.push(*id).unwrap())
+        .collect();
     pieces.push(detokenizer.finish().unwrap());
     pieces
 }
@@ -96,7 +110,14 @@ fn assert_exact(text: &Arc<Text>, ids: &[u32], skip_special: bool) {
 #[test]
 fn text_survives_the_round_trip() {
     let text = demo();
-    for sample in ["ROMEO:\nWhat light?", "", " ", "naïve café — 世界 🎉👩‍👩‍👧", "\u{0}\t\r\n", "ſ́"] {
+    for sample in [
+        "ROMEO:\nWhat light?",
+        "",
+        " ",
+        "naïve café — 世界 🎉👩‍👩‍👧",
+        "\u{0}\t\r\n",
+        "ſ́",
+    ] {
         let ids = text.encode(sample).unwrap();
         assert_eq!(text.decode(&ids, false).unwrap(), sample);
         assert_exact(&text, &ids, true);
@@ -127,8 +148,14 @@ fn a_character_of_several_tokens_comes_when_it_is_complete() {
     // Cut short, it becomes a replacement at the end, not before.
     let cut = &ids[..ids.len() - 1];
     let mut detokenizer = Detokenizer::new(text.clone(), true);
-    assert!(cut.iter().all(|id| detokenizer.push(*id).unwrap().is_empty()));
-    assert_eq!(detokenizer.finish().unwrap(), text.decode(cut, true).unwrap());
+    assert!(
+        cut.iter()
+            .all(|id| detokenizer.push(*id).unwrap().is_empty())
+    );
+    assert_eq!(
+        detokenizer.finish().unwrap(),
+        text.decode(cut, true).unwrap()
+    );
 }
 
 #[test]
@@ -143,62 +170,127 @@ fn a_prompt_has_at_least_its_bytes_by_the_longest_token_as_tokens() {
 #[test]
 fn the_template_of_the_checkpoint_renders() {
     let text = demo();
-    let messages = [json!({"role": "user", "content": "hi"}), json!({"role": "assistant", "content": "ay"}), json!({"role": "user", "content": "go"})];
+    let messages = [
+        json!({"role": "user", "content": "hi"}),
+        json!({"role": "assistant", "content": "ay"}),
+        json!({"role": "user", "content": "go"}),
+    ];
     let rendered = text.chat(&messages, true, &Map::new()).unwrap();
-    assert_eq!(rendered, "<|bos|><|user|>hi<|assistant|>ay<|eos|><|user|>go<|assistant|>");
+    assert_eq!(
+        rendered,
+        "<|bos|><|user|>hi<|assistant|>ay<|eos|><|user|>go<|assistant|>"
+    );
     assert_eq!(text.encode_plain(&rendered).unwrap()[..2], [0, 3]);
-    assert!(!text.chat(&messages, false, &Map::new()).unwrap().ends_with("<|assistant|>"));
+    assert!(
+        !text
+            .chat(&messages, false, &Map::new())
+            .unwrap()
+            .ends_with("<|assistant|>")
+    );
 }
 
 #[test]
 fn a_client_cannot_set_what_the_server_gives_the_template() {
     let text = demo();
     let messages = [json!({"role": "user", "content": "hi"})];
-    for name in ["messages", "bos_token", "add_generation_prompt", "chat_template"] {
+    for name in [
+        "messages",
+        "bos_token",
+        "add_generation_prompt",
+        "chat_template",
+    ] {
         let mut variables = Map::new();
         variables.insert(name.into(), Value::from("x"));
-        let error = text.chat(&messages, true, &variables).unwrap_err().to_string();
+        let error = text
+            .chat(&messages, true, &variables)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(name), "{error}");
     }
 }
 
 #[test]
 fn refusals_of_a_template_are_errors_with_its_words() {
-    let text = load(&[("chat_template.jinja", "{{ raise_exception('roles must alternate') }}")]).unwrap().unwrap();
-    let error = text.chat(&[json!({"role": "user", "content": "hi"})], true, &Map::new()).unwrap_err();
-    assert!(matches!(error, ModelError::Template { .. }) && error.to_string().contains("roles must alternate"), "{error}");
+    let text = load(&[(
+        "chat_template.jinja",
+        "{{ raise_exception('roles must alternate') }}",
+    )])
+    .unwrap()
+    .unwrap();
+    let error = text
+        .chat(
+            &[json!({"role": "user", "content": "hi"})],
+            true,
+            &Map::new(),
+        )
+        .unwrap_err();
+    assert!(
+        matches!(error, ModelError::Template { .. })
+            && error.to_string().contains("roles must alternate"),
+        "{error}"
+    );
     let none = load(&[]).unwrap().unwrap();
     assert!(!none.has_template());
-    assert!(none.chat(&[json!({"role": "user", "content": "hi"})], true, &Map::new()).unwrap_err().to_string().contains("chat_template"));
+    assert!(
+        none.chat(
+            &[json!({"role": "user", "content": "hi"})],
+            true,
+            &Map::new()
+        )
+        .unwrap_err()
+        .to_string()
+        .contains("chat_template")
+    );
 }
 
 #[test]
 fn a_template_that_explodes_is_stopped_at_the_limit() {
     let template = "{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}";
     let text = load(&[("chat_template.jinja", template)]).unwrap().unwrap();
-    let error = text.chat(&[json!({"role": "user", "content": "x".repeat(500)})], true, &Map::new()).unwrap_err();
+    let error = text
+        .chat(
+            &[json!({"role": "user", "content": "x".repeat(500)})],
+            true,
+            &Map::new(),
+        )
+        .unwrap_err();
     assert!(error.to_string().contains("bytes"), "{error}");
 }
 
 #[test]
 fn a_template_file_goes_before_the_configuration() {
     let settings = json!({"bos_token": "<|bos|>", "chat_template": "old"}).to_string();
-    let text = load(&[("tokenizer_config.json", &settings), ("chat_template.jinja", "{{ bos_token }}new")]).unwrap().unwrap();
-    assert_eq!(text.chat(&[json!({"role": "user", "content": ""})], true, &Map::new()).unwrap(), "<|bos|>new");
+    let text = load(&[
+        ("tokenizer_config.json", &settings),
+        ("chat_template.jinja", "{{ bos_token }}new"),
+    ])
+    .unwrap()
+    .unwrap();
+    assert_eq!(
+        text.chat(&[json!({"role": "user", "content": ""})], true, &Map::new())
+            .unwrap(),
+        "<|bos|>new"
+    );
 }
 
 #[test]
 fn configured_tokens_stand_around_a_prompt_and_not_around_a_conversation() {
     let settings = json!({"bos_token": "<|bos|>", "eos_token": {"content": "<|eos|>"}, "add_bos_token": true, "add_eos_token": true}).to_string();
-    let text = load(&[("tokenizer_config.json", &settings)]).unwrap().unwrap();
+    let text = load(&[("tokenizer_config.json", &settings)])
+        .unwrap()
+        .unwrap();
     let plain = text.encode_plain("hi").unwrap();
-    assert_eq!(text.encode("hi").unwrap(), [&[0], plain.as_slice(), &[1]].concat());
+    assert_eq!(
+        text.encode("hi").unwrap(),
+        [&[0], plain.as_slice(), &[1]].concat()
+    );
     assert_eq!(text.encode("").unwrap(), [0, 1]);
 }
 
 #[test]
 fn a_post_processor_that_adds_them_is_not_doubled() {
-    let mut tokenizer: Value = serde_json::from_slice(&fs::read(demo_dir().join("tokenizer.json")).unwrap()).unwrap();
+    let mut tokenizer: Value =
+        serde_json::from_slice(&fs::read(demo_dir().join("tokenizer.json")).unwrap()).unwrap();
     tokenizer["post_processor"] = json!({
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -206,7 +298,12 @@ fn a_post_processor_that_adds_them_is_not_doubled() {
         "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [0], "tokens": ["<|bos|>"]}},
     });
     let settings = json!({"bos_token": "<|bos|>", "add_bos_token": true}).to_string();
-    let text = load(&[("tokenizer.json", &tokenizer.to_string()), ("tokenizer_config.json", &settings)]).unwrap().unwrap();
+    let text = load(&[
+        ("tokenizer.json", &tokenizer.to_string()),
+        ("tokenizer_config.json", &settings),
+    ])
+    .unwrap()
+    .unwrap();
     let ids = text.encode("hi").unwrap();
     assert_eq!(ids[0], 0);
     assert_eq!(ids[1..], text.encode_plain("hi").unwrap());
@@ -216,24 +313,42 @@ fn a_post_processor_that_adds_them_is_not_doubled() {
 fn without_a_tokenizer_there_is_no_text_and_a_broken_one_is_an_error() {
     let empty = tempfile::tempdir().unwrap();
     assert!(Text::load(empty.path(), &config()).unwrap().is_none());
-    for broken in ["", "{", "null", "{}", "[1,2]", r#"{"version":"1.0","model":{"type":"BPE"}}"#] {
+    for broken in [
+        "",
+        "{",
+        "null",
+        "{}",
+        "[1,2]",
+        r#"{"version":"1.0","model":{"type":"BPE"}}"#,
+    ] {
         let error = load(&[("tokenizer.json", broken)]).unwrap_err();
         assert!(error.to_string().contains("tokenizer.json"), "{error}");
     }
-    for (name, content) in [("tokenizer_config.json", "{\"chat_template\": 5}"), ("tokenizer_config.json", "nope")] {
+    for (name, content) in [
+        ("tokenizer_config.json", "{\"chat_template\": 5}"),
+        ("tokenizer_config.json", "nope"),
+    ] {
         let error = load(&[(name, content)]).unwrap_err();
         assert!(error.to_string().contains(name), "{error}");
     }
     let error = load(&[("chat_template.jinja", "{% for %}")]).unwrap_err();
     assert!(matches!(error, ModelError::Template { .. }), "{error}");
-    let error = load(&[("tokenizer_config.json", r#"{"add_bos_token": true, "bos_token": "<none>"}"#)]).unwrap_err();
+    let error = load(&[(
+        "tokenizer_config.json",
+        r#"{"add_bos_token": true, "bos_token": "<none>"}"#,
+    )])
+    .unwrap_err();
     assert!(error.to_string().contains("bos_token"), "{error}");
 }
 
 #[test]
 fn prompts_are_never_cut() {
     let text = word_piece();
-    assert_eq!(text.encode("hello world . he do").unwrap().len(), 7, "tokenizer.json asks for two");
+    assert_eq!(
+        text.encode("hello world . he do").unwrap().len(),
+        7,
+        "tokenizer.json asks for two"
+    );
 }
 
 #[test]
@@ -252,7 +367,15 @@ fn first_tokens_and_joined_tokens_keep_their_decoder() {
 fn a_long_run_of_byte_tokens_is_released_on_the_way() {
     let text = byte_fallback();
     let sample = "世界".repeat(40);
-    let ids: Vec<u32> = sample.bytes().map(|b| (0..300).rev().find(|id| text.token_bytes(*id) == [b]).unwrap()).collect();
+    let ids: Vec<u32> = sample
+        .bytes()
+        .map(|b| {
+            (0..300)
+                .rev()
+                .find(|id| text.token_bytes(*id) == [b])
+                .unwrap()
+        })
+        .collect();
     assert_eq!(ids.len(), 240);
     let pieces = pieces(&text, &ids, true);
     assert_eq!(pieces.concat(), sample);
@@ -279,7 +402,10 @@ fn mutated_tokenizers_load_or_are_refused() {
 /// whole stop string decides.
 fn stop_naively(text: &str, stops: &[String]) -> (String, Option<String>) {
     for (end, _) in text.char_indices().map(|(i, c)| (i + c.len_utf8(), c)) {
-        let found = stops.iter().filter(|s| !s.is_empty() && text[..end].ends_with(s.as_str())).max_by_key(|s| s.len());
+        let found = stops
+            .iter()
+            .filter(|s| !s.is_empty() && text[..end].ends_with(s.as_str()))
+            .max_by_key(|s| s.len());
         if let Some(stop) = found {
             return (text[..end - stop.len()].to_owned(), Some(stop.clone()));
         }

@@ -4,7 +4,9 @@ use futures::future::join_all;
 use guild_proto::inference::v1::generate_request::Input;
 use guild_proto::inference::v1::generate_response::Event;
 use guild_proto::inference::v1::inference_client::InferenceClient;
-use guild_proto::inference::v1::{FinishReason, GenerateRequest, SamplingParams, TokenIds, TokenLogprobs};
+use guild_proto::inference::v1::{
+    FinishReason, GenerateRequest, SamplingParams, TokenIds, TokenLogprobs,
+};
 use tonic::Status;
 
 /// A whole answer. Floats are kept as bits: equality here is bit equality.
@@ -38,14 +40,24 @@ impl From<TokenLogprobs> for Logprobs {
         Logprobs {
             token: l.token_id,
             logprob: l.logprob.to_bits(),
-            top: l.top.into_iter().map(|t| (t.token_id, t.logprob.to_bits())).collect(),
+            top: l
+                .top
+                .into_iter()
+                .map(|t| (t.token_id, t.logprob.to_bits()))
+                .collect(),
         }
     }
 }
 
 /// A request by token ids.
 pub fn request(prompt: &[u32], sampling: SamplingParams) -> GenerateRequest {
-    GenerateRequest { input: Some(Input::TokenIds(TokenIds { ids: prompt.to_vec() })), sampling: Some(sampling), ..Default::default() }
+    GenerateRequest {
+        input: Some(Input::TokenIds(TokenIds {
+            ids: prompt.to_vec(),
+        })),
+        sampling: Some(sampling),
+        ..Default::default()
+    }
 }
 
 /// Greedy, EOS ignored, with `top` alternatives at every output and prompt position.
@@ -65,7 +77,9 @@ pub fn greedy(max_tokens: u32, top: u32) -> SamplingParams {
 /// # Errors
 /// The server's status.
 pub async fn generate(endpoint: &str, request: GenerateRequest) -> Result<Answer, Status> {
-    let mut client = InferenceClient::connect(endpoint.to_owned()).await.map_err(|e| Status::unavailable(e.to_string()))?;
+    let mut client = InferenceClient::connect(endpoint.to_owned())
+        .await
+        .map_err(|e| Status::unavailable(e.to_string()))?;
     let mut stream = client.generate(request).await?.into_inner();
     let mut answer = Answer {
         token_ids: vec![],
@@ -76,22 +90,34 @@ pub async fn generate(endpoint: &str, request: GenerateRequest) -> Result<Answer
     };
     while let Some(response) = stream.message().await? {
         match response.event.expect("every response carries an event") {
-            Event::Prompt(prompt) => answer.prompt_logprobs.extend(prompt.logprobs.into_iter().map(Logprobs::from)),
+            Event::Prompt(prompt) => answer
+                .prompt_logprobs
+                .extend(prompt.logprobs.into_iter().map(Logprobs::from)),
             Event::Chunk(chunk) => {
                 answer.token_ids.extend(chunk.token_ids);
                 answer.text.push_str(&chunk.text);
-                answer.logprobs.extend(chunk.logprobs.into_iter().map(Logprobs::from));
+                answer
+                    .logprobs
+                    .extend(chunk.logprobs.into_iter().map(Logprobs::from));
             }
             Event::Complete(complete) => answer.finish = complete.finish_reason(),
         }
     }
-    assert_ne!(answer.finish, FinishReason::Unspecified, "a stream ends with Complete");
+    assert_ne!(
+        answer.finish,
+        FinishReason::Unspecified,
+        "a stream ends with Complete"
+    );
     Ok(answer)
 }
 
 /// Sends all requests at once.
 pub async fn generate_all(endpoint: &str, requests: &[GenerateRequest]) -> Vec<Answer> {
-    join_all(requests.iter().map(|r| generate(endpoint, r.clone()))).await.into_iter().map(Result::unwrap).collect()
+    join_all(requests.iter().map(|r| generate(endpoint, r.clone())))
+        .await
+        .into_iter()
+        .map(Result::unwrap)
+        .collect()
 }
 
 /// Sends the requests one after the other, each alone in the cluster.
@@ -108,7 +134,9 @@ pub fn mixed_workload(vocab: u32) -> Vec<GenerateRequest> {
     (0..16u32)
         .map(|i| {
             let length = [1, 2, 3, 5, 8, 13, 17, 21, 33, 40, 55, 64, 70, 89, 100, 120][i as usize];
-            let prompt: Vec<u32> = (0..length).map(|p| 3 + (p * 7919 + i * 104_729 + p * p * 31) % (vocab - 3)).collect();
+            let prompt: Vec<u32> = (0..length)
+                .map(|p| 3 + (p * 7919 + i * 104_729 + p * p * 31) % (vocab - 3))
+                .collect();
             let mut sampling = greedy(8 + i % 9, 3);
             if i % 2 == 1 {
                 sampling.temperature = Some(0.7 + 0.1 * (i % 5) as f32);

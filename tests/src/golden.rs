@@ -8,7 +8,14 @@ use safetensors::{Dtype, SafeTensors};
 use crate::process::golden_dir;
 
 /// The golden checkpoints.
-pub const CASES: &[&str] = &["v3-basic", "v3-yarn", "v3-noqlora", "v2-lite", "v3-fp8", "v3-mtp"];
+pub const CASES: &[&str] = &[
+    "v3-basic",
+    "v3-yarn",
+    "v3-noqlora",
+    "v2-lite",
+    "v3-fp8",
+    "v3-mtp",
+];
 
 /// Bound on a log-probability against an f32 reference, when weights are used as stored and activations are f32.
 /// Two independent f32 implementations stay within 1e-4 of each other here; every wrong variant tried moved logits by over 0.6.
@@ -35,15 +42,28 @@ fn read(path: &Path) -> Vec<Prompt> {
     let ids = |name: &str| -> Option<Vec<u32>> {
         let t = file.tensor(name).ok()?;
         assert_eq!(t.dtype(), Dtype::I64);
-        Some(t.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32).collect())
+        Some(
+            t.data()
+                .chunks_exact(8)
+                .map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32)
+                .collect(),
+        )
     };
     (0..)
         .map_while(|p| {
             let prompt = ids(&format!("p{p}.input_ids"))?;
             let logits = file.tensor(&format!("p{p}.logits")).unwrap();
             let vocab = logits.shape()[1];
-            let values: Vec<f32> = logits.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
-            Some(Prompt { ids: prompt, logprobs: values.chunks_exact(vocab).map(log_softmax).collect(), greedy: ids(&format!("p{p}.greedy_ids")).unwrap() })
+            let values: Vec<f32> = logits
+                .data()
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+                .collect();
+            Some(Prompt {
+                ids: prompt,
+                logprobs: values.chunks_exact(vocab).map(log_softmax).collect(),
+                greedy: ids(&format!("p{p}.greedy_ids")).unwrap(),
+            })
         })
         .collect()
 }
@@ -51,5 +71,7 @@ fn read(path: &Path) -> Vec<Prompt> {
 fn log_softmax(row: &[f32]) -> Vec<f32> {
     let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
     let sum: f64 = row.iter().map(|&x| (x as f64 - max).exp()).sum();
-    row.iter().map(|&x| (x as f64 - max - sum.ln()) as f32).collect()
+    row.iter()
+        .map(|&x| (x as f64 - max - sum.ln()) as f32)
+        .collect()
 }

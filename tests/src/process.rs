@@ -14,7 +14,10 @@ pub const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// Root of the repository.
 pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_path_buf()
 }
 
 /// The demo checkpoint.
@@ -36,7 +39,11 @@ pub fn guild_bin() -> &'static Path {
             return PathBuf::from(bin);
         }
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let built = Command::new(cargo).args(["build", "--quiet", "--package", "guild"]).current_dir(root()).status().unwrap();
+        let built = Command::new(cargo)
+            .args(["build", "--quiet", "--package", "guild"])
+            .current_dir(root())
+            .status()
+            .unwrap();
         assert!(built.success(), "cargo build --package guild failed");
         // <target>/debug/deps/<test binary> -> <target>/debug/guild
         let exe = std::env::current_exe().unwrap();
@@ -46,7 +53,11 @@ pub fn guild_bin() -> &'static Path {
 
 /// A loopback port that was free a moment ago.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
 }
 
 /// A running `guild` process; killed when dropped.
@@ -62,15 +73,20 @@ impl Guild {
         let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
         let mut child = Command::new(guild_bin())
             .args(&args)
-            .env("GUILD_LOG_LEVEL", std::env::var("GUILD_TEST_LOG").unwrap_or_else(|_| "info".into()))
+            .env(
+                "GUILD_LOG_LEVEL",
+                std::env::var("GUILD_TEST_LOG").unwrap_or_else(|_| "info".into()),
+            )
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
-        let streams: [Box<dyn std::io::Read + Send>; 2] =
-            [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+        let streams: [Box<dyn std::io::Read + Send>; 2] = [
+            Box::new(child.stdout.take().unwrap()),
+            Box::new(child.stderr.take().unwrap()),
+        ];
         for stream in streams {
             let log = log.clone();
             std::thread::spawn(move || {
@@ -80,7 +96,11 @@ impl Guild {
                 }
             });
         }
-        Guild { child, log, what: format!("guild {}", args.join(" ")) }
+        Guild {
+            child,
+            log,
+            what: format!("guild {}", args.join(" ")),
+        }
     }
 
     /// Everything printed so far, stdout and stderr.
@@ -96,9 +116,18 @@ impl Guild {
                 return line.clone();
             }
             if let Some(status) = self.child.try_wait().unwrap() {
-                panic!("{} ended with {status} before `{needle}`:\n{}", self.what, self.output());
+                panic!(
+                    "{} ended with {status} before `{needle}`:\n{}",
+                    self.what,
+                    self.output()
+                );
             }
-            assert!(Instant::now() < end, "{}: no `{needle}` within {limit:?}:\n{}", self.what, self.output());
+            assert!(
+                Instant::now() < end,
+                "{}: no `{needle}` within {limit:?}:\n{}",
+                self.what,
+                self.output()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -115,14 +144,22 @@ impl Guild {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
             }
-            assert!(Instant::now() < end, "{} still runs after {limit:?}:\n{}", self.what, self.output());
+            assert!(
+                Instant::now() < end,
+                "{} still runs after {limit:?}:\n{}",
+                self.what,
+                self.output()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
     /// Sends a signal by name, such as `TERM` or `STOP`.
     pub fn signal(&self, name: &str) {
-        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
+        let sent = Command::new("kill")
+            .args([&format!("-{name}"), &self.child.id().to_string()])
+            .status()
+            .unwrap();
         assert!(sent.success());
     }
 
@@ -163,7 +200,13 @@ pub struct Cluster {
 
 impl Cluster {
     /// Starts a cluster of `attention` x `expert` nodes and waits until it is ready.
-    pub fn start(shape: Shape, model: &Path, attention: usize, expert: usize, extra: &[&str]) -> Cluster {
+    pub fn start(
+        shape: Shape,
+        model: &Path,
+        attention: usize,
+        expert: usize,
+        extra: &[&str],
+    ) -> Cluster {
         let model = model.to_str().unwrap();
         let (http, grpc) = (free_port(), free_port());
         let (http, grpc) = (format!("127.0.0.1:{http}"), format!("127.0.0.1:{grpc}"));
@@ -179,25 +222,70 @@ impl Cluster {
             // Members first: the starting order must not matter.
             for i in 0..expert {
                 processes.push(with_extra(strings(&[
-                    "expert-node", "--model", model, "--coordinator", &url, "--listen", "127.0.0.1:0", "--name", &format!("expert-{i}"),
+                    "expert-node",
+                    "--model",
+                    model,
+                    "--coordinator",
+                    &url,
+                    "--listen",
+                    "127.0.0.1:0",
+                    "--name",
+                    &format!("expert-{i}"),
                 ])));
             }
             for i in 0..attention {
                 processes.push(with_extra(strings(&[
-                    "attention-node", "--model", model, "--coordinator", &url, "--listen", "127.0.0.1:0", "--name", &format!("attention-{i}"),
+                    "attention-node",
+                    "--model",
+                    model,
+                    "--coordinator",
+                    &url,
+                    "--listen",
+                    "127.0.0.1:0",
+                    "--name",
+                    &format!("attention-{i}"),
                 ])));
             }
-            let mut coordinator = strings(&["coordinator", "--model", model, "--listen", &cluster, "--http", &http, "--grpc", &grpc]);
+            let mut coordinator = strings(&[
+                "coordinator",
+                "--model",
+                model,
+                "--listen",
+                &cluster,
+                "--http",
+                &http,
+                "--grpc",
+                &grpc,
+            ]);
             coordinator.extend(["--min-expert-nodes".into(), expert.to_string()]);
             processes.insert(0, Guild::start(&coordinator));
         } else {
-            let fabric = if shape == Shape::Local { "local" } else { "grpc" };
+            let fabric = if shape == Shape::Local {
+                "local"
+            } else {
+                "grpc"
+            };
             processes.push(with_extra(strings(&[
-                "up", "--model", model, "--attention-nodes", &attention.to_string(), "--expert-nodes", &expert.to_string(), "--fabric", fabric,
-                "--http", &http, "--grpc", &grpc,
+                "up",
+                "--model",
+                model,
+                "--attention-nodes",
+                &attention.to_string(),
+                "--expert-nodes",
+                &expert.to_string(),
+                "--fabric",
+                fabric,
+                "--http",
+                &http,
+                "--grpc",
+                &grpc,
             ])));
         }
-        let mut cluster = Cluster { http, grpc: format!("http://{grpc}"), processes };
+        let mut cluster = Cluster {
+            http,
+            grpc: format!("http://{grpc}"),
+            processes,
+        };
         cluster.wait_ready(Duration::from_secs(0));
         cluster
     }
@@ -215,10 +303,18 @@ impl Cluster {
                 return;
             }
             for process in &mut self.processes {
-                assert!(process.is_running(), "a process ended before the cluster was ready:\n{}", process.output());
+                assert!(
+                    process.is_running(),
+                    "a process ended before the cluster was ready:\n{}",
+                    process.output()
+                );
             }
             if Instant::now() >= end {
-                let logs: Vec<String> = self.processes.iter().map(|p| format!("== {}\n{}", p.what, p.output())).collect();
+                let logs: Vec<String> = self
+                    .processes
+                    .iter()
+                    .map(|p| format!("== {}\n{}", p.what, p.output()))
+                    .collect();
                 panic!("not ready within {START_LIMIT:?}:\n{}", logs.join("\n"));
             }
             std::thread::sleep(Duration::from_millis(50));
@@ -229,7 +325,13 @@ impl Cluster {
 /// Runs `guild` to its end and returns (exit code, stdout, stderr); one that
 /// still runs after [`START_LIMIT`] is killed and has the code -1.
 pub fn guild(args: &[&str]) -> (i32, String, String) {
-    let mut child = Command::new(guild_bin()).args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = Command::new(guild_bin())
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let read = |mut stream: Box<dyn std::io::Read + Send>| {
         std::thread::spawn(move || {
             let mut bytes = Vec::new();
@@ -237,7 +339,10 @@ pub fn guild(args: &[&str]) -> (i32, String, String) {
             String::from_utf8_lossy(&bytes).into_owned()
         })
     };
-    let (stdout, stderr) = (read(Box::new(child.stdout.take().unwrap())), read(Box::new(child.stderr.take().unwrap())));
+    let (stdout, stderr) = (
+        read(Box::new(child.stdout.take().unwrap())),
+        read(Box::new(child.stderr.take().unwrap())),
+    );
     let end = Instant::now() + START_LIMIT;
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
@@ -250,7 +355,11 @@ pub fn guild(args: &[&str]) -> (i32, String, String) {
         }
         std::thread::sleep(Duration::from_millis(5));
     };
-    (status.unwrap_or(-1), stdout.join().unwrap(), stderr.join().unwrap())
+    (
+        status.unwrap_or(-1),
+        stdout.join().unwrap(),
+        stderr.join().unwrap(),
+    )
 }
 
 /// The Python with the client packages, or why a client test cannot run here.

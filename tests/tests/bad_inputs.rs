@@ -24,7 +24,10 @@ fn with_fields(good: &Value, table: &[(&str, Vec<&str>)]) -> Vec<String> {
             let mut body = good.as_object().unwrap().clone();
             body.remove(*field);
             let rest = serde_json::to_string(&body).unwrap();
-            bodies.push(format!("{},\"{field}\":{value}}}", rest.trim_end_matches('}')));
+            bodies.push(format!(
+                "{},\"{field}\":{value}}}",
+                rest.trim_end_matches('}')
+            ));
         }
     }
     bodies
@@ -36,7 +39,16 @@ fn numeric_fields(max_tokens: &'static str) -> Vec<(&'static str, Vec<&'static s
         extra
     };
     vec![
-        (max_tokens, with(vec!["-1", "9223372036854775808", "1e400", "1.5", "100000000"])),
+        (
+            max_tokens,
+            with(vec![
+                "-1",
+                "9223372036854775808",
+                "1e400",
+                "1.5",
+                "100000000",
+            ]),
+        ),
         ("temperature", with(vec!["-0.1", "1e39", "-1e400", "100"])),
         ("top_p", with(vec!["0", "-1", "1.01", "1e400"])),
         ("top_k", with(vec!["-2", "1.5", "9223372036854775808"])),
@@ -55,15 +67,39 @@ fn http_cases() -> Vec<(&'static str, Vec<u8>)> {
 
     let completion = json!({"model": "demo", "prompt": "To be", "max_tokens": 2});
     let mut fields = numeric_fields("max_tokens");
-    fields.push(("prompt", vec!["\"\"", "[]", "5", "true", "{}", "[[]]", "[-1]", "[2048]", "[4294967296]", "[1.5]", "[\"a\",5]", "[[1],[\"a\"]]", "[1,\"a\"]", "null", "[\"\"]"]));
+    fields.push((
+        "prompt",
+        vec![
+            "\"\"",
+            "[]",
+            "5",
+            "true",
+            "{}",
+            "[[]]",
+            "[-1]",
+            "[2048]",
+            "[4294967296]",
+            "[1.5]",
+            "[\"a\",5]",
+            "[[1],[\"a\"]]",
+            "[1,\"a\"]",
+            "null",
+            "[\"\"]",
+        ],
+    ));
     fields.push(("logprobs", vec!["-1", "100000", "\"x\"", "1.5", "[]"]));
     fields.push(("best_of", vec!["-1", "1000000", "\"x\""]));
     fields.push(("logit_bias", vec!["5", "{\"1\":1000}", "[]", "{\"x\":1}"]));
     fields.push(("echo", vec!["5", "\"x\""]));
     fields.push(("stream_options", vec!["5", "[]", "\"x\""]));
-    cases.extend(with_fields(&completion, &fields).into_iter().map(|b| ("/v1/completions", b.into_bytes())));
+    cases.extend(
+        with_fields(&completion, &fields)
+            .into_iter()
+            .map(|b| ("/v1/completions", b.into_bytes())),
+    );
 
-    let chat = json!({"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2});
+    let chat =
+        json!({"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2});
     let mut fields = numeric_fields("max_tokens");
     fields.push((
         "messages",
@@ -75,21 +111,69 @@ fn http_cases() -> Vec<(&'static str, Vec<u8>)> {
         ],
     ));
     fields.push(("top_logprobs", vec!["-1", "100000", "\"x\"", "1.5"]));
-    fields.push(("max_completion_tokens", vec!["-1", "\"x\"", "1e400", "100000000"]));
-    fields.push(("tools", vec!["[{\"type\":\"function\",\"function\":{\"name\":\"f\",\"parameters\":{}}}]", "5"]));
-    fields.push(("response_format", vec!["{\"type\":\"json_object\"}", "{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"x\",\"schema\":{}}}", "5"]));
-    cases.extend(with_fields(&chat, &fields).into_iter().map(|b| ("/v1/chat/completions", b.into_bytes())));
+    fields.push((
+        "max_completion_tokens",
+        vec!["-1", "\"x\"", "1e400", "100000000"],
+    ));
+    fields.push((
+        "tools",
+        vec![
+            "[{\"type\":\"function\",\"function\":{\"name\":\"f\",\"parameters\":{}}}]",
+            "5",
+        ],
+    ));
+    fields.push((
+        "response_format",
+        vec![
+            "{\"type\":\"json_object\"}",
+            "{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"x\",\"schema\":{}}}",
+            "5",
+        ],
+    ));
+    cases.extend(
+        with_fields(&chat, &fields)
+            .into_iter()
+            .map(|b| ("/v1/chat/completions", b.into_bytes())),
+    );
 
     // Bodies that are not what they say.
-    let deep = format!("{{\"model\":\"demo\",\"prompt\":{}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
-    let long_prompt = json!({"model": "demo", "prompt": "thou ".repeat(20_000), "max_tokens": 1}).to_string();
-    let many_prompts = json!({"model": "demo", "prompt": vec!["a"; 100_000], "max_tokens": 1}).to_string();
-    let many_ids = json!({"model": "demo", "prompt": vec![5; 1_000_000], "max_tokens": 1}).to_string();
+    let deep = format!(
+        "{{\"model\":\"demo\",\"prompt\":{}1{}}}",
+        "[".repeat(100_000),
+        "]".repeat(100_000)
+    );
+    let long_prompt =
+        json!({"model": "demo", "prompt": "thou ".repeat(20_000), "max_tokens": 1}).to_string();
+    let many_prompts =
+        json!({"model": "demo", "prompt": vec!["a"; 100_000], "max_tokens": 1}).to_string();
+    let many_ids =
+        json!({"model": "demo", "prompt": vec![5; 1_000_000], "max_tokens": 1}).to_string();
     let many_messages = json!({"model": "demo", "messages": vec![json!({"role": "user", "content": "thou art"}); 50_000], "max_tokens": 1}).to_string();
-    for path in ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"] {
+    for path in [
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/tokenize",
+        "/detokenize",
+    ] {
         for body in [
-            &b""[..], b"{", b"}", b"null", b"[]", b"5", b"\"x\"", b"{\"model\":", b"{\"model\":\"demo\"", b"\xff\xfe{}", b"{\"model\":\"\xc3\x28\"}", b"{'model':'demo'}",
-            b"{\"model\":\"demo\",}", b"{}{}", b"NaN", b"{\"temperature\":NaN}", b"\x00\x01\x02", b"model=demo&prompt=x",
+            &b""[..],
+            b"{",
+            b"}",
+            b"null",
+            b"[]",
+            b"5",
+            b"\"x\"",
+            b"{\"model\":",
+            b"{\"model\":\"demo\"",
+            b"\xff\xfe{}",
+            b"{\"model\":\"\xc3\x28\"}",
+            b"{'model':'demo'}",
+            b"{\"model\":\"demo\",}",
+            b"{}{}",
+            b"NaN",
+            b"{\"temperature\":NaN}",
+            b"\x00\x01\x02",
+            b"model=demo&prompt=x",
         ] {
             cases.push((path, body.to_vec()));
         }
@@ -101,13 +185,34 @@ fn http_cases() -> Vec<(&'static str, Vec<u8>)> {
     cases.push(("/v1/chat/completions", many_messages.into_bytes()));
 
     // The small endpoints.
-    for body in ["{\"prompt\":5}", "{\"prompt\":[1]}", "{\"messages\":5}", "{\"model\":\"nobody\",\"prompt\":\"x\"}"] {
+    for body in [
+        "{\"prompt\":5}",
+        "{\"prompt\":[1]}",
+        "{\"messages\":5}",
+        "{\"model\":\"nobody\",\"prompt\":\"x\"}",
+    ] {
         cases.push(("/tokenize", body.as_bytes().to_vec()));
     }
-    for body in ["{\"tokens\":\"x\"}", "{\"tokens\":[-1]}", "{\"tokens\":[2048]}", "{\"tokens\":[1.5]}", "{\"tokens\":5}", "{\"tokens\":null}"] {
+    for body in [
+        "{\"tokens\":\"x\"}",
+        "{\"tokens\":[-1]}",
+        "{\"tokens\":[2048]}",
+        "{\"tokens\":[1.5]}",
+        "{\"tokens\":5}",
+        "{\"tokens\":null}",
+    ] {
         cases.push(("/detokenize", body.as_bytes().to_vec()));
     }
-    for path in ["/v1/nothing", "/", "/v1", "/v1/completions/x", "/v1/embeddings", "/../etc/passwd", "/%00", "/v1/chat"] {
+    for path in [
+        "/v1/nothing",
+        "/",
+        "/v1",
+        "/v1/completions/x",
+        "/v1/embeddings",
+        "/../etc/passwd",
+        "/%00",
+        "/v1/chat",
+    ] {
         cases.push((path, b"{}".to_vec()));
     }
     cases
@@ -121,30 +226,75 @@ fn grpc_cases() -> Vec<(&'static str, GenerateRequest)> {
         request(&[5, 6], sampling)
     };
     vec![
-        ("no input", GenerateRequest { sampling: Some(ok()), ..Default::default() }),
+        (
+            "no input",
+            GenerateRequest {
+                sampling: Some(ok()),
+                ..Default::default()
+            },
+        ),
         ("empty ids", request(&[], ok())),
-        ("empty text", GenerateRequest { input: Some(Input::Text(String::new())), sampling: Some(ok()), ..Default::default() }),
+        (
+            "empty text",
+            GenerateRequest {
+                input: Some(Input::Text(String::new())),
+                sampling: Some(ok()),
+                ..Default::default()
+            },
+        ),
         ("id out of vocabulary", request(&[2048], ok())),
         ("id far out of vocabulary", request(&[u32::MAX], ok())),
-        ("one bad id among many", GenerateRequest { input: Some(Input::TokenIds(TokenIds { ids: (0..2049).collect() })), ..Default::default() }),
+        (
+            "one bad id among many",
+            GenerateRequest {
+                input: Some(Input::TokenIds(TokenIds {
+                    ids: (0..2049).collect(),
+                })),
+                ..Default::default()
+            },
+        ),
         ("prompt beyond the context", request(&vec![5; 513], ok())),
-        ("prompt far beyond the context", request(&vec![5; 900_000], ok())),
-        ("negative temperature", with(&|s| s.temperature = Some(-1.0))),
+        (
+            "prompt far beyond the context",
+            request(&vec![5; 900_000], ok()),
+        ),
+        (
+            "negative temperature",
+            with(&|s| s.temperature = Some(-1.0)),
+        ),
         ("nan temperature", with(&|s| s.temperature = Some(f32::NAN))),
-        ("infinite temperature", with(&|s| s.temperature = Some(f32::INFINITY))),
+        (
+            "infinite temperature",
+            with(&|s| s.temperature = Some(f32::INFINITY)),
+        ),
         ("zero top_p", with(&|s| s.top_p = Some(0.0))),
         ("top_p over one", with(&|s| s.top_p = Some(1.5))),
         ("nan top_p", with(&|s| s.top_p = Some(f32::NAN))),
         ("negative top_p", with(&|s| s.top_p = Some(-0.5))),
         ("too many logprobs", with(&|s| s.logprobs = Some(1_000_000))),
-        ("too many prompt logprobs", with(&|s| s.prompt_logprobs = Some(u32::MAX))),
-        ("stop token out of vocabulary", with(&|s| s.stop_token_ids = vec![5000])),
+        (
+            "too many prompt logprobs",
+            with(&|s| s.prompt_logprobs = Some(u32::MAX)),
+        ),
+        (
+            "stop token out of vocabulary",
+            with(&|s| s.stop_token_ids = vec![5000]),
+        ),
         ("empty stop string", with(&|s| s.stop = vec![String::new()])),
-        ("a million stop strings", with(&|s| s.stop = vec!["x".into(); 100_000])),
+        (
+            "a million stop strings",
+            with(&|s| s.stop = vec!["x".into(); 100_000]),
+        ),
         ("zero max_tokens", with(&|s| s.max_tokens = Some(0))),
         ("huge max_tokens", with(&|s| s.max_tokens = Some(u32::MAX))),
         ("min above max", with(&|s| s.min_tokens = Some(100))),
-        ("unknown model", GenerateRequest { model: "nobody".into(), ..request(&[5], ok()) }),
+        (
+            "unknown model",
+            GenerateRequest {
+                model: "nobody".into(),
+                ..request(&[5], ok())
+            },
+        ),
     ]
 }
 
@@ -162,28 +312,55 @@ async fn three_hundred_bad_inputs_are_refused_and_the_server_keeps_serving() {
         let shown = String::from_utf8_lossy(&body[..body.len().min(160)]).into_owned();
         match http::post(&cluster.http, path, body) {
             Err(e) => wrong.push(format!("{path} {shown}: no answer: {e}")),
-            Ok(r) if !(400..500).contains(&r.status) => wrong.push(format!("{path} {shown}: {} {}", r.status, r.text())),
+            Ok(r) if !(400..500).contains(&r.status) => {
+                wrong.push(format!("{path} {shown}: {} {}", r.status, r.text()))
+            }
             Ok(r) => match serde_json::from_slice::<Value>(&r.body) {
-                Ok(v) if v["error"]["message"].as_str().is_some_and(|m| !m.is_empty()) && v["error"]["type"].is_string() => {}
-                _ => wrong.push(format!("{path} {shown}: {} is not an OpenAI error: {}", r.status, r.text())),
+                Ok(v)
+                    if v["error"]["message"]
+                        .as_str()
+                        .is_some_and(|m| !m.is_empty())
+                        && v["error"]["type"].is_string() => {}
+                _ => wrong.push(format!(
+                    "{path} {shown}: {} is not an OpenAI error: {}",
+                    r.status,
+                    r.text()
+                )),
             },
         }
     }
     for (what, bad) in grpc_cases {
         match generate(&cluster.grpc, bad).await {
             Ok(_) => wrong.push(format!("gRPC, {what}: accepted")),
-            Err(s) if !matches!(s.code(), Code::InvalidArgument | Code::NotFound | Code::OutOfRange | Code::ResourceExhausted) => {
+            Err(s)
+                if !matches!(
+                    s.code(),
+                    Code::InvalidArgument
+                        | Code::NotFound
+                        | Code::OutOfRange
+                        | Code::ResourceExhausted
+                ) =>
+            {
                 wrong.push(format!("gRPC, {what}: {s:?}"));
             }
             Err(s) => assert!(!s.message().is_empty(), "{what}"),
         }
     }
-    assert!(wrong.is_empty(), "{} of {total} cases:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} of {total} cases:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
 
     let output = cluster.processes[0].output();
     assert!(!output.contains("panicked"), "{output}");
     assert!(cluster.processes[0].is_running());
-    assert_eq!(generate(&cluster.grpc, good).await.unwrap(), before, "the server serves as before");
+    assert_eq!(
+        generate(&cluster.grpc, good).await.unwrap(),
+        before,
+        "the server serves as before"
+    );
 }
 
 #[test]
@@ -207,9 +384,23 @@ fn broken_http_is_answered_or_closed_and_the_server_keeps_serving() {
         let mut stream = std::net::TcpStream::connect(&cluster.http).unwrap();
         let _ = stream.write_all(request);
     }
-    let wrong_method = http::raw(&cluster.http, format!("DELETE /v1/completions HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", cluster.http).as_bytes()).unwrap();
+    let wrong_method = http::raw(
+        &cluster.http,
+        format!(
+            "DELETE /v1/completions HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n",
+            cluster.http
+        )
+        .as_bytes(),
+    )
+    .unwrap();
     assert_eq!(wrong_method.status, 405);
-    let wrong_type = http::post_as(&cluster.http, "/v1/completions", "text/plain", b"{\"prompt\":\"x\"}").unwrap();
+    let wrong_type = http::post_as(
+        &cluster.http,
+        "/v1/completions",
+        "text/plain",
+        b"{\"prompt\":\"x\"}",
+    )
+    .unwrap();
     assert!((400..500).contains(&wrong_type.status), "{wrong_type:?}");
     assert_eq!(http::get(&cluster.http, "/health").unwrap().status, 200);
     assert!(cluster.processes[0].is_running());
@@ -220,15 +411,31 @@ fn broken_http_is_answered_or_closed_and_the_server_keeps_serving() {
 fn text_without_a_tokenizer_is_refused_with_the_way_out() {
     let cluster = Cluster::up(&golden_dir("v3-basic"));
     for (path, body) in [
-        ("/v1/completions", json!({"model": "v3-basic", "prompt": "To be"})),
-        ("/v1/chat/completions", json!({"model": "v3-basic", "messages": [{"role": "user", "content": "hi"}]})),
+        (
+            "/v1/completions",
+            json!({"model": "v3-basic", "prompt": "To be"}),
+        ),
+        (
+            "/v1/chat/completions",
+            json!({"model": "v3-basic", "messages": [{"role": "user", "content": "hi"}]}),
+        ),
         ("/tokenize", json!({"prompt": "To be"})),
     ] {
         let answer = http::post(&cluster.http, path, body.to_string().as_bytes()).unwrap();
         assert!((400..500).contains(&answer.status), "{path}: {answer:?}");
-        let message = answer.json()["error"]["message"].as_str().unwrap().to_owned();
+        let message = answer.json()["error"]["message"]
+            .as_str()
+            .unwrap()
+            .to_owned();
         assert!(message.contains("tokenizer"), "{path}: {message}");
     }
-    let ids = http::post(&cluster.http, "/v1/completions", json!({"model": "v3-basic", "prompt": [1, 2, 3], "max_tokens": 4}).to_string().as_bytes()).unwrap();
+    let ids = http::post(
+        &cluster.http,
+        "/v1/completions",
+        json!({"model": "v3-basic", "prompt": [1, 2, 3], "max_tokens": 4})
+            .to_string()
+            .as_bytes(),
+    )
+    .unwrap();
     assert_eq!(ids.status, 200, "{}", ids.text());
 }

@@ -8,11 +8,20 @@ use guild_tests::process::{Cluster, demo, golden_dir, guild, root};
 use serde_json::Value;
 
 fn ids(tokens: &[u32]) -> String {
-    tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+    tokens
+        .iter()
+        .map(u32::to_string)
+        .collect::<Vec<_>>()
+        .join(",")
 }
 
 fn numbers(value: &Value) -> Vec<u32> {
-    value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|v| v.as_u64().unwrap() as u32)
+        .collect()
 }
 
 /// Every reported log-probability, chosen and alternative, against the reference's row.
@@ -26,7 +35,10 @@ fn check_positions(case: &str, reported: &Value, rows: &[Vec<f32>], tokens: &[u3
         let close = |id: u32, logprob: &Value, what: &str| {
             let got = logprob.as_f64().unwrap() as f32;
             let want = row[id as usize];
-            assert!((got - want).abs() <= LOGPROB_BOUND_F32, "{case}: {what} of token {id} at {i}: {got}, reference {want}");
+            assert!(
+                (got - want).abs() <= LOGPROB_BOUND_F32,
+                "{case}: {what} of token {id} at {i}: {got}, reference {want}"
+            );
         };
         close(token, &entry["logprob"], "logprob");
         let top = entry["top"].as_array().unwrap();
@@ -39,17 +51,45 @@ fn check_positions(case: &str, reported: &Value, rows: &[Vec<f32>], tokens: &[u3
 
 fn check_prompt(case: &str, endpoint: &str, prompt: &Prompt) {
     let (code, stdout, stderr) = guild(&[
-        "generate", "--endpoint", endpoint, "--token-ids", &ids(&prompt.ids), "--max-tokens", &prompt.greedy.len().to_string(), "--logprobs", "5",
-        "--prompt-logprobs", "5", "--ignore-eos", "--json",
+        "generate",
+        "--endpoint",
+        endpoint,
+        "--token-ids",
+        &ids(&prompt.ids),
+        "--max-tokens",
+        &prompt.greedy.len().to_string(),
+        "--logprobs",
+        "5",
+        "--prompt-logprobs",
+        "5",
+        "--ignore-eos",
+        "--json",
     ]);
     assert_eq!(code, 0, "{case}: {stderr}");
-    let out: Value = serde_json::from_str(stdout.trim()).unwrap_or_else(|e| panic!("{case}: {e}: {stdout}"));
-    assert_eq!(numbers(&out["token_ids"]), prompt.greedy, "{case}: greedy continuation of {} tokens", prompt.ids.len());
-    check_positions(case, &out["prompt_logprobs"], &prompt.logprobs, &prompt.ids[1..]);
-    assert_eq!(out["logprobs"].as_array().unwrap().len(), prompt.greedy.len());
+    let out: Value =
+        serde_json::from_str(stdout.trim()).unwrap_or_else(|e| panic!("{case}: {e}: {stdout}"));
+    assert_eq!(
+        numbers(&out["token_ids"]),
+        prompt.greedy,
+        "{case}: greedy continuation of {} tokens",
+        prompt.ids.len()
+    );
+    check_positions(
+        case,
+        &out["prompt_logprobs"],
+        &prompt.logprobs,
+        &prompt.ids[1..],
+    );
+    assert_eq!(
+        out["logprobs"].as_array().unwrap().len(),
+        prompt.greedy.len()
+    );
     let first = out["logprobs"][0]["logprob"].as_f64().unwrap() as f32;
     let want = prompt.logprobs.last().unwrap()[prompt.greedy[0] as usize];
-    assert!((first - want).abs() <= LOGPROB_BOUND_F32, "{case}: first output logprob {first}, reference {want}");
+    assert!(
+        (first - want).abs() <= LOGPROB_BOUND_F32,
+        "{case}: first output logprob {first}, reference {want}"
+    );
     assert_eq!(out["finish_reason"], "length");
     assert_eq!(out["usage"]["prompt_tokens"], prompt.ids.len());
     assert_eq!(out["usage"]["completion_tokens"], prompt.greedy.len());
@@ -68,12 +108,22 @@ fn every_golden_checkpoint_is_served_as_the_reference_computed_it() {
 
 #[test]
 fn the_demo_continues_as_the_reference_did() {
-    let golden: Value = serde_json::from_slice(&std::fs::read(root().join("tests/golden/demo.json")).unwrap()).unwrap();
+    let golden: Value =
+        serde_json::from_slice(&std::fs::read(root().join("tests/golden/demo.json")).unwrap())
+            .unwrap();
     let cluster = Cluster::up(&demo());
     for case in golden["cases"].as_array().unwrap() {
         let (prompt, greedy) = (numbers(&case["prompt_ids"]), numbers(&case["greedy_ids"]));
         let (code, stdout, stderr) = guild(&[
-            "generate", "--endpoint", &cluster.grpc, "--token-ids", &ids(&prompt), "--max-tokens", &greedy.len().to_string(), "--ignore-eos", "--json",
+            "generate",
+            "--endpoint",
+            &cluster.grpc,
+            "--token-ids",
+            &ids(&prompt),
+            "--max-tokens",
+            &greedy.len().to_string(),
+            "--ignore-eos",
+            "--json",
         ]);
         assert_eq!(code, 0, "{stderr}");
         let out: Value = serde_json::from_str(stdout.trim()).unwrap();

@@ -15,9 +15,18 @@ async fn alone(model: &std::path::Path, vocab: u32) -> Vec<Answer> {
 
 fn assert_same(what: &str, want: &[Answer], got: &[Answer]) {
     for (i, (want, got)) in want.iter().zip(got).enumerate() {
-        assert_eq!(want.token_ids, got.token_ids, "{what}: tokens of request {i}");
-        assert_eq!(want.logprobs, got.logprobs, "{what}: logprobs of request {i}");
-        assert_eq!(want.prompt_logprobs, got.prompt_logprobs, "{what}: prompt logprobs of request {i}");
+        assert_eq!(
+            want.token_ids, got.token_ids,
+            "{what}: tokens of request {i}"
+        );
+        assert_eq!(
+            want.logprobs, got.logprobs,
+            "{what}: logprobs of request {i}"
+        );
+        assert_eq!(
+            want.prompt_logprobs, got.prompt_logprobs,
+            "{what}: prompt logprobs of request {i}"
+        );
         assert_eq!(want, got, "{what}: request {i}");
     }
     assert_eq!(want.len(), got.len());
@@ -26,7 +35,11 @@ fn assert_same(what: &str, want: &[Answer], got: &[Answer]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_process_of_any_shape_emits_the_same_bits() {
     let want = alone(&demo(), 2048).await;
-    assert!(want.iter().any(|a| a.token_ids.windows(2).any(|w| w[0] != w[1])), "the workload is not degenerate");
+    assert!(
+        want.iter()
+            .any(|a| a.token_ids.windows(2).any(|w| w[0] != w[1])),
+        "the workload is not degenerate"
+    );
     for (shape, attention, expert, threads) in [
         (Shape::Local, 1, 1, "2"),
         (Shape::Local, 1, 2, "1"),
@@ -39,8 +52,16 @@ async fn one_process_of_any_shape_emits_the_same_bits() {
     ] {
         let what = format!("{shape:?} {attention}x{expert}, {threads} threads");
         let cluster = Cluster::start(shape, &demo(), attention, expert, &["--threads", threads]);
-        assert_same(&format!("{what}, batch of 16"), &want, &generate_all(&cluster.grpc, &mixed_workload(2048)).await);
-        assert_same(&format!("{what}, one by one"), &want[..4], &generate_each(&cluster.grpc, &mixed_workload(2048)[..4]).await);
+        assert_same(
+            &format!("{what}, batch of 16"),
+            &want,
+            &generate_all(&cluster.grpc, &mixed_workload(2048)).await,
+        );
+        assert_same(
+            &format!("{what}, one by one"),
+            &want[..4],
+            &generate_each(&cluster.grpc, &mixed_workload(2048)[..4]).await,
+        );
     }
 }
 
@@ -49,8 +70,18 @@ async fn separate_processes_emit_the_same_bits() {
     let want = alone(&demo(), 2048).await;
     for (attention, expert, threads) in [(1, 1, "1"), (1, 2, "2"), (1, 5, "1"), (2, 3, "2")] {
         let what = format!("processes {attention}x{expert}, {threads} threads");
-        let cluster = Cluster::start(Shape::Processes, &demo(), attention, expert, &["--threads", threads]);
-        assert_same(&what, &want, &generate_all(&cluster.grpc, &mixed_workload(2048)).await);
+        let cluster = Cluster::start(
+            Shape::Processes,
+            &demo(),
+            attention,
+            expert,
+            &["--threads", threads],
+        );
+        assert_same(
+            &what,
+            &want,
+            &generate_all(&cluster.grpc, &mixed_workload(2048)).await,
+        );
     }
 }
 
@@ -59,10 +90,18 @@ async fn fp8_and_grouped_checkpoints_keep_their_bits_across_shapes() {
     for (case, vocab) in [("v3-fp8", 256), ("v3-mtp", 320), ("v2-lite", 320)] {
         let model = golden_dir(case);
         let want = alone(&model, vocab).await;
-        for (shape, attention, expert) in [(Shape::Local, 2, 3), (Shape::Grpc, 1, 5), (Shape::Processes, 1, 2)] {
+        for (shape, attention, expert) in [
+            (Shape::Local, 2, 3),
+            (Shape::Grpc, 1, 5),
+            (Shape::Processes, 1, 2),
+        ] {
             let cluster = Cluster::start(shape, &model, attention, expert, &[]);
             let got = generate_all(&cluster.grpc, &mixed_workload(vocab)).await;
-            assert_same(&format!("{case} {shape:?} {attention}x{expert}"), &want, &got);
+            assert_same(
+                &format!("{case} {shape:?} {attention}x{expert}"),
+                &want,
+                &got,
+            );
         }
     }
 }

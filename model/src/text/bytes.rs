@@ -18,7 +18,13 @@ impl TokenBytes {
     pub(super) fn new(tokenizer: &Tokenizer, vocab_size: usize) -> Self {
         let byte_level = super::is_byte_level(tokenizer);
         let byte_of = bytes_of_alphabet();
-        let mut table = Self { data: Vec::new(), ends: Vec::with_capacity(vocab_size), special: vec![false; vocab_size], longest: 1, byte_level };
+        let mut table = Self {
+            data: Vec::new(),
+            ends: Vec::with_capacity(vocab_size),
+            special: vec![false; vocab_size],
+            longest: 1,
+            byte_level,
+        };
         for (id, token) in tokenizer.get_added_tokens_decoder() {
             if let Some(flag) = table.special.get_mut(id as usize) {
                 *flag = token.special;
@@ -29,11 +35,17 @@ impl TokenBytes {
             let start = table.data.len();
             match byte_fallback(&token) {
                 Some(byte) if !byte_level => table.data.push(byte),
-                _ if byte_level => match token.chars().map(|c| byte_of.get(&c).copied()).collect::<Option<Vec<u8>>>() {
+                _ if byte_level => match token
+                    .chars()
+                    .map(|c| byte_of.get(&c).copied())
+                    .collect::<Option<Vec<u8>>>()
+                {
                     Some(bytes) => table.data.extend(bytes),
                     None => table.data.extend_from_slice(token.as_bytes()),
                 },
-                _ => table.data.extend_from_slice(token.replace('▁', " ").as_bytes()),
+                _ => table
+                    .data
+                    .extend_from_slice(token.replace('▁', " ").as_bytes()),
             }
             table.ends.push(table.data.len() as u32);
             table.longest = table.longest.max(table.data.len() - start);
@@ -43,7 +55,9 @@ impl TokenBytes {
 
     pub(super) fn of(&self, id: u32) -> &[u8] {
         let id = id as usize;
-        let Some(&end) = self.ends.get(id) else { return &[] };
+        let Some(&end) = self.ends.get(id) else {
+            return &[];
+        };
         let start = if id == 0 { 0 } else { self.ends[id - 1] };
         &self.data[start as usize..end as usize]
     }
@@ -65,7 +79,9 @@ impl TokenBytes {
 /// The byte of a byte-fallback token, written `<0x0A>`.
 pub(super) fn byte_fallback(token: &str) -> Option<u8> {
     let hex = token.strip_prefix("<0x")?.strip_suffix('>')?;
-    (hex.len() == 2).then(|| u8::from_str_radix(hex, 16).ok()).flatten()
+    (hex.len() == 2)
+        .then(|| u8::from_str_radix(hex, 16).ok())
+        .flatten()
 }
 
 /// The byte that each printable character stands for in a byte-level
@@ -73,7 +89,9 @@ pub(super) fn byte_fallback(token: &str) -> Option<u8> {
 /// characters from U+0100 on are the other bytes in order.
 fn bytes_of_alphabet() -> HashMap<char, u8> {
     let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let themselves = (0..=255u8).filter(|b| printable(*b)).map(|b| (char::from(b), b));
+    let themselves = (0..=255u8)
+        .filter(|b| printable(*b))
+        .map(|b| (char::from(b), b));
     let moved = ('\u{100}'..).zip((0..=255u8).filter(|b| !printable(*b)));
     themselves.chain(moved).collect()
 }
@@ -86,7 +104,10 @@ mod tests {
     fn the_byte_alphabet_is_the_published_one() {
         let byte = bytes_of_alphabet();
         assert_eq!(byte.len(), 256);
-        assert_eq!(['A', 'Ġ', 'Ċ', 'Ā', 'Ń', 'ÿ'].map(|c| byte[&c]), [b'A', b' ', b'\n', 0, 0xAD, 0xFF]);
+        assert_eq!(
+            ['A', 'Ġ', 'Ċ', 'Ā', 'Ń', 'ÿ'].map(|c| byte[&c]),
+            [b'A', b' ', b'\n', 0, 0xAD, 0xFF]
+        );
     }
 
     #[test]

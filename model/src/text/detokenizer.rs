@@ -45,8 +45,16 @@ struct Window {
 impl Detokenizer {
     /// A detokenizer at the start of a text.
     pub fn new(text: Arc<Text>, skip_special: bool) -> Self {
-        let state = if text.bytes.is_byte_level() { State::Bytes(Vec::new()) } else { State::Window(Window::default()) };
-        Self { text, skip_special, state }
+        let state = if text.bytes.is_byte_level() {
+            State::Bytes(Vec::new())
+        } else {
+            State::Window(Window::default())
+        };
+        Self {
+            text,
+            skip_special,
+            state,
+        }
     }
 
     /// Takes the next token and returns the text that is certain now.
@@ -81,7 +89,9 @@ fn complete_characters(bytes: &mut Vec<u8>) -> String {
         taken += chunk.valid().len();
         let invalid = chunk.invalid();
         // Only at the very end can an invalid part still become a character.
-        if std::str::from_utf8(invalid).is_err_and(|e| e.error_len().is_some()) || taken + invalid.len() < bytes.len() {
+        if std::str::from_utf8(invalid).is_err_and(|e| e.error_len().is_some())
+            || taken + invalid.len() < bytes.len()
+        {
             if !invalid.is_empty() {
                 out.push(char::REPLACEMENT_CHARACTER);
             }
@@ -95,7 +105,9 @@ fn complete_characters(bytes: &mut Vec<u8>) -> String {
 impl Window {
     fn push(&mut self, text: &Text, id: u32) -> Result<String, ModelError> {
         // Decoding skips ids that are no tokens.
-        let Some(token) = text.tokenizer.id_to_token(id) else { return Ok(String::new()) };
+        let Some(token) = text.tokenizer.id_to_token(id) else {
+            return Ok(String::new());
+        };
         self.ids.push(id);
         let held = self.ids.len() - self.pending;
         if super::bytes::byte_fallback(&token).is_some() && held < MAX_HELD {
@@ -106,7 +118,9 @@ impl Window {
         if now.ends_with(char::REPLACEMENT_CHARACTER) && held < MAX_HELD + MAX_CHARACTER {
             return Ok(String::new());
         }
-        let Some(new) = now.strip_prefix(before.as_str()) else { return Ok(String::new()) };
+        let Some(new) = now.strip_prefix(before.as_str()) else {
+            return Ok(String::new());
+        };
         self.released.push_str(new);
         self.context = self.pending;
         self.pending = self.ids.len();
@@ -117,6 +131,9 @@ impl Window {
         let all = text.decode(&std::mem::take(&mut self.ids), false)?;
         let released = std::mem::take(&mut self.released);
         (self.context, self.pending) = (0, 0);
-        Ok(all.strip_prefix(released.as_str()).unwrap_or_default().to_owned())
+        Ok(all
+            .strip_prefix(released.as_str())
+            .unwrap_or_default()
+            .to_owned())
     }
 }

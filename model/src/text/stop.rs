@@ -26,19 +26,29 @@ pub struct StopMatch {
 impl StopStrings {
     /// A matcher for these strings; empty ones are ignored.
     pub fn new(stops: impl IntoIterator<Item = String>) -> Self {
-        Self { stops: stops.into_iter().filter(|s| !s.is_empty()).collect(), held: String::new() }
+        Self {
+            stops: stops.into_iter().filter(|s| !s.is_empty()).collect(),
+            held: String::new(),
+        }
     }
 
     /// Takes the next piece of text. After a match nothing is held any more.
     pub fn push(&mut self, piece: &str) -> StopMatch {
         if self.stops.is_empty() {
-            return StopMatch { text: piece.to_owned(), stop: None };
+            return StopMatch {
+                text: piece.to_owned(),
+                stop: None,
+            };
         }
         self.held.push_str(piece);
         let found = self
             .stops
             .iter()
-            .filter_map(|stop| self.held.find(stop.as_str()).map(|at| (at + stop.len(), at, stop)))
+            .filter_map(|stop| {
+                self.held
+                    .find(stop.as_str())
+                    .map(|at| (at + stop.len(), at, stop))
+            })
             .min_by_key(|(end, at, _)| (*end, *at));
         if let Some((_, at, stop)) = found {
             let stop = Some(stop.clone());
@@ -46,9 +56,17 @@ impl StopStrings {
             text.truncate(at);
             return StopMatch { text, stop };
         }
-        let keep = self.stops.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
+        let keep = self
+            .stops
+            .iter()
+            .map(|stop| overlap(&self.held, stop))
+            .max()
+            .unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
-        StopMatch { text: std::mem::replace(&mut self.held, rest), stop: None }
+        StopMatch {
+            text: std::mem::replace(&mut self.held, rest),
+            stop: None,
+        }
     }
 
     /// What was held back: the text has ended and it became no stop string.
@@ -62,6 +80,11 @@ fn overlap(text: &str, stop: &str) -> usize {
     let longest = text.len().min(stop.len() - 1);
     (1..=longest)
         .rev()
-        .find(|&n| text.is_char_boundary(text.len() - n) && stop.as_bytes().starts_with(&text.as_bytes()[text.len() - n..]))
+        .find(|&n| {
+            text.is_char_boundary(text.len() - n)
+                && stop
+                    .as_bytes()
+                    .starts_with(&text.as_bytes()[text.len() - n..])
+        })
         .unwrap_or(0)
 }
