@@ -16,11 +16,10 @@ pub mod sequence;
 pub mod service;
 pub mod view;
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use guild_model::checkpoint::Dtype;
-use guild_model::{Config, ModelError};
+use guild_model::{Checkpoint, Config, ModelError};
 use guild_node::member::MemberError;
 use guild_node::serve::ServeError;
 use guild_node::{ExitKind, HasExitKind};
@@ -34,8 +33,8 @@ pub use memory::KvMemory;
 /// What an attention node is told.
 #[derive(Clone, Debug)]
 pub struct AttentionNodeConfig {
-    /// Directory of the checkpoint.
-    pub model: PathBuf,
+    /// The open checkpoint; roles of one process share it, and with it the digest.
+    pub model: Checkpoint,
     /// What clients call the model.
     pub model_name: String,
     /// How weights are kept.
@@ -78,13 +77,13 @@ impl AttentionNodeConfig {
 
     /// Everything by default but what has none. The model is called as its directory is.
     pub fn new(
-        model: impl Into<PathBuf>,
+        model: Checkpoint,
         name: impl Into<String>,
         address: impl Into<String>,
         coordinator: impl Into<String>,
     ) -> AttentionNodeConfig {
-        let model = model.into();
-        let called = model.canonicalize().unwrap_or_else(|_| model.clone());
+        let called = model.dir();
+        let called = called.canonicalize().unwrap_or_else(|_| called.to_owned());
         let called = called
             .file_name()
             .map(|name| name.to_string_lossy().into_owned());

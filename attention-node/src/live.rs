@@ -48,8 +48,7 @@ pub async fn run(
     switchboard: Option<Switchboard>,
     shutdown: Shutdown,
 ) -> Result<(), Error> {
-    let dir = cfg.model.clone();
-    let checkpoint = on_thread("open-checkpoint", move || Checkpoint::open(&dir)).await??;
+    let checkpoint = cfg.model.clone();
     let model = Arc::new(checkpoint.config().clone());
     // Contradictions are reported before anything is loaded.
     cfg.limits(&model)?;

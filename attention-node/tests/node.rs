@@ -11,6 +11,7 @@ use std::time::Duration;
 use common::{Model, Trouble, board, name, repository};
 use futures::{Stream, StreamExt};
 use guild_attention_node::{AttentionNodeConfig, Error, run};
+use guild_model::Checkpoint;
 use guild_node::Shutdown;
 use guild_node::status::reason_of;
 use guild_proto::cluster::v1::cluster_server::{Cluster, ClusterServer};
@@ -135,10 +136,11 @@ impl Cluster1 {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let dir = repository().join("tests/golden/v3-basic");
+        let checkpoint = Checkpoint::open(&dir).unwrap();
         let cfg = AttentionNodeConfig {
             drain,
             max_context: Some(4000),
-            ..AttentionNodeConfig::new(dir, "attention-1", &address, url)
+            ..AttentionNodeConfig::new(checkpoint, "attention-1", &address, url)
         };
         let shutdown = Shutdown::new();
         let run = run(
@@ -329,11 +331,9 @@ async fn a_refusal_by_the_coordinator_ends_it() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn contradictions_are_reported_before_anything_is_loaded() {
     let dir = repository().join("tests/golden/v3-basic");
-    let cfg = || AttentionNodeConfig::new(&dir, "a", "127.0.0.1:1", "http://127.0.0.1:1");
-    let missing = AttentionNodeConfig {
-        model: dir.join("nothing"),
-        ..cfg()
-    };
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let cfg =
+        || AttentionNodeConfig::new(checkpoint.clone(), "a", "127.0.0.1:1", "http://127.0.0.1:1");
     let kv_memory = "100".parse().unwrap();
     let cases = [
         (
@@ -351,7 +351,6 @@ async fn contradictions_are_reported_before_anything_is_loaded() {
             },
         ),
         ("--kv-memory", AttentionNodeConfig { kv_memory, ..cfg() }),
-        ("nothing", missing),
     ];
     for (named, cfg) in cases {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

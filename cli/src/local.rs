@@ -2,11 +2,10 @@
 //! sharing one `Cpu`, started together and ended front to back.
 
 use std::future::Future;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use guild_coordinator::Listeners;
-use guild_model::Cpu;
+use guild_model::{Checkpoint, Cpu};
 use guild_node::{ExitKind, HasExitKind, Shutdown, channel};
 use guild_proto::cluster::v1::StatusRequest;
 use guild_proto::cluster::v1::cluster_client::ClusterClient;
@@ -25,7 +24,7 @@ const READY_POLL: Duration = Duration::from_millis(20);
 
 /// What the cluster is made of.
 pub(crate) struct Plan {
-    pub(crate) model: PathBuf,
+    pub(crate) model: Checkpoint,
     pub(crate) model_name: String,
     pub(crate) attention_nodes: u16,
     pub(crate) expert_nodes: u16,
@@ -37,10 +36,10 @@ pub(crate) struct Plan {
 
 impl Plan {
     /// One node of each kind, for one request.
-    pub(crate) fn smallest(model: &Path, compute: Compute) -> Self {
+    pub(crate) fn smallest(model: Checkpoint, compute: Compute) -> Self {
         Self {
-            model: model.to_owned(),
-            model_name: served_name(None, model),
+            model_name: served_name(None, model.dir()),
+            model,
             attention_nodes: 1,
             expert_nodes: 1,
             fabric: FabricKind::Local,

@@ -1,17 +1,17 @@
 //! From flags to the configurations of the three shells.
 
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use guild_attention_node::AttentionNodeConfig;
 use guild_coordinator::CoordinatorConfig;
 use guild_expert_node::ExpertNodeConfig;
+use guild_model::Checkpoint;
 
 use crate::args::{Compute, Engine, Exposure};
 
 /// Where a node stands in its cluster.
 pub(crate) struct Place {
-    pub(crate) model: PathBuf,
+    pub(crate) model: Checkpoint,
     pub(crate) name: String,
     /// `host:port` where others reach it.
     pub(crate) address: String,
@@ -37,7 +37,7 @@ pub(crate) fn attention(
         max_context: context(engine.max_context),
         drain: drain(exposure),
         ..AttentionNodeConfig::new(
-            &place.model,
+            place.model.clone(),
             &place.name,
             &place.address,
             &place.coordinator,
@@ -56,7 +56,7 @@ pub(crate) fn expert(
         capacity_bytes: capacity,
         drain: drain(exposure),
         ..ExpertNodeConfig::new(
-            &place.model,
+            place.model.clone(),
             &place.name,
             &place.address,
             &place.coordinator,
@@ -66,7 +66,7 @@ pub(crate) fn expert(
 
 /// What a coordinator is told beyond its addresses.
 pub(crate) struct FrontDesk<'a> {
-    pub(crate) model: &'a Path,
+    pub(crate) model: &'a Checkpoint,
     pub(crate) model_name: &'a str,
     pub(crate) compute: Compute,
     /// 0: what the model was made for.
@@ -85,7 +85,7 @@ pub(crate) fn coordinator(desk: &FrontDesk<'_>) -> CoordinatorConfig {
         min_expert_nodes: usize::from(desk.min_expert_nodes),
         settle: desk.settle.unwrap_or(CoordinatorConfig::SETTLE),
         drain: drain(desk.exposure),
-        ..CoordinatorConfig::new(desk.model)
+        ..CoordinatorConfig::new(desk.model.clone())
     }
 }
 

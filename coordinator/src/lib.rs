@@ -12,7 +12,6 @@ mod state;
 
 pub mod front;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -41,9 +40,9 @@ const CLUSTER_DRAIN: Duration = Duration::from_secs(1);
 /// What a coordinator is told.
 #[derive(Clone, Debug)]
 pub struct CoordinatorConfig {
-    /// Directory of the checkpoint. Only its description, its identity and its
-    /// tokenizer are used here.
-    pub model: PathBuf,
+    /// The open checkpoint; roles of one process share it, and with it the digest.
+    /// Only its description, its identity and its tokenizer are used here.
+    pub model: Checkpoint,
     /// What clients call the model.
     pub model_name: String,
     /// How expert nodes keep weights, to turn their bytes into experts.
@@ -74,9 +73,9 @@ impl CoordinatorConfig {
     pub const DRAIN: Duration = Duration::from_secs(30);
 
     /// The defaults for a checkpoint, called by the name of its directory.
-    pub fn new(model: impl Into<PathBuf>) -> CoordinatorConfig {
-        let model = model.into();
+    pub fn new(model: Checkpoint) -> CoordinatorConfig {
         let name = model
+            .dir()
             .canonicalize()
             .ok()
             .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
@@ -149,7 +148,7 @@ pub async fn run(
     shutdown: Shutdown,
 ) -> Result<(), CoordinatorError> {
     check(&config)?;
-    tracing::info!(model = %config.model.display(), "reading the checkpoint's description");
+    tracing::info!(model = %config.model.dir().display(), "reading the checkpoint's description");
     let identified = tokio::task::spawn_blocking({
         let config = config.clone();
         move || identify(&config)
@@ -243,10 +242,10 @@ fn check(config: &CoordinatorConfig) -> Result<(), CoordinatorError> {
     Ok(())
 }
 
-/// Opens the checkpoint and takes from it what a coordinator needs. Reads the
+/// Takes from the checkpoint what a coordinator needs. Reads the
 /// weights once, for the digest.
 fn identify(config: &CoordinatorConfig) -> Result<(Settings, ServedModel), ModelError> {
-    let checkpoint = Checkpoint::open(&config.model)?;
+    let checkpoint = &config.model;
     let description = checkpoint.config();
     let digest = checkpoint.digest()?;
     let expert_bytes = |layer: usize| match config.dtype {
@@ -283,7 +282,7 @@ fn identify(config: &CoordinatorConfig) -> Result<(Settings, ServedModel), Model
         digest,
         created,
         max_context: u32::try_from(max_context).unwrap_or(u32::MAX),
-        text: Text::load(&config.model, description)?,
+        text: Text::load(checkpoint.dir(), description)?,
     };
     Ok((settings, model))
 }

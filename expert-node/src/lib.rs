@@ -12,9 +12,9 @@ pub mod host;
 mod live;
 pub mod residents;
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
-use guild_model::{ModelError, checkpoint::Dtype};
+use guild_model::{Checkpoint, ModelError, checkpoint::Dtype};
 use guild_node::{ExitKind, HasExitKind, member::MemberError, serve::ServeError};
 
 use crate::residents::LoadError;
@@ -24,8 +24,8 @@ pub use live::run;
 /// What an expert node is told.
 #[derive(Clone, Debug)]
 pub struct ExpertNodeConfig {
-    /// Directory of the checkpoint.
-    pub model: PathBuf,
+    /// The open checkpoint; roles of one process share it, and with it the digest.
+    pub model: Checkpoint,
     /// How weights are kept.
     pub dtype: Dtype,
     /// Stable and unique in the cluster.
@@ -47,13 +47,13 @@ impl ExpertNodeConfig {
 
     /// Everything by default but what has none.
     pub fn new(
-        model: impl Into<PathBuf>,
+        model: Checkpoint,
         name: impl Into<String>,
         address: impl Into<String>,
         coordinator: impl Into<String>,
     ) -> Self {
         Self {
-            model: model.into(),
+            model,
             dtype: Dtype::Auto,
             name: name.into(),
             address: address.into(),

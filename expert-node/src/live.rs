@@ -54,8 +54,7 @@ pub async fn run(
     switchboard: Option<Switchboard>,
     shutdown: Shutdown,
 ) -> Result<(), Error> {
-    let dir = cfg.model.clone();
-    let checkpoint = on_thread("opening the checkpoint", move || Checkpoint::open(&dir)).await??;
+    let checkpoint = cfg.model.clone();
     let width = checkpoint.config().hidden_size;
     let numerics_class = cfg.dtype.numerics_class(&cpu);
     let host = Arc::new(Host::new(&cfg.name, width, cpu));

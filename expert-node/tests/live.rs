@@ -121,7 +121,7 @@ async fn stage(refuse: bool, change: impl FnOnce(&mut ExpertNodeConfig)) -> Stag
     );
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let mut cfg = ExpertNodeConfig::new(golden(), NAME, &address, url);
+    let mut cfg = ExpertNodeConfig::new(Checkpoint::open(&golden()).unwrap(), NAME, &address, url);
     cfg.drain = Duration::from_secs(5);
     change(&mut cfg);
     let shutdown = Shutdown::new();
@@ -362,14 +362,6 @@ async fn a_refusal_ends_the_node_with_its_reason() {
         "{error}"
     );
     assert_eq!(error.exit_kind(), ExitKind::Network);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_checkpoint_that_cannot_be_opened_ends_the_node() {
-    let stage = stage(false, |cfg| cfg.model = "no/such/model".into()).await;
-    let error = stage.running.await.unwrap().unwrap_err();
-    assert_eq!(error.exit_kind(), ExitKind::Model);
-    assert!(error.to_string().contains("no/such/model"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

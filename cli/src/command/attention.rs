@@ -1,7 +1,5 @@
 //! `guild attention-node`.
 
-use guild_model::Checkpoint;
-
 use super::{block_on, cpu, join, log_role, served_name, signals};
 use crate::args::AttentionNode;
 use crate::banner::Banner;
@@ -16,14 +14,13 @@ pub(crate) fn run(args: &AttentionNode) -> Result<(), Failure> {
 async fn serve(args: &AttentionNode) -> Result<(), Failure> {
     let shutdown = signals()?;
     let (place, listener) = join("attention", &args.joining, args.exposure).await?;
-    let checkpoint = Checkpoint::open(&place.model)?;
     let cpu = cpu(args.compute.threads);
-    let name = served_name(None, &place.model);
+    let name = served_name(None, place.model.dir());
     let mut banner = Banner::new(format!("attention-node {}", place.name));
     banner
-        .model(&name, &checkpoint)?
-        .weights(&checkpoint, args.compute.dtype)
-        .kv(&checkpoint, args.engine)
+        .model(&name, &place.model)?
+        .weights(&place.model, args.compute.dtype)
+        .kv(&place.model, args.engine)
         .cpu(&cpu)
         .line("cluster", &place.coordinator)
         .line("reached at", &place.address)

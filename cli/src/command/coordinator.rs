@@ -3,7 +3,7 @@
 use guild_coordinator::Listeners;
 use guild_model::Checkpoint;
 
-use super::{block_on, log_role, served_name, signals};
+use super::{block_on, listening, log_role, served_name, signals};
 use crate::args::Coordinator;
 use crate::banner::Banner;
 use crate::failure::Failure;
@@ -23,6 +23,7 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
         http: bind("http", &args.http, insecure).await?,
         grpc: bind("grpc", &args.grpc, insecure).await?,
     };
+    listening(&address_of(&listeners.cluster)?.to_string())?;
     let checkpoint = Checkpoint::open(&args.model)?;
     let name = served_name(args.served_model_name.as_deref(), &args.model);
     let http = address_of(&listeners.http)?;
@@ -46,7 +47,7 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
         .insecure(insecure)
         .show(args.common.log_format);
     let config = shells::coordinator(&shells::FrontDesk {
-        model: &args.model,
+        model: &checkpoint,
         model_name: &name,
         compute: args.compute,
         max_context: args.max_context,

@@ -1,7 +1,5 @@
 //! `guild expert-node`.
 
-use guild_model::Checkpoint;
-
 use super::{block_on, cpu, join, log_role, served_name, signals};
 use crate::args::ExpertNode;
 use crate::banner::Banner;
@@ -16,7 +14,7 @@ pub(crate) fn run(args: &ExpertNode) -> Result<(), Failure> {
 async fn serve(args: &ExpertNode) -> Result<(), Failure> {
     let shutdown = signals()?;
     let (place, listener) = join("expert", &args.joining, args.exposure).await?;
-    let checkpoint = Checkpoint::open(&place.model)?;
+    let checkpoint = &place.model;
     let cpu = cpu(args.compute.threads);
     let config = checkpoint.config();
     let each = config
@@ -34,7 +32,7 @@ async fn serve(args: &ExpertNode) -> Result<(), Failure> {
     };
     let mut banner = Banner::new(format!("expert-node {}", place.name));
     banner
-        .model(&served_name(None, &place.model), &checkpoint)?
+        .model(&served_name(None, checkpoint.dir()), checkpoint)?
         .line(
             "experts",
             format!(

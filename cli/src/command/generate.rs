@@ -48,8 +48,7 @@ pub(crate) fn run(args: &Generate, origins: &Origins) -> Result<(), Failure> {
 /// Asks a cluster of this process, on ports nobody else knows.
 async fn alone(args: &Generate, model: &Path, request: GenerateRequest) -> Result<(), Failure> {
     // Before anything is started: what is wrong with it is the answer.
-    Checkpoint::open(model)?;
-    let plan = Plan::smallest(model, args.compute);
+    let plan = Plan::smallest(Checkpoint::open(model)?, args.compute);
     let (http, grpc) = (
         bind("http", EPHEMERAL, false).await?,
         bind("grpc", EPHEMERAL, false).await?,

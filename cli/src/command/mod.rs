@@ -12,9 +12,10 @@ mod reference;
 mod up;
 
 use std::future::Future;
+use std::io::Write as _;
 use std::path::Path;
 
-use guild_model::Cpu;
+use guild_model::{Checkpoint, Cpu};
 use guild_node::{ExitKind, Shutdown, channel, config, telemetry};
 use tokio::net::TcpListener;
 
@@ -99,7 +100,14 @@ pub(crate) fn served_name(given: Option<&str>, model: &Path) -> String {
     )
 }
 
-/// Opens a node's listener and settles who and where it is.
+/// Says to programs where a role's port is, as soon as it is bound: one line on stdout.
+fn listening(address: &str) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout();
+    writeln!(stdout, "guild: listening on {address}")?;
+    Ok(stdout.flush()?)
+}
+
+/// Opens a node's listener and its checkpoint and settles who and where it is.
 async fn join(
     role: &str,
     joining: &Joining,
@@ -120,8 +128,9 @@ async fn join(
             address.to_string()
         }
     };
+    listening(&address)?;
     let place = Place {
-        model: joining.model.clone(),
+        model: Checkpoint::open(&joining.model)?,
         name: joining
             .name
             .clone()

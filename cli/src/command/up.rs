@@ -26,7 +26,7 @@ async fn serve(args: &Up) -> Result<(), Failure> {
     let checkpoint = Checkpoint::open(&args.model)?;
     let cpu = cpu(args.compute.threads);
     let plan = Plan {
-        model: args.model.clone(),
+        model: checkpoint.clone(),
         model_name: served_name(args.served_model_name.as_deref(), &args.model),
         attention_nodes: args.attention_nodes,
         expert_nodes: args.expert_nodes,

@@ -33,11 +33,31 @@ pub(super) struct Head {
 
 impl Head {
     pub(super) fn new(door: &FrontDoor, id: String, n: u32, delivery: Delivery) -> Self {
-        Self { id, created: super::http::now(), model: door.model.name.clone(), n, delivery, prompt_tokens: 0, completion_tokens: 0 }
+        Self {
+            id,
+            created: super::http::now(),
+            model: door.model.name.clone(),
+            n,
+            delivery,
+            prompt_tokens: 0,
+            completion_tokens: 0,
+        }
     }
 
-    pub(super) fn body<C>(&self, object: &'static str, choices: Vec<C>, usage: Option<Usage>) -> Body<C> {
-        Body { id: self.id.clone(), object, created: self.created, model: self.model.clone(), choices, usage }
+    pub(super) fn body<C>(
+        &self,
+        object: &'static str,
+        choices: Vec<C>,
+        usage: Option<Usage>,
+    ) -> Body<C> {
+        Body {
+            id: self.id.clone(),
+            object,
+            created: self.created,
+            model: self.model.clone(),
+            choices,
+            usage,
+        }
     }
 
     /// Counts a finished choice; a prompt once, whatever number of choices it has.

@@ -27,7 +27,12 @@ use super::{
 /// `max_tokens` of /v1/completions when the client does not say, as in the OpenAI API.
 pub(super) const DEFAULT_MAX_TOKENS: u32 = 16;
 
-const NAMES: Names = Names { prompt: "prompt", max_tokens: "max_tokens", logprobs: "logprobs", prefix: "" };
+const NAMES: Names = Names {
+    prompt: "prompt",
+    max_tokens: "max_tokens",
+    logprobs: "logprobs",
+    prefix: "",
+};
 
 /// The protocol's choice, its log-probabilities in a fixed order, and token ids.
 #[derive(Serialize)]
@@ -43,7 +48,13 @@ struct Choice<C> {
 
 /// Prompts in the four forms of the API.
 fn prompts(value: Option<Value>, special: bool) -> Result<Vec<Prompt>, Fault> {
-    let text = |s: String| if special { Prompt::Text(s) } else { Prompt::Plain(s) };
+    let text = |s: String| {
+        if special {
+            Prompt::Text(s)
+        } else {
+            Prompt::Plain(s)
+        }
+    };
     let expected = "a string, a list of strings, a list of token ids or a list of those";
     match value {
         None => Err(Fault::missing("prompt", expected)),
@@ -56,11 +67,17 @@ fn prompts(value: Option<Value>, special: bool) -> Result<Vec<Prompt>, Fault> {
                 .map(|item| match item {
                     Value::String(s) => Ok(text(s)),
                     Value::Array(ids) => token_ids("prompt", &ids).map(Prompt::Ids),
-                    other => Err(Fault::invalid("prompt", format!("expected {expected}; found {} in the list", kind(&other)))),
+                    other => Err(Fault::invalid(
+                        "prompt",
+                        format!("expected {expected}; found {} in the list", kind(&other)),
+                    )),
                 })
                 .collect(),
         },
-        Some(other) => Err(Fault::invalid("prompt", format!("expected {expected}, not {}", kind(&other)))),
+        Some(other) => Err(Fault::invalid(
+            "prompt",
+            format!("expected {expected}, not {}", kind(&other)),
+        )),
     }
 }
 
@@ -80,7 +97,12 @@ pub(super) async fn serve(door: Arc<FrontDoor>, mut fields: Fields) -> Result<Re
     let prompts = prompts(prompt, special)?;
     let n = params::choices(&mut fields, prompts.len(), door.max_choices())?;
     if let Some(best_of) = fields.unsigned("best_of", 1, u32::MAX)?.filter(|b| *b != n) {
-        return Err(Fault::unsupported("best_of", &format!("choosing among {best_of} is not supported; leave it out or make it equal to `n` ({n})")));
+        return Err(Fault::unsupported(
+            "best_of",
+            &format!(
+                "choosing among {best_of} is not supported; leave it out or make it equal to `n` ({n})"
+            ),
+        ));
     }
     fields.finish()?;
     params.check(&door.model, &NAMES)?;
@@ -100,12 +122,17 @@ pub(super) async fn serve(door: Arc<FrontDoor>, mut fields: Fields) -> Result<Re
     let writers = (0..streams.len()).map(|i| ChoiceWriter {
         index: i as u32,
         text: door.model.text.clone(),
-        logprobs: params.logprobs.map(|_| ClassicWriter::new(door.model.text.clone(), params.skip_special_tokens)),
+        logprobs: params
+            .logprobs
+            .map(|_| ClassicWriter::new(door.model.text.clone(), params.skip_special_tokens)),
         echo: echo.then(|| shown[i / n as usize].clone()),
         token_ids: delivery.token_ids || door.model.text.is_none(),
         skip_special_tokens: params.skip_special_tokens,
     });
-    let answer = Answer { head: Head::new(&door, id, n, delivery), choices: writers.collect() };
+    let answer = Answer {
+        head: Head::new(&door, id, n, delivery),
+        choices: writers.collect(),
+    };
     if delivery.stream {
         return Ok(sse::respond(streams, answer, NAMES));
     }
@@ -126,11 +153,23 @@ struct ChoiceWriter {
 
 impl ChoiceWriter {
     /// The prompt as shown, and its log-probabilities.
-    fn prompt(&mut self, ids: &[u32], logprobs: &[TokenLogprobs]) -> Option<(String, Option<ClassicLogprobs>)> {
+    fn prompt(
+        &mut self,
+        ids: &[u32],
+        logprobs: &[TokenLogprobs],
+    ) -> Option<(String, Option<ClassicLogprobs>)> {
         let sent = self.echo.take()?;
-        let decode = || self.text.as_ref().and_then(|t| t.decode(ids, self.skip_special_tokens).ok()).unwrap_or_default();
+        let decode = || {
+            self.text
+                .as_ref()
+                .and_then(|t| t.decode(ids, self.skip_special_tokens).ok())
+                .unwrap_or_default()
+        };
         let shown = sent.unwrap_or_else(decode);
-        let logprobs = self.logprobs.as_mut().map(|w| w.prompt(ids, logprobs, &shown));
+        let logprobs = self
+            .logprobs
+            .as_mut()
+            .map(|w| w.prompt(ids, logprobs, &shown));
         Some((shown, logprobs))
     }
 }
@@ -148,10 +187,14 @@ impl Answer {
         for (i, outcome) in outcomes.into_iter().enumerate() {
             self.head.count(i, &outcome.complete);
             let writer = &mut self.choices[i];
-            let (mut text, mut logprobs) = writer.prompt(&outcome.prompt_ids, &outcome.prompt_logprobs).unwrap_or_default();
+            let (mut text, mut logprobs) = writer
+                .prompt(&outcome.prompt_ids, &outcome.prompt_logprobs)
+                .unwrap_or_default();
             text.push_str(&outcome.text);
             if let Some(w) = &mut writer.logprobs {
-                logprobs.get_or_insert_default().extend(w.output(&outcome.token_ids, &outcome.logprobs));
+                logprobs
+                    .get_or_insert_default()
+                    .extend(w.output(&outcome.token_ids, &outcome.logprobs));
             }
             choices.push(Choice {
                 base: CompletionChoice {
@@ -169,9 +212,25 @@ impl Answer {
         Json(self.head.body(OBJECT, choices, Some(self.head.usage()))).into_response()
     }
 
-    fn chunk(&self, choice: usize, text: String, logprobs: Option<ClassicLogprobs>, finish: Option<String>) -> Choice<CompletionStreamChoice> {
-        let base = CompletionStreamChoice { text, index: self.choices[choice].index, logprobs: None, finish_reason: finish };
-        Choice { base, logprobs, prompt_token_ids: None, token_ids: None }
+    fn chunk(
+        &self,
+        choice: usize,
+        text: String,
+        logprobs: Option<ClassicLogprobs>,
+        finish: Option<String>,
+    ) -> Choice<CompletionStreamChoice> {
+        let base = CompletionStreamChoice {
+            text,
+            index: self.choices[choice].index,
+            logprobs: None,
+            finish_reason: finish,
+        };
+        Choice {
+            base,
+            logprobs,
+            prompt_token_ids: None,
+            token_ids: None,
+        }
     }
 }
 
@@ -188,15 +247,24 @@ impl ChunkWriter for Answer {
                     return;
                 }
                 let (text, logprobs) = shown.unwrap_or_default();
-                Choice { prompt_token_ids: token_ids.then_some(prompt.token_ids), ..self.chunk(choice, text, logprobs, None) }
+                Choice {
+                    prompt_token_ids: token_ids.then_some(prompt.token_ids),
+                    ..self.chunk(choice, text, logprobs, None)
+                }
             }
             Event::Chunk(chunk) => {
-                let logprobs = writer.logprobs.as_mut().map(|w| w.output(&chunk.token_ids, &chunk.logprobs));
+                let logprobs = writer
+                    .logprobs
+                    .as_mut()
+                    .map(|w| w.output(&chunk.token_ids, &chunk.logprobs));
                 let token_ids = writer.token_ids;
                 if chunk.text.is_empty() && logprobs.is_none() && !token_ids {
                     return;
                 }
-                Choice { token_ids: token_ids.then_some(chunk.token_ids), ..self.chunk(choice, chunk.text, logprobs, None) }
+                Choice {
+                    token_ids: token_ids.then_some(chunk.token_ids),
+                    ..self.chunk(choice, chunk.text, logprobs, None)
+                }
             }
             Event::Complete(complete) => {
                 self.head.count(choice, &complete);
@@ -208,7 +276,11 @@ impl ChunkWriter for Answer {
 
     fn end(&mut self, out: &mut Chunks) {
         if self.head.delivery.include_usage {
-            out.push(&self.head.body(OBJECT, Vec::<Choice<CompletionStreamChoice>>::new(), Some(self.head.usage())));
+            out.push(&self.head.body(
+                OBJECT,
+                Vec::<Choice<CompletionStreamChoice>>::new(),
+                Some(self.head.usage()),
+            ));
         }
     }
 }

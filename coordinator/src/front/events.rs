@@ -5,7 +5,8 @@ use std::{collections::VecDeque, sync::Arc};
 use futures::{StreamExt, stream};
 use guild_model::text::{Detokenizer, StopStrings, Text};
 use guild_proto::inference::v1::{
-    Chunk, Complete, FinishReason, GenerateResponse, TokenLogprobs, Usage, complete::MatchedStop, generate_response::Event,
+    Chunk, Complete, FinishReason, GenerateResponse, TokenLogprobs, Usage, complete::MatchedStop,
+    generate_response::Event,
 };
 use tokio::sync::OwnedSemaphorePermit;
 use tonic::Status;
@@ -48,11 +49,19 @@ impl TextRules {
 /// Adds text to the events of one request. The stream ends after its Complete
 /// or its first error, and lets go of the cluster's stream at that moment: a
 /// stop string cancels the request.
-pub(super) fn with_text(upstream: EventStream, rules: TextRules, request_id: String, permit: OwnedSemaphorePermit) -> EventStream {
+pub(super) fn with_text(
+    upstream: EventStream,
+    rules: TextRules,
+    request_id: String,
+    permit: OwnedSemaphorePermit,
+) -> EventStream {
     let writer = Writer {
         upstream: Some(upstream),
         ready: VecDeque::new(),
-        detokenizer: rules.text.clone().map(|text| Detokenizer::new(text, rules.skip_special_tokens)),
+        detokenizer: rules
+            .text
+            .clone()
+            .map(|text| Detokenizer::new(text, rules.skip_special_tokens)),
         stops: StopStrings::new(rules.stop.clone()),
         undecided: None,
         prompt_tokens: None,
@@ -61,7 +70,10 @@ pub(super) fn with_text(upstream: EventStream, rules: TextRules, request_id: Str
         rules,
         _permit: permit,
     };
-    stream::unfold(writer, |mut writer| async move { writer.next().await.map(|event| (event, writer)) }).boxed()
+    stream::unfold(writer, |mut writer| async move {
+        writer.next().await.map(|event| (event, writer))
+    })
+    .boxed()
 }
 
 struct Writer {
@@ -89,7 +101,9 @@ impl Writer {
             let taken = match event {
                 Some(Ok(response)) => self.take(response),
                 Some(Err(status)) => Err(status),
-                None => Err(Status::unavailable("the cluster ended the stream before the request was complete; try again")),
+                None => Err(Status::unavailable(
+                    "the cluster ended the stream before the request was complete; try again",
+                )),
             };
             if let Err(status) = taken {
                 self.upstream = None;
@@ -101,9 +115,15 @@ impl Writer {
     fn take(&mut self, response: GenerateResponse) -> Result<(), Status> {
         match response.event {
             Some(Event::Prompt(mut prompt)) if self.prompt_tokens.is_none() => {
-                let expected = if self.rules.prompt_logprobs { prompt.token_ids.len().saturating_sub(1) } else { 0 };
+                let expected = if self.rules.prompt_logprobs {
+                    prompt.token_ids.len().saturating_sub(1)
+                } else {
+                    0
+                };
                 if prompt.logprobs.len() != expected {
-                    return Err(out_of_order("a prompt with another number of logprobs than was asked for"));
+                    return Err(out_of_order(
+                        "a prompt with another number of logprobs than was asked for",
+                    ));
                 }
                 self.prompt_tokens = Some(prompt.token_ids.len() as u32);
                 prompt.request_id.clone_from(&self.request_id);
@@ -114,15 +134,23 @@ impl Writer {
                 Ok(())
             }
             Some(Event::Chunk(chunk)) if self.prompt_tokens.is_some() => self.take_chunk(chunk),
-            Some(Event::Complete(complete)) if self.prompt_tokens.is_some() => self.take_complete(complete),
+            Some(Event::Complete(complete)) if self.prompt_tokens.is_some() => {
+                self.take_complete(complete)
+            }
             _ => Err(out_of_order("events out of order")),
         }
     }
 
     fn take_chunk(&mut self, chunk: Chunk) -> Result<(), Status> {
-        let expected = if self.rules.logprobs { chunk.token_ids.len() } else { 0 };
+        let expected = if self.rules.logprobs {
+            chunk.token_ids.len()
+        } else {
+            0
+        };
         if chunk.logprobs.len() != expected {
-            return Err(out_of_order("a chunk with another number of logprobs than tokens"));
+            return Err(out_of_order(
+                "a chunk with another number of logprobs than tokens",
+            ));
         }
         let mut out = Chunk::default();
         let mut logprobs = chunk.logprobs.into_iter();
@@ -154,7 +182,9 @@ impl Writer {
             return self.stopped(out, stop);
         }
         let rest = match &mut self.detokenizer {
-            Some(detokenizer) => detokenizer.finish().map_err(|e| Status::internal(e.to_string()))?,
+            Some(detokenizer) => detokenizer
+                .finish()
+                .map_err(|e| Status::internal(e.to_string()))?,
             None => String::new(),
         };
         if let Some(stop) = self.match_stops(&rest, &mut out.text) {
@@ -170,8 +200,12 @@ impl Writer {
 
     /// Writes one token's text; a stop string that it completes is returned.
     fn write(&mut self, id: u32, out: &mut String) -> Result<Option<String>, Status> {
-        let Some(detokenizer) = &mut self.detokenizer else { return Ok(None) };
-        let piece = detokenizer.push(id).map_err(|e| Status::internal(e.to_string()))?;
+        let Some(detokenizer) = &mut self.detokenizer else {
+            return Ok(None);
+        };
+        let piece = detokenizer
+            .push(id)
+            .map_err(|e| Status::internal(e.to_string()))?;
         Ok(self.match_stops(&piece, out))
     }
 
@@ -195,12 +229,20 @@ impl Writer {
 
     fn complete(&mut self, reason: FinishReason, matched_stop: Option<MatchedStop>) {
         self.upstream = None;
-        let usage = Usage { prompt_tokens: self.prompt_tokens.unwrap_or(0), completion_tokens: self.completion_tokens };
-        self.emit(Event::Complete(Complete { finish_reason: reason.into(), matched_stop, usage: Some(usage) }));
+        let usage = Usage {
+            prompt_tokens: self.prompt_tokens.unwrap_or(0),
+            completion_tokens: self.completion_tokens,
+        };
+        self.emit(Event::Complete(Complete {
+            finish_reason: reason.into(),
+            matched_stop,
+            usage: Some(usage),
+        }));
     }
 
     fn emit(&mut self, event: Event) {
-        self.ready.push_back(Ok(GenerateResponse { event: Some(event) }));
+        self.ready
+            .push_back(Ok(GenerateResponse { event: Some(event) }));
     }
 }
 

@@ -36,31 +36,84 @@ pub struct ErrorRow {
 
 /// gRPC code, HTTP status, OpenAI `type`, OpenAI `code`.
 pub const TABLE: [ErrorRow; 16] = [
-    row(Code::InvalidArgument, 400, "invalid_request_error", "invalid_value"),
-    row(Code::FailedPrecondition, 400, "invalid_request_error", "failed_precondition"),
-    row(Code::OutOfRange, 400, "invalid_request_error", "out_of_range"),
-    row(Code::Unauthenticated, 401, "authentication_error", "unauthenticated"),
-    row(Code::PermissionDenied, 403, "permission_error", "permission_denied"),
+    row(
+        Code::InvalidArgument,
+        400,
+        "invalid_request_error",
+        "invalid_value",
+    ),
+    row(
+        Code::FailedPrecondition,
+        400,
+        "invalid_request_error",
+        "failed_precondition",
+    ),
+    row(
+        Code::OutOfRange,
+        400,
+        "invalid_request_error",
+        "out_of_range",
+    ),
+    row(
+        Code::Unauthenticated,
+        401,
+        "authentication_error",
+        "unauthenticated",
+    ),
+    row(
+        Code::PermissionDenied,
+        403,
+        "permission_error",
+        "permission_denied",
+    ),
     row(Code::NotFound, 404, "invalid_request_error", "not_found"),
-    row(Code::AlreadyExists, 409, "invalid_request_error", "already_exists"),
+    row(
+        Code::AlreadyExists,
+        409,
+        "invalid_request_error",
+        "already_exists",
+    ),
     row(Code::Cancelled, 499, "invalid_request_error", "cancelled"),
-    row(Code::Unimplemented, 501, "invalid_request_error", "not_implemented"),
+    row(
+        Code::Unimplemented,
+        501,
+        "invalid_request_error",
+        "not_implemented",
+    ),
     row(Code::Unavailable, 503, "service_unavailable", "unavailable"),
-    row(Code::ResourceExhausted, 503, "service_unavailable", "overloaded"),
+    row(
+        Code::ResourceExhausted,
+        503,
+        "service_unavailable",
+        "overloaded",
+    ),
     row(Code::Aborted, 503, "service_unavailable", "aborted"),
-    row(Code::DeadlineExceeded, 504, "timeout_error", "deadline_exceeded"),
+    row(
+        Code::DeadlineExceeded,
+        504,
+        "timeout_error",
+        "deadline_exceeded",
+    ),
     row(Code::Internal, 500, "server_error", "internal_error"),
     row(Code::DataLoss, 500, "server_error", "data_loss"),
     row(Code::Unknown, 500, "server_error", "unknown"),
 ];
 
 const fn row(code: Code, http: u16, kind: &'static str, reason: &'static str) -> ErrorRow {
-    ErrorRow { code, http, kind, reason }
+    ErrorRow {
+        code,
+        http,
+        kind,
+        reason,
+    }
 }
 
 /// The row of a code; that of `Unknown` for anything else.
 pub fn error_row(code: Code) -> ErrorRow {
-    TABLE.into_iter().find(|r| r.code == code).unwrap_or(TABLE[TABLE.len() - 1])
+    TABLE
+        .into_iter()
+        .find(|r| r.code == code)
+        .unwrap_or(TABLE[TABLE.len() - 1])
 }
 
 /// Why a request is refused or has failed.
@@ -78,37 +131,62 @@ pub(super) struct Fault {
 
 impl Fault {
     fn new(code: Code, reason: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
-        Self { code, http: None, reason: reason.into(), message: message.into(), violations: Vec::new(), retry_after: None }
+        Self {
+            code,
+            http: None,
+            reason: reason.into(),
+            message: message.into(),
+            violations: Vec::new(),
+            retry_after: None,
+        }
     }
 
     /// A field has a value that it cannot have.
     pub(super) fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
         let (field, message) = (field.into(), message.into());
-        let mut fault = Self::new(Code::InvalidArgument, "invalid_value", format!("`{field}`: {message}"));
+        let mut fault = Self::new(
+            Code::InvalidArgument,
+            "invalid_value",
+            format!("`{field}`: {message}"),
+        );
         fault.violations.push((field, message));
         fault
     }
 
     /// A field that must be there is not.
     pub(super) fn missing(field: impl Into<String>, expected: &str) -> Self {
-        Self { reason: "missing".into(), ..Self::invalid(field, format!("required: {expected}")) }
+        Self {
+            reason: "missing".into(),
+            ..Self::invalid(field, format!("required: {expected}"))
+        }
     }
 
     /// Several fields have; the first one leads.
     pub(super) fn invalid_fields(violations: Vec<(String, String)>) -> Result<(), Self> {
-        let Some((field, message)) = violations.first() else { return Ok(()) };
+        let Some((field, message)) = violations.first() else {
+            return Ok(());
+        };
         let fault = Self::invalid(field, message);
-        Err(Self { violations, ..fault })
+        Err(Self {
+            violations,
+            ..fault
+        })
     }
 
     /// A field asks for something this server does not do.
     pub(super) fn unsupported(field: &str, message: &str) -> Self {
-        Self { reason: "unsupported_parameter".into(), ..Self::invalid(field, message) }
+        Self {
+            reason: "unsupported_parameter".into(),
+            ..Self::invalid(field, message)
+        }
     }
 
     /// Prompt, or prompt and output, do not fit the context.
     pub(super) fn too_long(field: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { reason: "context_length_exceeded".into(), ..Self::invalid(field, message) }
+        Self {
+            reason: "context_length_exceeded".into(),
+            ..Self::invalid(field, message)
+        }
     }
 
     /// The body as a whole is no request.
@@ -118,7 +196,11 @@ impl Fault {
 
     /// The checkpoint cannot do what this field asks for.
     pub(super) fn precondition(field: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { code: Code::FailedPrecondition, reason: "failed_precondition".into(), ..Self::invalid(field, message) }
+        Self {
+            code: Code::FailedPrecondition,
+            reason: "failed_precondition".into(),
+            ..Self::invalid(field, message)
+        }
     }
 
     pub(super) fn unknown_model(asked: &str, served: &str) -> Self {
@@ -130,13 +212,27 @@ impl Fault {
     }
 
     pub(super) fn not_ready(reason: &str) -> Self {
-        let fault = Self::new(Code::Unavailable, "not_ready", format!("not ready: {reason}"));
-        Self { retry_after: Some(RETRY_NOT_READY), ..fault }
+        let fault = Self::new(
+            Code::Unavailable,
+            "not_ready",
+            format!("not ready: {reason}"),
+        );
+        Self {
+            retry_after: Some(RETRY_NOT_READY),
+            ..fault
+        }
     }
 
     pub(super) fn overloaded(limit: usize) -> Self {
-        let fault = Self::new(Code::ResourceExhausted, "overloaded", format!("{limit} requests are in flight already; try again"));
-        Self { retry_after: Some(RETRY_OVERLOADED), ..fault }
+        let fault = Self::new(
+            Code::ResourceExhausted,
+            "overloaded",
+            format!("{limit} requests are in flight already; try again"),
+        );
+        Self {
+            retry_after: Some(RETRY_OVERLOADED),
+            ..fault
+        }
     }
 
     pub(super) fn internal(message: impl Into<String>) -> Self {
@@ -145,24 +241,43 @@ impl Fault {
 
     pub(super) fn unknown_route(path: &str) -> Self {
         let path: String = path.chars().take(200).collect();
-        Self::new(Code::NotFound, "unknown_url", format!("no such path: {path}"))
+        Self::new(
+            Code::NotFound,
+            "unknown_url",
+            format!("no such path: {path}"),
+        )
     }
 
     pub(super) fn wrong_method(method: &str, path: &str) -> Self {
         let path: String = path.chars().take(200).collect();
-        Self::http_only(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", format!("{method} is not allowed for {path}"))
+        Self::http_only(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "method_not_allowed",
+            format!("{method} is not allowed for {path}"),
+        )
     }
 
     pub(super) fn too_large(limit: usize) -> Self {
-        Self::http_only(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", format!("the body has more than {limit} bytes"))
+        Self::http_only(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "body_too_large",
+            format!("the body has more than {limit} bytes"),
+        )
     }
 
     pub(super) fn not_json() -> Self {
-        Self::http_only(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", "send JSON with the header `Content-Type: application/json`")
+        Self::http_only(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "unsupported_media_type",
+            "send JSON with the header `Content-Type: application/json`",
+        )
     }
 
     fn http_only(http: StatusCode, reason: &'static str, message: impl Into<String>) -> Self {
-        Self { http: Some(http), ..Self::new(Code::InvalidArgument, reason, message) }
+        Self {
+            http: Some(http),
+            ..Self::new(Code::InvalidArgument, reason, message)
+        }
     }
 
     /// Gives fields the names they have in the client's own request.
@@ -175,7 +290,9 @@ impl Fault {
 
     pub(super) fn status(&self) -> StatusCode {
         let row = error_row(self.code);
-        self.http.or_else(|| StatusCode::from_u16(row.http).ok()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+        self.http
+            .or_else(|| StatusCode::from_u16(row.http).ok())
+            .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
     }
 
     /// The OpenAI error object, `{"error": {…}}`.
@@ -192,10 +309,14 @@ impl Fault {
 impl IntoResponse for Fault {
     fn into_response(self) -> Response {
         let mut response = (self.status(), Json(self.body())).into_response();
-        let retry = self.retry_after.or((self.status() == StatusCode::SERVICE_UNAVAILABLE).then_some(RETRY_OVERLOADED));
+        let retry = self
+            .retry_after
+            .or((self.status() == StatusCode::SERVICE_UNAVAILABLE).then_some(RETRY_OVERLOADED));
         if let Some(after) = retry {
             let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
         response
     }
@@ -204,9 +325,19 @@ impl IntoResponse for Fault {
 impl From<Fault> for Status {
     fn from(fault: Fault) -> Self {
         let mut details = ErrorDetails::new();
-        details.set_error_info(fault.reason.to_uppercase(), ERROR_DOMAIN, std::collections::HashMap::new());
+        details.set_error_info(
+            fault.reason.to_uppercase(),
+            ERROR_DOMAIN,
+            std::collections::HashMap::new(),
+        );
         if !fault.violations.is_empty() {
-            details.set_bad_request(fault.violations.iter().map(|(f, m)| FieldViolation::new(f, m)).collect::<Vec<_>>());
+            details.set_bad_request(
+                fault
+                    .violations
+                    .iter()
+                    .map(|(f, m)| FieldViolation::new(f, m))
+                    .collect::<Vec<_>>(),
+            );
         }
         if fault.retry_after.is_some() {
             details.set_retry_info(fault.retry_after);
@@ -222,8 +353,17 @@ impl From<Status> for Fault {
             Some(info) if !info.reason.is_empty() => Cow::Owned(info.reason.to_lowercase()),
             _ => Cow::Borrowed(error_row(status.code()).reason),
         };
-        let message = if status.message().is_empty() { status.code().description() } else { status.message() };
-        let violations = details.bad_request().map(|b| b.field_violations.iter().map(|v| (v.field.clone(), v.description.clone())).collect());
+        let message = if status.message().is_empty() {
+            status.code().description()
+        } else {
+            status.message()
+        };
+        let violations = details.bad_request().map(|b| {
+            b.field_violations
+                .iter()
+                .map(|v| (v.field.clone(), v.description.clone()))
+                .collect()
+        });
         Self {
             code: status.code(),
             http: None,
@@ -244,7 +384,11 @@ mod tests {
     fn every_code_but_ok_has_one_row() {
         for number in 1..=16 {
             let code = Code::from_i32(number);
-            assert_eq!(TABLE.iter().filter(|r| r.code == code).count(), 1, "{code:?}");
+            assert_eq!(
+                TABLE.iter().filter(|r| r.code == code).count(),
+                1,
+                "{code:?}"
+            );
         }
     }
 
@@ -255,9 +399,18 @@ mod tests {
             assert_eq!(fault.status().as_u16(), row.http, "{:?}", row.code);
             let body = fault.body();
             assert_eq!(body["error"]["message"], "why");
-            assert_eq!((body["error"]["type"].as_str(), body["error"]["code"].as_str()), (Some(row.kind), Some(row.reason)));
+            assert_eq!(
+                (
+                    body["error"]["type"].as_str(),
+                    body["error"]["code"].as_str()
+                ),
+                (Some(row.kind), Some(row.reason))
+            );
             assert!(body["error"]["param"].is_null());
-            let retries = fault.into_response().headers().contains_key(header::RETRY_AFTER);
+            let retries = fault
+                .into_response()
+                .headers()
+                .contains_key(header::RETRY_AFTER);
             assert_eq!(retries, row.http == 503, "{:?}", row.code);
         }
     }
@@ -277,7 +430,10 @@ mod tests {
         for fault in faults {
             let back = Fault::from(Status::from(fault.clone()));
             assert_eq!(back.body(), fault.body());
-            assert_eq!((back.status(), back.retry_after), (fault.status(), fault.retry_after));
+            assert_eq!(
+                (back.status(), back.retry_after),
+                (fault.status(), fault.retry_after)
+            );
         }
     }
 

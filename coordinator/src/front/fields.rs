@@ -33,7 +33,10 @@ pub(super) fn parse(body: &[u8], max_values: usize) -> Result<Fields, Fault> {
     check_cost(body, max_values)?;
     match serde_json::from_slice(body) {
         Ok(Value::Object(map)) => Ok(Fields { map }),
-        Ok(other) => Err(Fault::malformed(format!("the body must be a JSON object, not {}", kind(&other)))),
+        Ok(other) => Err(Fault::malformed(format!(
+            "the body must be a JSON object, not {}",
+            kind(&other)
+        ))),
         Err(e) => Err(Fault::malformed(format!("the body is not valid JSON: {e}"))),
     }
 }
@@ -132,17 +135,29 @@ impl Fields {
 
     /// An integer within bounds, both included.
     pub(super) fn integer(&mut self, name: &str, min: i64, max: i64) -> Result<Option<i64>, Fault> {
-        let Some(value) = self.take(name) else { return Ok(None) };
+        let Some(value) = self.take(name) else {
+            return Ok(None);
+        };
         let expected = || format!("an integer from {min} to {max}");
-        let Value::Number(number) = &value else { return Err(wrong_kind(name, &expected(), &value)) };
+        let Value::Number(number) = &value else {
+            return Err(wrong_kind(name, &expected(), &value));
+        };
         match number.as_i64() {
             Some(i) if (min..=max).contains(&i) => Ok(Some(i)),
-            _ => Err(Fault::invalid(name, format!("expected {}, not {number}", expected()))),
+            _ => Err(Fault::invalid(
+                name,
+                format!("expected {}, not {number}", expected()),
+            )),
         }
     }
 
     /// An unsigned integer up to a bound.
-    pub(super) fn unsigned(&mut self, name: &str, min: u32, max: u32) -> Result<Option<u32>, Fault> {
+    pub(super) fn unsigned(
+        &mut self,
+        name: &str,
+        min: u32,
+        max: u32,
+    ) -> Result<Option<u32>, Fault> {
         let value = self.integer(name, min.into(), max.into())?;
         Ok(value.and_then(|v| u32::try_from(v).ok()))
     }
@@ -174,7 +189,10 @@ impl Fields {
                 .into_iter()
                 .map(|item| match item {
                     Value::String(s) => Ok(s),
-                    other => Err(Fault::invalid(name, format!("expected {expected}, found {} in the list", kind(&other)))),
+                    other => Err(Fault::invalid(
+                        name,
+                        format!("expected {expected}, found {} in the list", kind(&other)),
+                    )),
                 })
                 .collect(),
             Some(other) => Err(wrong_kind(name, expected, &other)),
@@ -191,19 +209,33 @@ impl Fields {
     }
 
     /// A feature this server does not have: fine as long as it is not asked for.
-    pub(super) fn refuse_unless(&mut self, name: &str, unused: impl Fn(&Value) -> bool) -> Result<(), Fault> {
+    pub(super) fn refuse_unless(
+        &mut self,
+        name: &str,
+        unused: impl Fn(&Value) -> bool,
+    ) -> Result<(), Fault> {
         match self.take(name) {
-            Some(value) if !unused(&value) => Err(Fault::unsupported(name, "not supported by this server; leave it out")),
+            Some(value) if !unused(&value) => Err(Fault::unsupported(
+                name,
+                "not supported by this server; leave it out",
+            )),
             _ => Ok(()),
         }
     }
 
     /// Refuses what nobody has read, except what cannot change an answer.
     pub(super) fn finish(self) -> Result<(), Fault> {
-        match self.map.iter().find(|(name, value)| !HARMLESS.contains(&name.as_str()) && !value.is_null()) {
+        match self
+            .map
+            .iter()
+            .find(|(name, value)| !HARMLESS.contains(&name.as_str()) && !value.is_null())
+        {
             Some((name, _)) => {
                 let name: String = name.chars().take(100).collect();
-                Err(Fault::unsupported(&name, "unknown or unsupported parameter; leave it out"))
+                Err(Fault::unsupported(
+                    &name,
+                    "unknown or unsupported parameter; leave it out",
+                ))
             }
             None => Ok(()),
         }
@@ -221,10 +253,15 @@ pub(super) fn token_ids(name: &str, items: &[Value]) -> Result<Vec<u32>, Fault> 
     items
         .iter()
         .map(|item| {
-            item.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| match item {
-                Value::Number(n) => Fault::invalid(name, format!("{n} is not a token id")),
-                other => Fault::invalid(name, format!("expected a list of token ids, found {} in it", kind(other))),
-            })
+            item.as_u64()
+                .and_then(|id| u32::try_from(id).ok())
+                .ok_or_else(|| match item {
+                    Value::Number(n) => Fault::invalid(name, format!("{n} is not a token id")),
+                    other => Fault::invalid(
+                        name,
+                        format!("expected a list of token ids, found {} in it", kind(other)),
+                    ),
+                })
         })
         .collect()
 }
@@ -240,9 +277,15 @@ mod tests {
         let fault = parse(long.as_bytes(), 1000).unwrap_err();
         assert_eq!(fault.body()["error"]["param"], "prompt");
         let deep = format!(r#"{{"messages":{}"#, "[".repeat(50));
-        assert_eq!(parse(deep.as_bytes(), 1000).unwrap_err().body()["error"]["param"], "messages");
+        assert_eq!(
+            parse(deep.as_bytes(), 1000).unwrap_err().body()["error"]["param"],
+            "messages"
+        );
         let commas = format!(r#"{{"prompt":"{}"}}"#, "a,[{".repeat(5000));
-        assert!(parse(commas.as_bytes(), 1000).is_ok(), "commas in text cost nothing");
+        assert!(
+            parse(commas.as_bytes(), 1000).is_ok(),
+            "commas in text cost nothing"
+        );
         let escaped = br#"{"prompt":"a\",\"b\\","stop":null}"#;
         assert!(parse(escaped, 4).is_ok());
     }

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use guild_proto::inference::v1::{
-    GenerateRequest, ModelInfoRequest, ModelInfoResponse, SamplingParams, generate_request::Input, inference_server::Inference,
+    GenerateRequest, ModelInfoRequest, ModelInfoResponse, SamplingParams, generate_request::Input,
+    inference_server::Inference,
 };
 use tonic::{Request, Response, Status};
 
@@ -47,23 +48,36 @@ impl FrontDoor {
             Some(Input::TokenIds(ids)) => ("token_ids", Prompt::Ids(ids.ids)),
             None => return Err(Fault::missing("input", "`text` or `token_ids`")),
         };
-        let names = Names { prompt: field, max_tokens: "max_tokens", logprobs: "logprobs", prefix: "sampling." };
+        let names = Names {
+            prompt: field,
+            max_tokens: "max_tokens",
+            logprobs: "logprobs",
+            prefix: "sampling.",
+        };
         let mut id = request.request_id;
         if id.len() > MAX_REQUEST_ID_BYTES {
-            return Err(Fault::invalid("request_id", format!("more than {MAX_REQUEST_ID_BYTES} bytes")));
+            return Err(Fault::invalid(
+                "request_id",
+                format!("more than {MAX_REQUEST_ID_BYTES} bytes"),
+            ));
         }
         if id.is_empty() {
             id = format!("gen-{}", uuid::Uuid::new_v4().simple());
         }
         let params = params(request.sampling.unwrap_or_default());
         if params.max_tokens == Some(0) {
-            return Err(Fault::invalid("sampling.max_tokens", "at least 1 token is generated"));
+            return Err(Fault::invalid(
+                "sampling.max_tokens",
+                "at least 1 token is generated",
+            ));
         }
         params.check(&self.model, &names)?;
         let permits = self.admit(1)?;
         let ids = self.tokenize(vec![prompt], &params, &names).await?;
         let mut streams = self.open(ids, 1, &params, &names, &id, permits).await?;
-        streams.pop().ok_or_else(|| Fault::internal("no stream for the request"))
+        streams
+            .pop()
+            .ok_or_else(|| Fault::internal("no stream for the request"))
     }
 }
 
@@ -71,11 +85,17 @@ impl FrontDoor {
 impl Inference for InferenceService {
     type GenerateStream = EventStream;
 
-    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<EventStream>, Status> {
+    async fn generate(
+        &self,
+        request: Request<GenerateRequest>,
+    ) -> Result<Response<EventStream>, Status> {
         Ok(Response::new(self.0.generate(request.into_inner()).await?))
     }
 
-    async fn model_info(&self, _: Request<ModelInfoRequest>) -> Result<Response<ModelInfoResponse>, Status> {
+    async fn model_info(
+        &self,
+        _: Request<ModelInfoRequest>,
+    ) -> Result<Response<ModelInfoResponse>, Status> {
         let model = &self.0.model;
         Ok(Response::new(ModelInfoResponse {
             model: model.name.clone(),

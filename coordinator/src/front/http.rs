@@ -31,7 +31,9 @@ type Door = State<Arc<FrontDoor>>;
 
 /// Seconds since the epoch.
 pub(super) fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs())
 }
 
 pub(super) fn router(door: Arc<FrontDoor>) -> Router {
@@ -54,12 +56,19 @@ pub(super) fn router(door: Arc<FrontDoor>) -> Router {
 
 /// The last guard: a panic of one handler is a 500 for its client alone.
 pub(super) fn guarded(router: Router) -> Router {
-    router.layer(CatchPanicLayer::custom(|_: Box<dyn std::any::Any + Send>| Fault::internal("this is a bug of the server; the request was dropped").into_response()))
+    router.layer(CatchPanicLayer::custom(
+        |_: Box<dyn std::any::Any + Send>| {
+            Fault::internal("this is a bug of the server; the request was dropped").into_response()
+        },
+    ))
 }
 
 /// gRPC clients get the error of their protocol, others OpenAI's.
 async fn unknown_route(uri: Uri, request: Request) -> Response {
-    let grpc = request.headers().get(header::CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"));
+    let grpc = request
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"));
     if grpc {
         return tonic::Status::unimplemented(format!("no such method: {}", uri.path())).into_http();
     }
@@ -71,10 +80,24 @@ async fn wrong_method(method: Method, uri: Uri) -> Fault {
 }
 
 /// Reads the body of a POST as a JSON object.
-fn request(door: &FrontDoor, headers: &HeaderMap, body: Result<Bytes, BytesRejection>) -> Result<Fields, Fault> {
-    let media_type = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    let essence = media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-    if essence != "application/json" && !(essence.starts_with("application/") && essence.ends_with("+json")) {
+fn request(
+    door: &FrontDoor,
+    headers: &HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Fields, Fault> {
+    let media_type = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|v| v.to_str().ok())
+        .unwrap_or_default();
+    let essence = media_type
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase();
+    if essence != "application/json"
+        && !(essence.starts_with("application/") && essence.ends_with("+json"))
+    {
         return Err(Fault::not_json());
     }
     let body = body.map_err(|e| match e.status() {
@@ -89,12 +112,20 @@ fn request(door: &FrontDoor, headers: &HeaderMap, body: Result<Bytes, BytesRejec
 
 type RawBody = Result<Bytes, BytesRejection>;
 
-async fn serve_completions(State(door): Door, headers: HeaderMap, body: RawBody) -> Result<Response, Fault> {
+async fn serve_completions(
+    State(door): Door,
+    headers: HeaderMap,
+    body: RawBody,
+) -> Result<Response, Fault> {
     let fields = request(&door, &headers, body)?;
     completions::serve(door, fields).await
 }
 
-async fn serve_chat(State(door): Door, headers: HeaderMap, body: RawBody) -> Result<Response, Fault> {
+async fn serve_chat(
+    State(door): Door,
+    headers: HeaderMap,
+    body: RawBody,
+) -> Result<Response, Fault> {
     let fields = request(&door, &headers, body)?;
     chat::serve(door, fields).await
 }
@@ -114,7 +145,10 @@ fn served(door: &FrontDoor) -> Model {
         created: i64::try_from(door.model.created).unwrap_or(0),
         owned_by: "guild".to_owned(),
     };
-    Model { base, max_model_len: door.model.max_context }
+    Model {
+        base,
+        max_model_len: door.model.max_context,
+    }
 }
 
 async fn models(State(door): Door) -> Response {
@@ -137,7 +171,12 @@ async fn version() -> Response {
     Json(json!({"version": env!("CARGO_PKG_VERSION")})).into_response()
 }
 
-const PROMPT: Names = Names { prompt: "prompt", max_tokens: "max_tokens", logprobs: "logprobs", prefix: "" };
+const PROMPT: Names = Names {
+    prompt: "prompt",
+    max_tokens: "max_tokens",
+    logprobs: "logprobs",
+    prefix: "",
+};
 
 /// Tokens of a prompt or of a rendered conversation. Works before the cluster is ready.
 async fn tokenize(State(door): Door, headers: HeaderMap, body: RawBody) -> Result<Response, Fault> {
@@ -147,37 +186,75 @@ async fn tokenize(State(door): Door, headers: HeaderMap, body: RawBody) -> Resul
     let (names, prompt) = match fields.string("prompt")? {
         Some(text) => {
             let special = fields.flag("add_special_tokens", true)?;
-            (PROMPT, if special { Prompt::Text(text) } else { Prompt::Plain(text) })
+            (
+                PROMPT,
+                if special {
+                    Prompt::Text(text)
+                } else {
+                    Prompt::Plain(text)
+                },
+            )
         }
         None => {
             let conversation = match fields.has("messages") {
                 true => Conversation::read(&mut fields)?,
-                false => return Err(Fault::missing("prompt", "a string, or a conversation as `messages`")),
+                false => {
+                    return Err(Fault::missing(
+                        "prompt",
+                        "a string, or a conversation as `messages`",
+                    ));
+                }
             };
             let special = fields.flag("add_special_tokens", false)?;
             let text = conversation.render(&door).await?;
-            (Names { prompt: "messages", ..PROMPT }, if special { Prompt::Text(text) } else { Prompt::Plain(text) })
+            (
+                Names {
+                    prompt: "messages",
+                    ..PROMPT
+                },
+                if special {
+                    Prompt::Text(text)
+                } else {
+                    Prompt::Plain(text)
+                },
+            )
         }
     };
     fields.finish()?;
     let tokens = door.tokenize_one(prompt, &names).await?;
     let text = door.text(names.prompt)?;
-    let token_strs = strings.then(|| tokens.iter().map(|id| text.token_text(*id)).collect::<Vec<_>>());
+    let token_strs = strings.then(|| {
+        tokens
+            .iter()
+            .map(|id| text.token_text(*id))
+            .collect::<Vec<_>>()
+    });
     Ok(Json(json!({"count": tokens.len(), "max_model_len": door.model.max_context, "tokens": tokens, "token_strs": token_strs})).into_response())
 }
 
 /// Text of tokens, special ones included.
-async fn detokenize(State(door): Door, headers: HeaderMap, body: RawBody) -> Result<Response, Fault> {
+async fn detokenize(
+    State(door): Door,
+    headers: HeaderMap,
+    body: RawBody,
+) -> Result<Response, Fault> {
     let mut fields = request(&door, &headers, body)?;
     door.check_model(&fields.string("model")?.unwrap_or_default())?;
-    let tokens = fields.token_ids("tokens")?.ok_or_else(|| Fault::missing("tokens", "a list of token ids"))?;
+    let tokens = fields
+        .token_ids("tokens")?
+        .ok_or_else(|| Fault::missing("tokens", "a list of token ids"))?;
     let skip_special = fields.flag("skip_special_tokens", false)?;
     fields.finish()?;
     let vocabulary = door.model.config.vocab_size;
     if let Some(id) = tokens.iter().find(|id| **id as usize >= vocabulary) {
-        return Err(Fault::invalid("tokens", format!("token id {id} is not in the vocabulary of {vocabulary}")));
+        return Err(Fault::invalid(
+            "tokens",
+            format!("token id {id} is not in the vocabulary of {vocabulary}"),
+        ));
     }
     let text = door.text("tokens")?;
-    let prompt = text.decode(&tokens, skip_special).map_err(|e| Fault::invalid("tokens", e.to_string()))?;
+    let prompt = text
+        .decode(&tokens, skip_special)
+        .map_err(|e| Fault::invalid("tokens", e.to_string()))?;
     Ok(Json(json!({"prompt": prompt})).into_response())
 }

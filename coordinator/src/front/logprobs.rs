@@ -22,7 +22,9 @@ pub(super) fn label(text: Option<&Arc<Text>>, id: u32) -> String {
     match std::str::from_utf8(bytes) {
         Ok("") => format!("token_id:{id}"),
         Ok(token) => token.to_owned(),
-        Err(_) => bytes.iter().fold("bytes:".to_owned(), |s, b| s + &format!("\\x{b:02x}")),
+        Err(_) => bytes
+            .iter()
+            .fold("bytes:".to_owned(), |s, b| s + &format!("\\x{b:02x}")),
     }
 }
 
@@ -47,12 +49,24 @@ pub(super) struct ClassicWriter {
 
 impl ClassicWriter {
     pub(super) fn new(text: Option<Arc<Text>>, skip_special_tokens: bool) -> Self {
-        let detokenizer = text.clone().map(|t| Detokenizer::new(t, skip_special_tokens));
-        Self { text, detokenizer, offset: 0, skip_special_tokens }
+        let detokenizer = text
+            .clone()
+            .map(|t| Detokenizer::new(t, skip_special_tokens));
+        Self {
+            text,
+            detokenizer,
+            offset: 0,
+            skip_special_tokens,
+        }
     }
 
     /// The prompt: its first token has no probability.
-    pub(super) fn prompt(&mut self, ids: &[u32], logprobs: &[TokenLogprobs], shown: &str) -> ClassicLogprobs {
+    pub(super) fn prompt(
+        &mut self,
+        ids: &[u32],
+        logprobs: &[TokenLogprobs],
+        shown: &str,
+    ) -> ClassicLogprobs {
         let mut out = ClassicLogprobs::default();
         let mut rest = logprobs.iter();
         for (i, id) in ids.iter().enumerate() {
@@ -61,7 +75,10 @@ impl ClassicWriter {
         }
         // The output starts a text of its own after the prompt as it is shown.
         let text = self.text.take();
-        *self = Self { offset: shown.chars().count() as u32, ..Self::new(text, self.skip_special_tokens) };
+        *self = Self {
+            offset: shown.chars().count() as u32,
+            ..Self::new(text, self.skip_special_tokens)
+        };
         out
     }
 
@@ -82,12 +99,17 @@ impl ClassicWriter {
             let own = std::iter::once((l.token_id, l.logprob));
             let mut map = Map::new();
             for (id, logprob) in top.chain(own) {
-                map.entry(label(text, id)).or_insert_with(|| json_f32(logprob));
+                map.entry(label(text, id))
+                    .or_insert_with(|| json_f32(logprob));
             }
             map
         }));
         out.text_offset.push(self.offset);
-        let piece = self.detokenizer.as_mut().and_then(|d| d.push(id).ok()).unwrap_or_default();
+        let piece = self
+            .detokenizer
+            .as_mut()
+            .and_then(|d| d.push(id).ok())
+            .unwrap_or_default();
         self.offset += piece.chars().count() as u32;
     }
 }
@@ -105,7 +127,9 @@ impl ClassicLogprobs {
 /// The shortest decimal that is this f32; widening it would print noise.
 fn json_f32(value: f32) -> Value {
     let shortest = finite(value).to_string().parse::<f64>().ok();
-    shortest.and_then(serde_json::Number::from_f64).map_or(Value::Null, Value::Number)
+    shortest
+        .and_then(serde_json::Number::from_f64)
+        .map_or(Value::Null, Value::Number)
 }
 
 /// `logprobs` of /v1/chat/completions: one object per token.
@@ -115,7 +139,18 @@ pub(super) fn chat(text: Option<&Arc<Text>>, logprobs: &[TokenLogprobs]) -> Chat
         token: label(text, l.token_id),
         logprob: finite(l.logprob),
         bytes: bytes(l.token_id),
-        top_logprobs: l.top.iter().map(|t| TopLogProb { token: label(text, t.token_id), logprob: finite(t.logprob), bytes: bytes(t.token_id) }).collect(),
+        top_logprobs: l
+            .top
+            .iter()
+            .map(|t| TopLogProb {
+                token: label(text, t.token_id),
+                logprob: finite(t.logprob),
+                bytes: bytes(t.token_id),
+            })
+            .collect(),
     });
-    ChatLogProbs::Detailed { content: Some(content.collect()), refusal: None }
+    ChatLogProbs::Detailed {
+        content: Some(content.collect()),
+        refusal: None,
+    }
 }

@@ -27,7 +27,9 @@ use futures::{
     stream::BoxStream,
 };
 use guild_model::{Config, text::Text};
-use guild_proto::inference::v1::{GenerateRequest, GenerateResponse, inference_server::InferenceServer};
+use guild_proto::inference::v1::{
+    GenerateRequest, GenerateResponse, inference_server::InferenceServer,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::Status;
 
@@ -46,7 +48,9 @@ mod sse;
 
 pub use fault::{ERROR_DOMAIN, ErrorRow, RETRY_NOT_READY, RETRY_OVERLOADED, TABLE, error_row};
 pub use grpc::{InferenceService, MAX_REQUEST_ID_BYTES};
-pub use request::{GREEDY_BELOW, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, MAX_TEMPERATURE};
+pub use request::{
+    GREEDY_BELOW, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, MAX_TEMPERATURE,
+};
 
 use events::{Outcome, TextRules};
 use fault::Fault;
@@ -110,7 +114,11 @@ pub struct FrontLimits {
 
 impl Default for FrontLimits {
     fn default() -> Self {
-        Self { max_body_bytes: 8 << 20, max_in_flight: 1024, max_choices: 128 }
+        Self {
+            max_body_bytes: 8 << 20,
+            max_in_flight: 1024,
+            max_choices: 128,
+        }
     }
 }
 
@@ -128,20 +136,31 @@ pub struct FrontDoor {
 impl FrontDoor {
     /// A front door before a cluster.
     pub fn new(model: ServedModel, backend: Arc<dyn Backend>, limits: FrontLimits) -> Arc<Self> {
-        let in_flight = Arc::new(Semaphore::new(limits.max_in_flight.min(Semaphore::MAX_PERMITS)));
-        Arc::new(Self { model, backend, limits, in_flight })
+        let in_flight = Arc::new(Semaphore::new(
+            limits.max_in_flight.min(Semaphore::MAX_PERMITS),
+        ));
+        Arc::new(Self {
+            model,
+            backend,
+            limits,
+            in_flight,
+        })
     }
 
     /// Everything for one port: the OpenAI-shaped HTTP API and
     /// `guild.inference.v1`, over HTTP/1.1 and cleartext HTTP/2. Further gRPC
     /// services (health, reflection) join by [`with_grpc`].
     pub fn router(self: &Arc<Self>) -> axum::Router {
-        http::guarded(with_grpc(http::router(self.clone()), self.inference_service()))
+        http::guarded(with_grpc(
+            http::router(self.clone()),
+            self.inference_service(),
+        ))
     }
 
     /// `guild.inference.v1` alone, for a tonic server.
     pub fn inference_service(self: &Arc<Self>) -> InferenceServer<InferenceService> {
-        InferenceServer::new(InferenceService(self.clone())).max_decoding_message_size(self.limits.max_body_bytes)
+        InferenceServer::new(InferenceService(self.clone()))
+            .max_decoding_message_size(self.limits.max_body_bytes)
     }
 
     /// Requests in flight; a server that drains waits for zero.
@@ -178,7 +197,9 @@ impl FrontDoor {
         permits: Vec<OwnedSemaphorePermit>,
     ) -> Result<Vec<EventStream>, Fault> {
         let many = permits.len() > 1;
-        let choices = prompts.into_iter().flat_map(|ids| (0..n).map(move |index| (ids.clone(), index)));
+        let choices = prompts
+            .into_iter()
+            .flat_map(|ids| (0..n).map(move |index| (ids.clone(), index)));
         let starting = choices.zip(permits).enumerate().map(|(i, ((ids, index), permit))| {
             let id = if many { format!("{request_id}-{i}") } else { request_id.to_owned() };
             let request = params.to_request(id.clone(), ids, self.model.max_context, index.into());
@@ -186,11 +207,17 @@ impl FrontDoor {
             let starting = self.backend.generate(request);
             async move { Ok::<_, Status>(events::with_text(starting.await?, rules, id, permit)) }
         });
-        try_join_all(starting).await.map_err(|status| Fault::from(status).rename(|f| names.of(f)))
+        try_join_all(starting)
+            .await
+            .map_err(|status| Fault::from(status).rename(|f| names.of(f)))
     }
 
     /// Reads all streams to their end; the first error ends all of them.
-    async fn collect(&self, streams: Vec<EventStream>, names: &Names) -> Result<Vec<Outcome>, Fault> {
+    async fn collect(
+        &self,
+        streams: Vec<EventStream>,
+        names: &Names,
+    ) -> Result<Vec<Outcome>, Fault> {
         let all = try_join_all(streams.into_iter().map(events::collect)).await;
         all.map_err(|status| Fault::from(status).rename(|f| names.of(f)))
     }

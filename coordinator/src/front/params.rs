@@ -10,15 +10,20 @@ pub(super) const MAX_HTTP_LOGPROBS: u32 = 20;
 /// Reads the sampling parameters that both endpoints have, and refuses those
 /// that this server would have to ignore.
 pub(super) fn sampling(fields: &mut Fields) -> Result<Params, Fault> {
-    let number = |fields: &mut Fields, name| fields.number(name).map(|v| v.map_or(1.0, |v| v as f32));
+    let number =
+        |fields: &mut Fields, name| fields.number(name).map(|v| v.map_or(1.0, |v| v as f32));
     let params = Params {
         max_tokens: None,
         default_max_tokens: None,
         temperature: number(fields, "temperature")?,
         top_p: number(fields, "top_p")?,
         // -1 and 0 both mean "all".
-        top_k: fields.integer("top_k", -1, i64::from(i32::MAX))?.map_or(0, |k| u32::try_from(k).unwrap_or(0)),
-        seed: fields.integer("seed", i64::MIN, i64::MAX)?.map(|s| s as u64),
+        top_k: fields
+            .integer("top_k", -1, i64::from(i32::MAX))?
+            .map_or(0, |k| u32::try_from(k).unwrap_or(0)),
+        seed: fields
+            .integer("seed", i64::MIN, i64::MAX)?
+            .map(|s| s as u64),
         stop: fields.strings("stop")?,
         stop_token_ids: fields.token_ids("stop_token_ids")?.unwrap_or_default(),
         ignore_eos: fields.flag("ignore_eos", false)?,
@@ -51,7 +56,9 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), Fault> {
     fields.refuse_unless("tool_choice", none_or_auto)?;
     fields.refuse_unless("functions", empty_list)?;
     fields.refuse_unless("function_call", none_or_auto)?;
-    fields.refuse_unless("response_format", |v| v.get("type").and_then(Value::as_str) == Some("text"))?;
+    fields.refuse_unless("response_format", |v| {
+        v.get("type").and_then(Value::as_str) == Some("text")
+    })?;
     fields.refuse_unless("modalities", |v| *v == serde_json::json!(["text"]))?;
     fields.refuse_unless("verbosity", |v| v.as_str() == Some("medium"))?;
     fields.refuse_unless("use_beam_search", off)?;
@@ -75,24 +82,44 @@ pub(super) fn delivery(fields: &mut Fields) -> Result<Delivery, Fault> {
     let mut include_usage = false;
     if let Some(options) = fields.object("stream_options")? {
         if !stream {
-            return Err(Fault::invalid("stream_options", "only allowed when `stream` is true"));
+            return Err(Fault::invalid(
+                "stream_options",
+                "only allowed when `stream` is true",
+            ));
         }
         let within = |f: Fault| f.rename(|field| format!("stream_options.{field}"));
         let mut options = Fields::from(options);
         include_usage = options.flag("include_usage", false).map_err(within)?;
         options.flag("include_obfuscation", false).map_err(within)?;
-        options.refuse_unless("continuous_usage_stats", |v| *v == Value::Bool(false)).map_err(within)?;
+        options
+            .refuse_unless("continuous_usage_stats", |v| *v == Value::Bool(false))
+            .map_err(within)?;
         options.finish().map_err(within)?;
     }
-    Ok(Delivery { stream, include_usage, token_ids: fields.flag("return_token_ids", false)? })
+    Ok(Delivery {
+        stream,
+        include_usage,
+        token_ids: fields.flag("return_token_ids", false)?,
+    })
 }
 
 /// Reads `n`; `prompts` times it may be `max_choices` at most.
-pub(super) fn choices(fields: &mut Fields, prompts: usize, max_choices: usize) -> Result<u32, Fault> {
-    let n = fields.unsigned("n", 1, u32::try_from(max_choices).unwrap_or(u32::MAX))?.unwrap_or(1);
+pub(super) fn choices(
+    fields: &mut Fields,
+    prompts: usize,
+    max_choices: usize,
+) -> Result<u32, Fault> {
+    let n = fields
+        .unsigned("n", 1, u32::try_from(max_choices).unwrap_or(u32::MAX))?
+        .unwrap_or(1);
     if n as usize * prompts > max_choices {
         let field = if n == 1 { "prompt" } else { "n" };
-        return Err(Fault::invalid(field, format!("{prompts} prompts with {n} choices each; at most {max_choices} choices are made per request")));
+        return Err(Fault::invalid(
+            field,
+            format!(
+                "{prompts} prompts with {n} choices each; at most {max_choices} choices are made per request"
+            ),
+        ));
     }
     Ok(n)
 }

@@ -1,6 +1,8 @@
 //! One request as both wire forms mean it, and what a request may ask for.
 
-use guild_proto::inference::v1::{GenerateRequest, SamplingParams, TokenIds, generate_request::Input};
+use guild_proto::inference::v1::{
+    GenerateRequest, SamplingParams, TokenIds, generate_request::Input,
+};
 
 use super::{FrontDoor, ServedModel, fault::Fault};
 
@@ -68,7 +70,10 @@ impl Params {
         if !self.stop.is_empty() && model.text.is_none() {
             return Err(Fault::precondition(
                 names.of("stop"),
-                format!("the checkpoint of `{}` has no tokenizer, so there is no text to stop at; use `stop_token_ids`", model.name),
+                format!(
+                    "the checkpoint of `{}` has no tokenizer, so there is no text to stop at; use `stop_token_ids`",
+                    model.name
+                ),
             ));
         }
         let mut found = Vec::new();
@@ -78,58 +83,166 @@ impl Params {
             }
         };
         let (temperature, top_p) = (self.temperature, self.top_p);
-        demand("temperature", (0.0..=MAX_TEMPERATURE).contains(&temperature), format!("expected a number from 0 to {MAX_TEMPERATURE}, not {temperature}"));
-        demand("top_p", top_p > 0.0 && top_p <= 1.0, format!("expected a number above 0 and up to 1, not {top_p}"));
+        demand(
+            "temperature",
+            (0.0..=MAX_TEMPERATURE).contains(&temperature),
+            format!("expected a number from 0 to {MAX_TEMPERATURE}, not {temperature}"),
+        );
+        demand(
+            "top_p",
+            top_p > 0.0 && top_p <= 1.0,
+            format!("expected a number above 0 and up to 1, not {top_p}"),
+        );
         if let Some(max) = self.max_tokens {
-            demand("max_tokens", max <= model.max_context, format!("{max} is more than the context of {} tokens", model.max_context));
-            demand("min_tokens", self.min_tokens <= max, format!("{} is more than {} = {max}", self.min_tokens, names.max_tokens));
+            demand(
+                "max_tokens",
+                max <= model.max_context,
+                format!(
+                    "{max} is more than the context of {} tokens",
+                    model.max_context
+                ),
+            );
+            demand(
+                "min_tokens",
+                self.min_tokens <= max,
+                format!(
+                    "{} is more than {} = {max}",
+                    self.min_tokens, names.max_tokens
+                ),
+            );
         }
-        demand("min_tokens", self.min_tokens <= model.max_context, format!("{} is more than the context of {} tokens", self.min_tokens, model.max_context));
-        for (field, asked) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
+        demand(
+            "min_tokens",
+            self.min_tokens <= model.max_context,
+            format!(
+                "{} is more than the context of {} tokens",
+                self.min_tokens, model.max_context
+            ),
+        );
+        for (field, asked) in [
+            ("logprobs", self.logprobs),
+            ("prompt_logprobs", self.prompt_logprobs),
+        ] {
             let most = MAX_LOGPROBS.min(model.config.vocab_size as u32);
-            demand(field, asked.unwrap_or(0) <= most, format!("at most {most} alternatives are reported, not {}", asked.unwrap_or(0)));
+            demand(
+                field,
+                asked.unwrap_or(0) <= most,
+                format!(
+                    "at most {most} alternatives are reported, not {}",
+                    asked.unwrap_or(0)
+                ),
+            );
         }
-        demand("stop", self.stop.len() <= MAX_STOP_STRINGS, format!("at most {MAX_STOP_STRINGS} stop strings, not {}", self.stop.len()));
-        demand("stop", self.stop.iter().all(|s| !s.is_empty()), "a stop string is empty".into());
-        demand("stop", self.stop.iter().all(|s| s.len() <= MAX_STOP_BYTES), format!("a stop string has more than {MAX_STOP_BYTES} bytes"));
-        demand("stop_token_ids", self.stop_token_ids.len() <= MAX_STOP_TOKENS, format!("at most {MAX_STOP_TOKENS} stop tokens, not {}", self.stop_token_ids.len()));
-        if let Some(id) = self.stop_token_ids.iter().find(|id| **id as usize >= model.config.vocab_size) {
-            demand("stop_token_ids", false, format!("token id {id} is not in the vocabulary of {}", model.config.vocab_size));
+        demand(
+            "stop",
+            self.stop.len() <= MAX_STOP_STRINGS,
+            format!(
+                "at most {MAX_STOP_STRINGS} stop strings, not {}",
+                self.stop.len()
+            ),
+        );
+        demand(
+            "stop",
+            self.stop.iter().all(|s| !s.is_empty()),
+            "a stop string is empty".into(),
+        );
+        demand(
+            "stop",
+            self.stop.iter().all(|s| s.len() <= MAX_STOP_BYTES),
+            format!("a stop string has more than {MAX_STOP_BYTES} bytes"),
+        );
+        demand(
+            "stop_token_ids",
+            self.stop_token_ids.len() <= MAX_STOP_TOKENS,
+            format!(
+                "at most {MAX_STOP_TOKENS} stop tokens, not {}",
+                self.stop_token_ids.len()
+            ),
+        );
+        if let Some(id) = self
+            .stop_token_ids
+            .iter()
+            .find(|id| **id as usize >= model.config.vocab_size)
+        {
+            demand(
+                "stop_token_ids",
+                false,
+                format!(
+                    "token id {id} is not in the vocabulary of {}",
+                    model.config.vocab_size
+                ),
+            );
         }
         Fault::invalid_fields(found)
     }
 
     /// Checks a prompt's token ids, and that prompt and output fit the context.
-    pub(super) fn check_prompt(&self, ids: &[u32], model: &ServedModel, names: &Names) -> Result<(), Fault> {
+    pub(super) fn check_prompt(
+        &self,
+        ids: &[u32],
+        model: &ServedModel,
+        names: &Names,
+    ) -> Result<(), Fault> {
         if ids.is_empty() {
-            return Err(Fault::invalid(names.prompt, "the prompt is empty; at least one token is needed"));
+            return Err(Fault::invalid(
+                names.prompt,
+                "the prompt is empty; at least one token is needed",
+            ));
         }
         let (context, length) = (model.max_context as usize, ids.len());
         if length >= context {
             return Err(Fault::too_long(
                 names.prompt,
-                format!("the prompt has {length} tokens; with at least one of output, at most {} fit the context of {context}", context - 1),
+                format!(
+                    "the prompt has {length} tokens; with at least one of output, at most {} fit the context of {context}",
+                    context - 1
+                ),
             ));
         }
-        if let Some(max) = self.max_tokens.filter(|max| length + *max as usize > context) {
+        if let Some(max) = self
+            .max_tokens
+            .filter(|max| length + *max as usize > context)
+        {
             return Err(Fault::too_long(
                 names.of("max_tokens"),
-                format!("prompt ({length} tokens) and output ({max}) exceed the context of {context}; at most {} are left", context - length),
+                format!(
+                    "prompt ({length} tokens) and output ({max}) exceed the context of {context}; at most {} are left",
+                    context - length
+                ),
             ));
         }
         let room = (context - length) as u32;
         if self.min_tokens > room {
-            return Err(Fault::too_long(names.of("min_tokens"), format!("{} is more than the {room} tokens left in the context", self.min_tokens)));
+            return Err(Fault::too_long(
+                names.of("min_tokens"),
+                format!(
+                    "{} is more than the {room} tokens left in the context",
+                    self.min_tokens
+                ),
+            ));
         }
-        if let Some((at, id)) = ids.iter().enumerate().find(|(_, id)| **id as usize >= model.config.vocab_size) {
+        if let Some((at, id)) = ids
+            .iter()
+            .enumerate()
+            .find(|(_, id)| **id as usize >= model.config.vocab_size)
+        {
             let last = model.config.vocab_size.saturating_sub(1);
-            return Err(Fault::invalid(names.prompt, format!("token id {id} at position {at} is not in the vocabulary (0 to {last})")));
+            return Err(Fault::invalid(
+                names.prompt,
+                format!("token id {id} at position {at} is not in the vocabulary (0 to {last})"),
+            ));
         }
         Ok(())
     }
 
     /// The request for the cluster; choice `index` of several draws by its own seed.
-    pub(super) fn to_request(&self, request_id: String, ids: Vec<u32>, max_context: u32, index: u64) -> GenerateRequest {
+    pub(super) fn to_request(
+        &self,
+        request_id: String,
+        ids: Vec<u32>,
+        max_context: u32,
+        index: u64,
+    ) -> GenerateRequest {
         let room = max_context.saturating_sub(ids.len() as u32);
         let greedy = self.temperature < GREEDY_BELOW;
         let seed = match self.seed {
@@ -139,7 +252,13 @@ impl Params {
         };
         let sampling = SamplingParams {
             // A cluster has no word for "no output": what comes is dropped here.
-            max_tokens: Some(self.max_tokens.or(self.default_max_tokens).unwrap_or(room).min(room).max(1)),
+            max_tokens: Some(
+                self.max_tokens
+                    .or(self.default_max_tokens)
+                    .unwrap_or(room)
+                    .min(room)
+                    .max(1),
+            ),
             temperature: Some(if greedy { 0.0 } else { self.temperature }),
             top_p: Some(self.top_p),
             top_k: Some(self.top_k),
@@ -151,7 +270,12 @@ impl Params {
             prompt_logprobs: self.prompt_logprobs,
             min_tokens: Some(self.min_tokens),
         };
-        GenerateRequest { request_id, model: String::new(), input: Some(Input::TokenIds(TokenIds { ids })), sampling: Some(sampling) }
+        GenerateRequest {
+            request_id,
+            model: String::new(),
+            input: Some(Input::TokenIds(TokenIds { ids })),
+            sampling: Some(sampling),
+        }
     }
 }
 
@@ -175,7 +299,10 @@ impl FrontDoor {
     }
 
     /// The tokenizer, or what to do without one.
-    pub(super) fn text(&self, field: &str) -> Result<&std::sync::Arc<guild_model::text::Text>, Fault> {
+    pub(super) fn text(
+        &self,
+        field: &str,
+    ) -> Result<&std::sync::Arc<guild_model::text::Text>, Fault> {
         self.model.text.as_ref().ok_or_else(|| {
             let name = &self.model.name;
             Fault::precondition(field, format!("the checkpoint of `{name}` has no tokenizer.json, so text cannot be served; send token ids (gRPC `token_ids`, or a list of integers as `prompt` of /v1/completions)"))
@@ -187,32 +314,57 @@ impl FrontDoor {
         let longest = self.text(field)?.max_token_bytes();
         let least = longest.map_or(0, |bytes| text.len() / bytes.max(1));
         if least >= self.model.max_context as usize {
-            return Err(Fault::too_long(field, format!("the text has at least {least} tokens; the context is {}", self.model.max_context)));
+            return Err(Fault::too_long(
+                field,
+                format!(
+                    "the text has at least {least} tokens; the context is {}",
+                    self.model.max_context
+                ),
+            ));
         }
         Ok(())
     }
 
     /// Token ids of prompts, checked. Tokenizing runs beside the async threads.
-    pub(super) async fn tokenize(&self, prompts: Vec<Prompt>, params: &Params, names: &Names) -> Result<Vec<Vec<u32>>, Fault> {
+    pub(super) async fn tokenize(
+        &self,
+        prompts: Vec<Prompt>,
+        params: &Params,
+        names: &Names,
+    ) -> Result<Vec<Vec<u32>>, Fault> {
         let mut texts = Vec::new();
         for prompt in &prompts {
             match prompt {
                 Prompt::Ids(ids) => params.check_prompt(ids, &self.model, names)?,
-                Prompt::Text(text) if text.is_empty() => return Err(Fault::invalid(names.prompt, "the prompt is empty; at least one character is needed")),
+                Prompt::Text(text) if text.is_empty() => {
+                    return Err(Fault::invalid(
+                        names.prompt,
+                        "the prompt is empty; at least one character is needed",
+                    ));
+                }
                 Prompt::Text(text) | Prompt::Plain(text) => {
                     self.check_text(text, names.prompt)?;
                     texts.push(text);
                 }
             }
         }
-        let ids = if texts.is_empty() { into_ids(None, prompts) } else { self.tokenize_texts(prompts, names).await? };
+        let ids = if texts.is_empty() {
+            into_ids(None, prompts)
+        } else {
+            self.tokenize_texts(prompts, names).await?
+        };
         let ids = ids.map_err(|e| Fault::invalid(names.prompt, e.to_string()))?;
-        ids.iter().try_for_each(|ids| params.check_prompt(ids, &self.model, names))?;
+        ids.iter()
+            .try_for_each(|ids| params.check_prompt(ids, &self.model, names))?;
         Ok(ids)
     }
 
     /// Token ids of one text, without the demand that they be a prompt to generate from.
-    pub(super) async fn tokenize_one(&self, prompt: Prompt, names: &Names) -> Result<Vec<u32>, Fault> {
+    pub(super) async fn tokenize_one(
+        &self,
+        prompt: Prompt,
+        names: &Names,
+    ) -> Result<Vec<u32>, Fault> {
         if let Prompt::Text(text) | Prompt::Plain(text) = &prompt {
             self.check_text(text, names.prompt)?;
         }
@@ -221,13 +373,22 @@ impl FrontDoor {
         Ok(ids.into_iter().flatten().collect())
     }
 
-    async fn tokenize_texts(&self, prompts: Vec<Prompt>, names: &Names) -> Result<Result<Vec<Vec<u32>>, guild_model::ModelError>, Fault> {
+    async fn tokenize_texts(
+        &self,
+        prompts: Vec<Prompt>,
+        names: &Names,
+    ) -> Result<Result<Vec<Vec<u32>>, guild_model::ModelError>, Fault> {
         let text = self.text(names.prompt)?.clone();
-        tokio::task::spawn_blocking(move || into_ids(Some(&text), prompts)).await.map_err(|e| Fault::internal(format!("tokenizing failed: {e}")))
+        tokio::task::spawn_blocking(move || into_ids(Some(&text), prompts))
+            .await
+            .map_err(|e| Fault::internal(format!("tokenizing failed: {e}")))
     }
 }
 
-fn into_ids(text: Option<&guild_model::text::Text>, prompts: Vec<Prompt>) -> Result<Vec<Vec<u32>>, guild_model::ModelError> {
+fn into_ids(
+    text: Option<&guild_model::text::Text>,
+    prompts: Vec<Prompt>,
+) -> Result<Vec<Vec<u32>>, guild_model::ModelError> {
     let missing = || guild_model::ModelError::input("prompt", "there is no tokenizer");
     prompts
         .into_iter()

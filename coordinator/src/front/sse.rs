@@ -47,18 +47,36 @@ struct Writing<W> {
 /// Sends the events of all choices as they come, `[DONE]` at the end. An error
 /// is sent as an event of OpenAI's form and ends the stream. When the client
 /// goes away the streams are dropped, which cancels the requests.
-pub(super) fn respond<W: ChunkWriter>(streams: Vec<EventStream>, mut writer: W, names: Names) -> Response {
-    let numbered = streams.into_iter().enumerate().map(|(i, s)| s.map(move |e| (i, e)).boxed());
+pub(super) fn respond<W: ChunkWriter>(
+    streams: Vec<EventStream>,
+    mut writer: W,
+    names: Names,
+) -> Response {
+    let numbered = streams
+        .into_iter()
+        .enumerate()
+        .map(|(i, s)| s.map(move |e| (i, e)).boxed());
     let mut chunks = Chunks::default();
     writer.start(&mut chunks);
-    let state = Writing { events: Box::new(stream::select_all(numbered)), writer, chunks, names, open: true };
+    let state = Writing {
+        events: Box::new(stream::select_all(numbered)),
+        writer,
+        chunks,
+        names,
+        open: true,
+    };
     let events = stream::unfold(state, |mut state| async move {
         let data = state.next().await?;
         Some((Ok::<_, Infallible>(SseEvent::default().data(data)), state))
     });
-    let mut response = Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response();
+    let mut response = Sse::new(events)
+        .keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
+        .into_response();
     // Buffering proxies would hold the tokens back.
-    response.headers_mut().insert("x-accel-buffering", axum::http::HeaderValue::from_static("no"));
+    response.headers_mut().insert(
+        "x-accel-buffering",
+        axum::http::HeaderValue::from_static("no"),
+    );
     response
 }
 
@@ -72,7 +90,9 @@ impl<W: ChunkWriter> Writing<W> {
                 return None;
             }
             match self.events.next().await {
-                Some((choice, Ok(GenerateResponse { event: Some(event) }))) => self.writer.event(choice, event, &mut self.chunks),
+                Some((choice, Ok(GenerateResponse { event: Some(event) }))) => {
+                    self.writer.event(choice, event, &mut self.chunks)
+                }
                 Some((_, Ok(GenerateResponse { event: None }))) => {}
                 Some((_, Err(status))) => {
                     let fault = Fault::from(status).rename(|f| self.names.of(f));

@@ -95,7 +95,7 @@ impl Coordinator {
         let config = CoordinatorConfig {
             lease: LEASE,
             settle: Duration::from_millis(150),
-            ..CoordinatorConfig::new(checkpoint.dir())
+            ..CoordinatorConfig::new(checkpoint.clone())
         };
         let shutdown = Shutdown::new();
         let description = checkpoint.config();

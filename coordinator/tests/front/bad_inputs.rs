@@ -13,29 +13,90 @@ const NOT_NUMBERS: [&str; 5] = ["\"many\"", "true", "[]", "{}", "[1]"];
 
 /// Field and the JSON texts it may not have, at both endpoints.
 const COMMON: [(&str, &[&str]); 30] = [
-    ("max_tokens", &["-1", "0", "1.5", "9223372036854775808", "18446744073709551616", "1e400", "100000000", "512"]),
+    (
+        "max_tokens",
+        &[
+            "-1",
+            "0",
+            "1.5",
+            "9223372036854775808",
+            "18446744073709551616",
+            "1e400",
+            "100000000",
+            "512",
+        ],
+    ),
     ("temperature", &["-0.1", "2.5", "1e39", "-1e400"]),
     ("top_p", &["0", "-1", "1.01", "1e30"]),
     ("top_k", &["-2", "1.5", "9223372036854775808"]),
     ("seed", &["1.5", "9223372036854775808", "1e400"]),
-    ("n", &["0", "-1", "1.5", "129", "1000000", "9223372036854775808"]),
+    (
+        "n",
+        &["0", "-1", "1.5", "129", "1000000", "9223372036854775808"],
+    ),
     ("min_tokens", &["-1", "3", "1.5", "9223372036854775808"]),
-    ("stop", &["5", "true", "{}", "[1]", "[\"a\",5]", "\"\"", "[\"\"]", "[null]"]),
-    ("stop_token_ids", &["5", "\"x\"", "[-1]", "[2048]", "[4294967296]", "[1.5]", "[\"a\"]", "{}"]),
+    (
+        "stop",
+        &[
+            "5",
+            "true",
+            "{}",
+            "[1]",
+            "[\"a\",5]",
+            "\"\"",
+            "[\"\"]",
+            "[null]",
+        ],
+    ),
+    (
+        "stop_token_ids",
+        &[
+            "5",
+            "\"x\"",
+            "[-1]",
+            "[2048]",
+            "[4294967296]",
+            "[1.5]",
+            "[\"a\"]",
+            "{}",
+        ],
+    ),
     ("ignore_eos", &["1", "\"yes\"", "[]"]),
     ("skip_special_tokens", &["1", "\"yes\""]),
     ("stream", &["1", "\"yes\"", "[]", "{}"]),
-    ("stream_options", &["{\"include_usage\":true}", "5", "[]", "\"x\""]),
+    (
+        "stream_options",
+        &["{\"include_usage\":true}", "5", "[]", "\"x\""],
+    ),
     ("model", &["5", "[]", "true", "{}"]),
     ("logit_bias", &["{\"1\":5}", "[]", "5"]),
     ("presence_penalty", &["0.5", "3", "\"x\""]),
     ("frequency_penalty", &["0.5", "-3", "\"x\""]),
     ("repetition_penalty", &["1.2", "0", "[]"]),
     ("min_p", &["0.1", "2", "\"x\""]),
-    ("tools", &["[{\"type\":\"function\",\"function\":{\"name\":\"f\"}}]", "5", "\"x\""]),
-    ("tool_choice", &["\"required\"", "{\"type\":\"function\"}", "5"]),
+    (
+        "tools",
+        &[
+            "[{\"type\":\"function\",\"function\":{\"name\":\"f\"}}]",
+            "5",
+            "\"x\"",
+        ],
+    ),
+    (
+        "tool_choice",
+        &["\"required\"", "{\"type\":\"function\"}", "5"],
+    ),
     ("functions", &["[{\"name\":\"f\"}]", "5"]),
-    ("response_format", &["{\"type\":\"json_object\"}", "{\"type\":\"json_schema\",\"json_schema\":{}}", "5", "\"text\"", "[]"]),
+    (
+        "response_format",
+        &[
+            "{\"type\":\"json_object\"}",
+            "{\"type\":\"json_schema\",\"json_schema\":{}}",
+            "5",
+            "\"text\"",
+            "[]",
+        ],
+    ),
     ("modalities", &["[\"audio\"]", "[\"text\",\"audio\"]", "5"]),
     ("audio", &["{\"voice\":\"x\"}", "5"]),
     ("use_beam_search", &["true", "5"]),
@@ -46,8 +107,28 @@ const COMMON: [(&str, &[&str]); 30] = [
 ];
 
 const PROMPTS: &[&str] = &[
-    "\"\"", "[]", "5", "true", "{}", "[[]]", "[-1]", "[2048]", "[4294967296]", "[9223372036854775808]", "[1.5]", "[\"a\",5]", "[[1],[\"a\"]]", "[1,\"a\"]", "[1,[2]]", "[\"\"]",
-    "null", "[null]", "[true]", "[[[1]]]", "[{}]", "[[1],[]]",
+    "\"\"",
+    "[]",
+    "5",
+    "true",
+    "{}",
+    "[[]]",
+    "[-1]",
+    "[2048]",
+    "[4294967296]",
+    "[9223372036854775808]",
+    "[1.5]",
+    "[\"a\",5]",
+    "[[1],[\"a\"]]",
+    "[1,\"a\"]",
+    "[1,[2]]",
+    "[\"\"]",
+    "null",
+    "[null]",
+    "[true]",
+    "[[[1]]]",
+    "[{}]",
+    "[[1],[]]",
 ];
 
 const MESSAGES: &[(&str, &str)] = &[
@@ -61,22 +142,64 @@ const MESSAGES: &[(&str, &str)] = &[
     ("[{}]", "messages[0].role"),
     ("[{\"content\":\"hi\"}]", "messages[0].role"),
     ("[{\"role\":5,\"content\":\"hi\"}]", "messages[0].role"),
-    ("[{\"role\":\"wizard\",\"content\":\"hi\"}]", "messages[0].role"),
-    ("[{\"role\":\"tool\",\"content\":\"hi\",\"tool_call_id\":\"1\"}]", "messages[0].role"),
+    (
+        "[{\"role\":\"wizard\",\"content\":\"hi\"}]",
+        "messages[0].role",
+    ),
+    (
+        "[{\"role\":\"tool\",\"content\":\"hi\",\"tool_call_id\":\"1\"}]",
+        "messages[0].role",
+    ),
     ("[{\"role\":\"user\"}]", "messages[0].content"),
-    ("[{\"role\":\"user\",\"content\":null}]", "messages[0].content"),
+    (
+        "[{\"role\":\"user\",\"content\":null}]",
+        "messages[0].content",
+    ),
     ("[{\"role\":\"user\",\"content\":5}]", "messages[0].content"),
-    ("[{\"role\":\"user\",\"content\":{}}]", "messages[0].content"),
-    ("[{\"role\":\"user\",\"content\":[]}]", "messages[0].content"),
-    ("[{\"role\":\"user\",\"content\":[\"hi\"]}]", "messages[0].content[0].type"),
-    ("[{\"role\":\"user\",\"content\":[{\"type\":\"text\"}]}]", "messages[0].content[0].text"),
-    ("[{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":5}]}]", "messages[0].content[0].text"),
-    ("[{\"role\":\"user\",\"content\":[{\"type\":\"nothing\"}]}]", "messages[0].content[0].type"),
-    ("[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\",\"image_url\":{\"url\":\"http://127.0.0.1/x\"}}]}]", "messages[0].content[0].type"),
-    ("[{\"role\":\"user\",\"content\":[{\"type\":\"input_audio\",\"input_audio\":{}}]}]", "messages[0].content[0].type"),
-    ("[{\"role\":\"user\",\"content\":\"hi\"},{\"role\":\"assistant\",\"content\":\"x\",\"tool_calls\":[{}]}]", "messages[1].tool_calls"),
-    ("[{\"role\":\"user\",\"content\":\"hi\",\"name\":5}]", "messages[0].name"),
-    ("[{\"role\":\"user\",\"content\":\"hi\",\"surprise\":1}]", "messages[0].surprise"),
+    (
+        "[{\"role\":\"user\",\"content\":{}}]",
+        "messages[0].content",
+    ),
+    (
+        "[{\"role\":\"user\",\"content\":[]}]",
+        "messages[0].content",
+    ),
+    (
+        "[{\"role\":\"user\",\"content\":[\"hi\"]}]",
+        "messages[0].content[0].type",
+    ),
+    (
+        "[{\"role\":\"user\",\"content\":[{\"type\":\"text\"}]}]",
+        "messages[0].content[0].text",
+    ),
+    (
+        "[{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":5}]}]",
+        "messages[0].content[0].text",
+    ),
+    (
+        "[{\"role\":\"user\",\"content\":[{\"type\":\"nothing\"}]}]",
+        "messages[0].content[0].type",
+    ),
+    (
+        "[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\",\"image_url\":{\"url\":\"http://127.0.0.1/x\"}}]}]",
+        "messages[0].content[0].type",
+    ),
+    (
+        "[{\"role\":\"user\",\"content\":[{\"type\":\"input_audio\",\"input_audio\":{}}]}]",
+        "messages[0].content[0].type",
+    ),
+    (
+        "[{\"role\":\"user\",\"content\":\"hi\"},{\"role\":\"assistant\",\"content\":\"x\",\"tool_calls\":[{}]}]",
+        "messages[1].tool_calls",
+    ),
+    (
+        "[{\"role\":\"user\",\"content\":\"hi\",\"name\":5}]",
+        "messages[0].name",
+    ),
+    (
+        "[{\"role\":\"user\",\"content\":\"hi\",\"surprise\":1}]",
+        "messages[0].surprise",
+    ),
 ];
 
 /// A body with one field replaced by JSON text, which need not be valid.
@@ -91,61 +214,209 @@ fn with(good: &Value, field: &str, value: &str) -> String {
 fn cases() -> Vec<(&'static str, String, Option<String>)> {
     let mut cases = Vec::new();
     let completion = json!({"model": "demo", "prompt": "To be", "max_tokens": 2});
-    let chat = json!({"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2});
+    let chat =
+        json!({"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2});
     for (path, good) in [(COMPLETIONS, &completion), (CHAT, &chat)] {
         let mut add = |field: &str, value: &str| {
             // A number that JSON readers refuse has no field yet.
-            let param = (!value.contains("e400") && !value.contains("18446744073709551616")).then(|| field.to_owned());
+            let param = (!value.contains("e400") && !value.contains("18446744073709551616"))
+                .then(|| field.to_owned());
             cases.push((path, with(good, field, value), param));
         };
         for (field, values) in COMMON {
             values.iter().for_each(|v| add(field, v));
         }
-        for field in ["max_tokens", "temperature", "top_p", "top_k", "seed", "n", "min_tokens"] {
+        for field in [
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "seed",
+            "n",
+            "min_tokens",
+        ] {
             NOT_NUMBERS.iter().for_each(|v| add(field, v));
         }
     }
     let mut add = |path: &'static str, good: &Value, field: &str, values: &[&str]| {
-        values.iter().for_each(|v| cases.push((path, with(good, field, v), Some(field.to_owned()))));
+        values
+            .iter()
+            .for_each(|v| cases.push((path, with(good, field, v), Some(field.to_owned()))));
     };
     add(COMPLETIONS, &completion, "prompt", PROMPTS);
-    add(COMPLETIONS, &completion, "logprobs", &["-1", "21", "1.5", "true", "\"x\"", "[]"]);
-    add(COMPLETIONS, &completion, "best_of", &["-1", "0", "2", "1000000", "\"x\""]);
+    add(
+        COMPLETIONS,
+        &completion,
+        "logprobs",
+        &["-1", "21", "1.5", "true", "\"x\"", "[]"],
+    );
+    add(
+        COMPLETIONS,
+        &completion,
+        "best_of",
+        &["-1", "0", "2", "1000000", "\"x\""],
+    );
     add(COMPLETIONS, &completion, "echo", &["5", "\"x\"", "[]"]);
     add(COMPLETIONS, &completion, "suffix", &["\"end\"", "5"]);
     add(CHAT, &chat, "logprobs", &["1", "\"x\"", "[]"]);
-    add(CHAT, &chat, "top_logprobs", &["1", "-1", "21", "1.5", "\"x\"", "true"]);
-    add(CHAT, &chat, "max_completion_tokens", &["-1", "0", "1.5", "\"x\"", "100000000"]);
+    add(
+        CHAT,
+        &chat,
+        "top_logprobs",
+        &["1", "-1", "21", "1.5", "\"x\"", "true"],
+    );
+    add(
+        CHAT,
+        &chat,
+        "max_completion_tokens",
+        &["-1", "0", "1.5", "\"x\"", "100000000"],
+    );
     add(CHAT, &chat, "chat_template", &["\"{{ 1 }}\"", "5"]);
     add(CHAT, &chat, "chat_template_kwargs", &["5", "[]", "\"x\""]);
     add(CHAT, &chat, "continue_final_message", &["true", "5"]);
-    add("/tokenize", &json!({"model": "demo"}), "prompt", &["5", "[1]", "null", "{}"]);
-    add("/tokenize", &json!({"model": "demo"}), "messages", &["5", "[]", "\"x\""]);
-    add("/detokenize", &json!({"model": "demo"}), "tokens", &["\"x\"", "5", "null", "[-1]", "[2048]", "[1.5]", "[\"a\"]", "{}"]);
+    add(
+        "/tokenize",
+        &json!({"model": "demo"}),
+        "prompt",
+        &["5", "[1]", "null", "{}"],
+    );
+    add(
+        "/tokenize",
+        &json!({"model": "demo"}),
+        "messages",
+        &["5", "[]", "\"x\""],
+    );
+    add(
+        "/detokenize",
+        &json!({"model": "demo"}),
+        "tokens",
+        &[
+            "\"x\"", "5", "null", "[-1]", "[2048]", "[1.5]", "[\"a\"]", "{}",
+        ],
+    );
     for (messages, param) in MESSAGES {
-        cases.push((CHAT, with(&chat, "messages", messages), Some((*param).to_owned())));
-        cases.push(("/tokenize", with(&json!({"model": "demo"}), "messages", messages), (*messages != "null").then(|| (*param).to_owned())));
+        cases.push((
+            CHAT,
+            with(&chat, "messages", messages),
+            Some((*param).to_owned()),
+        ));
+        cases.push((
+            "/tokenize",
+            with(&json!({"model": "demo"}), "messages", messages),
+            (*messages != "null").then(|| (*param).to_owned()),
+        ));
     }
-    cases.push((COMPLETIONS, with(&json!({"prompt": "a", "stream": true}), "stream_options", "{\"include_usage\":5}"), Some("stream_options.include_usage".into())));
-    cases.push((COMPLETIONS, with(&json!({"prompt": "a", "stream": true}), "stream_options", "{\"else\":5}"), Some("stream_options.else".into())));
-    cases.push((CHAT, with(&chat, "chat_template_kwargs", "{\"messages\":[]}"), Some("messages".into())));
+    cases.push((
+        COMPLETIONS,
+        with(
+            &json!({"prompt": "a", "stream": true}),
+            "stream_options",
+            "{\"include_usage\":5}",
+        ),
+        Some("stream_options.include_usage".into()),
+    ));
+    cases.push((
+        COMPLETIONS,
+        with(
+            &json!({"prompt": "a", "stream": true}),
+            "stream_options",
+            "{\"else\":5}",
+        ),
+        Some("stream_options.else".into()),
+    ));
+    cases.push((
+        CHAT,
+        with(&chat, "chat_template_kwargs", "{\"messages\":[]}"),
+        Some("messages".into()),
+    ));
 
     // Costly before it is wrong: refused without the cost.
     let list = |item: &str, n: usize| format!("[{}]", vec![item; n].join(","));
     let costly = [
-        (COMPLETIONS, with(&completion, "prompt", &list("5", 1_000_000)), "prompt"),
-        (COMPLETIONS, with(&completion, "prompt", &list("5", 512)), "prompt"),
-        (COMPLETIONS, with(&completion, "prompt", &list("\"a\"", 100_000)), "prompt"),
-        (COMPLETIONS, with(&completion, "prompt", &list("\"a\"", 129)), "prompt"),
-        (COMPLETIONS, with(&completion, "prompt", &list("[1]", 60_000)), "prompt"),
-        (COMPLETIONS, with(&completion, "prompt", &format!("\"{}\"", "thou ".repeat(100_000))), "prompt"),
-        (COMPLETIONS, with(&completion, "stop", &list("\"a\"", 17)), "stop"),
-        (COMPLETIONS, with(&completion, "stop", &format!("\"{}\"", "s".repeat(300))), "stop"),
-        (COMPLETIONS, with(&completion, "stop_token_ids", &list("5", 65)), "stop_token_ids"),
-        (COMPLETIONS, with(&completion, "prompt", &format!("{}1{}", "[".repeat(100_000), "]".repeat(100_000))), "prompt"),
-        (CHAT, with(&chat, "messages", &list(r#"{"role":"user","content":"a"}"#, 5000)), "messages"),
-        (CHAT, with(&chat, "messages", &format!(r#"[{{"role":"user","content":"{}"}}]"#, "thou ".repeat(50_000))), "messages"),
-        ("/detokenize", with(&json!({}), "tokens", &list("5", 1_000_000)).replace("{,", "{"), "tokens"),
+        (
+            COMPLETIONS,
+            with(&completion, "prompt", &list("5", 1_000_000)),
+            "prompt",
+        ),
+        (
+            COMPLETIONS,
+            with(&completion, "prompt", &list("5", 512)),
+            "prompt",
+        ),
+        (
+            COMPLETIONS,
+            with(&completion, "prompt", &list("\"a\"", 100_000)),
+            "prompt",
+        ),
+        (
+            COMPLETIONS,
+            with(&completion, "prompt", &list("\"a\"", 129)),
+            "prompt",
+        ),
+        (
+            COMPLETIONS,
+            with(&completion, "prompt", &list("[1]", 60_000)),
+            "prompt",
+        ),
+        (
+            COMPLETIONS,
+            with(
+                &completion,
+                "prompt",
+                &format!("\"{}\"", "thou ".repeat(100_000)),
+            ),
+            "prompt",
+        ),
+        (
+            COMPLETIONS,
+            with(&completion, "stop", &list("\"a\"", 17)),
+            "stop",
+        ),
+        (
+            COMPLETIONS,
+            with(&completion, "stop", &format!("\"{}\"", "s".repeat(300))),
+            "stop",
+        ),
+        (
+            COMPLETIONS,
+            with(&completion, "stop_token_ids", &list("5", 65)),
+            "stop_token_ids",
+        ),
+        (
+            COMPLETIONS,
+            with(
+                &completion,
+                "prompt",
+                &format!("{}1{}", "[".repeat(100_000), "]".repeat(100_000)),
+            ),
+            "prompt",
+        ),
+        (
+            CHAT,
+            with(
+                &chat,
+                "messages",
+                &list(r#"{"role":"user","content":"a"}"#, 5000),
+            ),
+            "messages",
+        ),
+        (
+            CHAT,
+            with(
+                &chat,
+                "messages",
+                &format!(
+                    r#"[{{"role":"user","content":"{}"}}]"#,
+                    "thou ".repeat(50_000)
+                ),
+            ),
+            "messages",
+        ),
+        (
+            "/detokenize",
+            with(&json!({}), "tokens", &list("5", 1_000_000)).replace("{,", "{"),
+            "tokens",
+        ),
     ];
     cases.extend(costly.map(|(path, body, param)| (path, body, Some(param.to_owned()))));
     cases
@@ -155,7 +426,10 @@ fn cases() -> Vec<(&'static str, String, Option<String>)> {
 async fn every_bad_value_is_refused_by_its_name() {
     let door = door();
     door.will_say("x", 1);
-    let good = door.ok(COMPLETIONS, json!({"prompt": "To be", "temperature": 0})).await["choices"].clone();
+    let good = door
+        .ok(COMPLETIONS, json!({"prompt": "To be", "temperature": 0}))
+        .await["choices"]
+        .clone();
     door.fake.requests.lock().unwrap().clear();
     let cases = cases();
     assert!(cases.len() >= 300, "{}", cases.len());
@@ -164,17 +438,37 @@ async fn every_bad_value_is_refused_by_its_name() {
         let answer = door.post_bytes(path, body.clone()).await;
         let json = serde_json::from_str::<Value>(&answer.body).unwrap_or_default();
         let error = &json["error"];
-        let clear = error["message"].as_str().is_some_and(|m| !m.is_empty()) && error["type"] == "invalid_request_error" && error["code"].is_string();
+        let clear = error["message"].as_str().is_some_and(|m| !m.is_empty())
+            && error["type"] == "invalid_request_error"
+            && error["code"].is_string();
         let named = param.as_deref().is_none_or(|p| error["param"] == p);
         if answer.status != 400 || !clear || !named {
-            let body: String = body.chars().rev().take(120).collect::<Vec<_>>().into_iter().rev().collect();
-            wrong.push(format!("{path} …{body}: {} {} (expected {param:?})", answer.status, answer.body));
+            let body: String = body
+                .chars()
+                .rev()
+                .take(120)
+                .collect::<Vec<_>>()
+                .into_iter()
+                .rev()
+                .collect();
+            wrong.push(format!(
+                "{path} …{body}: {} {} (expected {param:?})",
+                answer.status, answer.body
+            ));
         }
     }
     assert!(wrong.is_empty(), "{}:\n{}", wrong.len(), wrong.join("\n"));
-    assert!(door.fake.requests.lock().unwrap().is_empty(), "nothing of it reached the cluster");
+    assert!(
+        door.fake.requests.lock().unwrap().is_empty(),
+        "nothing of it reached the cluster"
+    );
     assert_eq!(door.front.in_flight(), 0);
-    assert_eq!(door.ok(COMPLETIONS, json!({"prompt": "To be", "temperature": 0})).await["choices"], good, "it serves as before");
+    assert_eq!(
+        door.ok(COMPLETIONS, json!({"prompt": "To be", "temperature": 0}))
+            .await["choices"],
+        good,
+        "it serves as before"
+    );
 }
 
 #[tokio::test]
@@ -183,16 +477,43 @@ async fn bodies_that_are_no_json_object_are_refused() {
     let deep = "[".repeat(100_000);
     let nested = format!("{{\"a\":{}", "{\"a\":".repeat(100_000));
     let bodies: [&[u8]; 24] = [
-        b"", b"{", b"}", b"null", b"[]", b"5", b"\"x\"", b"true", b"{\"model\":", b"{\"model\":\"demo\"", b"\xff\xfe{}", b"{\"model\":\"\xc3\x28\"}", b"{\"model\":\"\xed\xa0\x80\"}",
-        b"{'model':'demo'}", b"{\"model\":\"demo\",}", b"{}{}", b"NaN", b"{\"temperature\":NaN}", b"{\"temperature\":Infinity}", b"\x00\x01\x02", b"model=demo&prompt=x", b"{\"a\":\"\\ud800\"}",
-        deep.as_bytes(), nested.as_bytes(),
+        b"",
+        b"{",
+        b"}",
+        b"null",
+        b"[]",
+        b"5",
+        b"\"x\"",
+        b"true",
+        b"{\"model\":",
+        b"{\"model\":\"demo\"",
+        b"\xff\xfe{}",
+        b"{\"model\":\"\xc3\x28\"}",
+        b"{\"model\":\"\xed\xa0\x80\"}",
+        b"{'model':'demo'}",
+        b"{\"model\":\"demo\",}",
+        b"{}{}",
+        b"NaN",
+        b"{\"temperature\":NaN}",
+        b"{\"temperature\":Infinity}",
+        b"\x00\x01\x02",
+        b"model=demo&prompt=x",
+        b"{\"a\":\"\\ud800\"}",
+        deep.as_bytes(),
+        nested.as_bytes(),
     ];
     for path in [COMPLETIONS, CHAT, "/tokenize", "/detokenize"] {
         for body in bodies {
             let answer = door.post_bytes(path, body.to_vec()).await;
             let shown = String::from_utf8_lossy(&body[..body.len().min(60)]).into_owned();
             assert_eq!(answer.status, 400, "{path} {shown}: {}", answer.body);
-            assert!(!answer.json()["error"]["message"].as_str().unwrap().is_empty(), "{path} {shown}");
+            assert!(
+                !answer.json()["error"]["message"]
+                    .as_str()
+                    .unwrap()
+                    .is_empty(),
+                "{path} {shown}"
+            );
         }
     }
 }

@@ -14,11 +14,13 @@ use axum::{
     http::{HeaderMap, Request, StatusCode},
 };
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream};
-use guild_coordinator::front::{Backend, EventStream, FrontDoor, FrontLimits, Readiness, ServedModel};
+use guild_coordinator::front::{
+    Backend, EventStream, FrontDoor, FrontLimits, Readiness, ServedModel,
+};
 use guild_model::{Config, text::Text};
 use guild_proto::inference::v1::{
-    Chunk, Complete, FinishReason, GenerateRequest, GenerateResponse, Prompt, TokenLogprobs, TopLogprob, Usage, complete::MatchedStop, generate_request::Input,
-    generate_response::Event,
+    Chunk, Complete, FinishReason, GenerateRequest, GenerateResponse, Prompt, TokenLogprobs,
+    TopLogprob, Usage, complete::MatchedStop, generate_request::Input, generate_response::Event,
 };
 use serde_json::Value;
 use tonic::Status;
@@ -57,8 +59,17 @@ impl Drop for Live {
 /// The log-probabilities that the fake reports for a token: its own and `top`
 /// alternatives, which are the ids from 10 on.
 pub(crate) fn logprobs_of(id: u32, top: u32) -> TokenLogprobs {
-    let top = (0..top).map(|k| TopLogprob { token_id: 10 + k, logprob: -0.25 * (k + 1) as f32 }).collect();
-    TokenLogprobs { token_id: id, logprob: -0.5 - id as f32 / 4096.0, top }
+    let top = (0..top)
+        .map(|k| TopLogprob {
+            token_id: 10 + k,
+            logprob: -0.25 * (k + 1) as f32,
+        })
+        .collect();
+    TokenLogprobs {
+        token_id: id,
+        logprob: -0.5 - id as f32 / 4096.0,
+        top,
+    }
 }
 
 fn event(event: Event) -> Result<GenerateResponse, Status> {
@@ -70,30 +81,48 @@ impl Backend for Fake {
         self.readiness.lock().unwrap().clone()
     }
 
-    fn generate(&self, request: GenerateRequest) -> BoxFuture<'static, Result<EventStream, Status>> {
+    fn generate(
+        &self,
+        request: GenerateRequest,
+    ) -> BoxFuture<'static, Result<EventStream, Status>> {
         self.requests.lock().unwrap().push(request.clone());
         if let Some(status) = self.refusal.lock().unwrap().clone() {
             return std::future::ready(Err(status)).boxed();
         }
-        let Some(Input::TokenIds(prompt)) = request.input else { panic!("text reached the cluster") };
+        let Some(Input::TokenIds(prompt)) = request.input else {
+            panic!("text reached the cluster")
+        };
         let sampling = request.sampling.unwrap();
-        assert!(sampling.stop.is_empty() && sampling.max_tokens.unwrap() > 0 && sampling.seed.is_some());
+        assert!(
+            sampling.stop.is_empty() && sampling.max_tokens.unwrap() > 0 && sampling.seed.is_some()
+        );
         let logprobs: Vec<_> = match sampling.prompt_logprobs {
-            Some(top) => prompt.ids[1..].iter().map(|id| logprobs_of(*id, top)).collect(),
+            Some(top) => prompt.ids[1..]
+                .iter()
+                .map(|id| logprobs_of(*id, top))
+                .collect(),
             None => Vec::new(),
         };
         let prompt_tokens = prompt.ids.len() as u32;
-        let mut events = vec![event(Event::Prompt(Prompt { request_id: request.request_id, token_ids: prompt.ids, logprobs }))];
-        let (mut left, mut finish, mut hang, mut cut) = (sampling.max_tokens.unwrap(), None, false, false);
+        let mut events = vec![event(Event::Prompt(Prompt {
+            request_id: request.request_id,
+            token_ids: prompt.ids,
+            logprobs,
+        }))];
+        let (mut left, mut finish, mut hang, mut cut) =
+            (sampling.max_tokens.unwrap(), None, false, false);
         for step in self.steps.lock().unwrap().iter().cloned() {
             match step {
                 Step::Tokens(ids) => {
                     let mut chunk = Chunk::default();
                     for id in ids {
                         chunk.token_ids.push(id);
-                        chunk.logprobs.extend(sampling.logprobs.map(|top| logprobs_of(id, top)));
+                        chunk
+                            .logprobs
+                            .extend(sampling.logprobs.map(|top| logprobs_of(id, top)));
                         left -= 1;
-                        let ends = sampling.stop_token_ids.contains(&id) || (!sampling.ignore_eos && self.eos.contains(&id));
+                        let ends = sampling.stop_token_ids.contains(&id)
+                            || (!sampling.ignore_eos && self.eos.contains(&id));
                         if ends {
                             finish = Some((FinishReason::Stop, Some(MatchedStop::StopTokenId(id))));
                         } else if left == 0 {
@@ -116,12 +145,23 @@ impl Backend for Fake {
         if !hang && !cut {
             let (reason, matched_stop) = finish.unwrap_or((FinishReason::Length, None));
             // The front door counts for itself.
-            let usage = Some(Usage { prompt_tokens, completion_tokens: 999 });
-            events.push(event(Event::Complete(Complete { finish_reason: reason.into(), matched_stop, usage })));
+            let usage = Some(Usage {
+                prompt_tokens,
+                completion_tokens: 999,
+            });
+            events.push(event(Event::Complete(Complete {
+                finish_reason: reason.into(),
+                matched_stop,
+                usage,
+            })));
         }
         self.live.fetch_add(1, Ordering::SeqCst);
         let live = Live(self.live.clone());
-        let rest = if hang { stream::pending().left_stream() } else { stream::empty().right_stream() };
+        let rest = if hang {
+            stream::pending().left_stream()
+        } else {
+            stream::empty().right_stream()
+        };
         let stream = stream::iter(events).chain(rest).map(move |e| {
             let _ = &live;
             e
@@ -151,15 +191,27 @@ impl Answer {
     /// The payloads of a stream of server-sent events.
     pub(crate) fn events(&self) -> Vec<String> {
         assert!(self.body.ends_with("\n\n"), "{:?}", self.body);
-        let data = |block: &str| block.strip_prefix("data: ").unwrap_or_else(|| panic!("{block:?}")).to_owned();
-        self.body.trim_end_matches("\n\n").split("\n\n").map(data).collect()
+        let data = |block: &str| {
+            block
+                .strip_prefix("data: ")
+                .unwrap_or_else(|| panic!("{block:?}"))
+                .to_owned()
+        };
+        self.body
+            .trim_end_matches("\n\n")
+            .split("\n\n")
+            .map(data)
+            .collect()
     }
 
     /// Those of a stream that ended well, as JSON, without its last word.
     pub(crate) fn chunks(&self) -> Vec<Value> {
         let mut events = self.events();
         assert_eq!(events.pop().unwrap(), "[DONE]");
-        events.iter().map(|e| serde_json::from_str(e).unwrap()).collect()
+        events
+            .iter()
+            .map(|e| serde_json::from_str(e).unwrap())
+            .collect()
     }
 }
 
@@ -170,7 +222,9 @@ pub(crate) fn demo_dir() -> std::path::PathBuf {
 /// A front door for the demo checkpoint, named `demo`.
 pub(crate) fn door_with(limits: FrontLimits, with_text: bool) -> Door {
     let config = Arc::new(Config::from_dir(&demo_dir()).unwrap());
-    let text = Text::load(&demo_dir(), &config).unwrap().filter(|_| with_text);
+    let text = Text::load(&demo_dir(), &config)
+        .unwrap()
+        .filter(|_| with_text);
     let fake = Arc::new(Fake {
         readiness: Mutex::new(Readiness::Ready),
         steps: Mutex::default(),
@@ -179,10 +233,22 @@ pub(crate) fn door_with(limits: FrontLimits, with_text: bool) -> Door {
         live: Arc::default(),
         eos: config.eos_token_ids.clone(),
     });
-    let model = ServedModel { name: "demo".into(), config, digest: "d1".into(), created: 1_700_000_000, max_context: 512, text: text.clone() };
+    let model = ServedModel {
+        name: "demo".into(),
+        config,
+        digest: "d1".into(),
+        created: 1_700_000_000,
+        max_context: 512,
+        text: text.clone(),
+    };
     let front = FrontDoor::new(model, fake.clone(), limits);
     let router = front.router();
-    Door { fake, front, router, text }
+    Door {
+        fake,
+        front,
+        router,
+        text,
+    }
 }
 
 pub(crate) fn door() -> Door {
@@ -193,7 +259,10 @@ impl Door {
     /// The cluster will answer with this text, `per_chunk` tokens at a time.
     pub(crate) fn will_say(&self, text: &str, per_chunk: usize) -> Vec<u32> {
         let ids = self.text.as_ref().unwrap().encode_plain(text).unwrap();
-        *self.fake.steps.lock().unwrap() = ids.chunks(per_chunk).map(|c| Step::Tokens(c.to_vec())).collect();
+        *self.fake.steps.lock().unwrap() = ids
+            .chunks(per_chunk)
+            .map(|c| Step::Tokens(c.to_vec()))
+            .collect();
         ids
     }
 
@@ -213,15 +282,26 @@ impl Door {
         let response = self.router.clone().oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
         let body = to_bytes(body, usize::MAX).await.unwrap();
-        Answer { status: parts.status, headers: parts.headers, body: String::from_utf8(body.to_vec()).unwrap() }
+        Answer {
+            status: parts.status,
+            headers: parts.headers,
+            body: String::from_utf8(body.to_vec()).unwrap(),
+        }
     }
 
     pub(crate) async fn get(&self, path: &str) -> Answer {
-        self.send(Request::get(path).body(Body::empty()).unwrap()).await
+        self.send(Request::get(path).body(Body::empty()).unwrap())
+            .await
     }
 
     pub(crate) async fn post_bytes(&self, path: &str, body: impl Into<Body>) -> Answer {
-        self.send(Request::post(path).header("content-type", "application/json").body(body.into()).unwrap()).await
+        self.send(
+            Request::post(path)
+                .header("content-type", "application/json")
+                .body(body.into())
+                .unwrap(),
+        )
+        .await
     }
 
     pub(crate) async fn post(&self, path: &str, body: Value) -> Answer {
@@ -239,7 +319,15 @@ impl Door {
     pub(crate) async fn refused(&self, path: &str, body: Value) -> (u16, Option<String>, String) {
         let answer = self.post(path, body).await;
         let error = &answer.json()["error"];
-        assert!(error["type"].is_string() && error["code"].is_string(), "{}", answer.body);
-        (answer.status.as_u16(), error["param"].as_str().map(str::to_owned), error["message"].as_str().unwrap().to_owned())
+        assert!(
+            error["type"].is_string() && error["code"].is_string(),
+            "{}",
+            answer.body
+        );
+        (
+            answer.status.as_u16(),
+            error["param"].as_str().map(str::to_owned),
+            error["message"].as_str().unwrap().to_owned(),
+        )
     }
 }

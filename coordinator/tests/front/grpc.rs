@@ -3,8 +3,9 @@
 use futures::StreamExt;
 use guild_coordinator::front::Readiness;
 use guild_proto::inference::v1::{
-    FinishReason, GenerateRequest, GenerateResponse, ModelInfoRequest, SamplingParams, TokenIds, complete::MatchedStop, generate_request::Input,
-    generate_response::Event, inference_client::InferenceClient,
+    FinishReason, GenerateRequest, GenerateResponse, ModelInfoRequest, SamplingParams, TokenIds,
+    complete::MatchedStop, generate_request::Input, generate_response::Event,
+    inference_client::InferenceClient,
 };
 use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt;
@@ -16,18 +17,31 @@ async fn client(door: &Door) -> InferenceClient<Channel> {
     let address = listener.local_addr().unwrap();
     let router = door.router.clone();
     tokio::spawn(async move { axum::serve(listener, router).await });
-    InferenceClient::connect(format!("http://{address}")).await.unwrap()
+    InferenceClient::connect(format!("http://{address}"))
+        .await
+        .unwrap()
 }
 
 fn text(text: &str, sampling: SamplingParams) -> GenerateRequest {
-    GenerateRequest { input: Some(Input::Text(text.into())), sampling: Some(sampling), ..Default::default() }
+    GenerateRequest {
+        input: Some(Input::Text(text.into())),
+        sampling: Some(sampling),
+        ..Default::default()
+    }
 }
 
 fn ids(ids: &[u32], sampling: SamplingParams) -> GenerateRequest {
-    GenerateRequest { input: Some(Input::TokenIds(TokenIds { ids: ids.to_vec() })), sampling: Some(sampling), ..Default::default() }
+    GenerateRequest {
+        input: Some(Input::TokenIds(TokenIds { ids: ids.to_vec() })),
+        sampling: Some(sampling),
+        ..Default::default()
+    }
 }
 
-async fn events(client: &mut InferenceClient<Channel>, request: GenerateRequest) -> Result<Vec<Event>, Status> {
+async fn events(
+    client: &mut InferenceClient<Channel>,
+    request: GenerateRequest,
+) -> Result<Vec<Event>, Status> {
     let mut stream = client.generate(request).await?.into_inner();
     let mut events = Vec::new();
     while let Some(response) = stream.next().await {
@@ -42,20 +56,66 @@ async fn text_goes_in_and_text_and_tokens_come_out() {
     let door = door();
     let said = door.will_say("caf\u{e9} 🎉!", 1);
     let mut client = client(&door).await;
-    let sampling = SamplingParams { max_tokens: Some(50), logprobs: Some(1), prompt_logprobs: Some(2), ..Default::default() };
-    let request = GenerateRequest { request_id: "mine".into(), model: "demo".into(), ..text("ROMEO:", sampling) };
+    let sampling = SamplingParams {
+        max_tokens: Some(50),
+        logprobs: Some(1),
+        prompt_logprobs: Some(2),
+        ..Default::default()
+    };
+    let request = GenerateRequest {
+        request_id: "mine".into(),
+        model: "demo".into(),
+        ..text("ROMEO:", sampling)
+    };
     let events = events(&mut client, request).await.unwrap();
     let prompt_ids = door.text.as_ref().unwrap().encode("ROMEO:").unwrap();
-    let Event::Prompt(prompt) = &events[0] else { panic!("{events:?}") };
-    assert_eq!((&prompt.token_ids, prompt.logprobs.len(), prompt.request_id.as_str()), (&prompt_ids, prompt_ids.len() - 1, "mine"));
-    let Event::Complete(complete) = events.last().unwrap() else { panic!("{events:?}") };
-    assert_eq!((complete.finish_reason(), complete.usage.unwrap().completion_tokens), (FinishReason::Length, said.len() as u32));
-    let chunks = || events.iter().filter_map(|e| if let Event::Chunk(c) = e { Some(c) } else { None });
-    assert_eq!(chunks().flat_map(|c| c.token_ids.clone()).collect::<Vec<_>>(), said);
-    assert_eq!(chunks().map(|c| c.text.as_str()).collect::<String>(), "caf\u{e9} 🎉!");
+    let Event::Prompt(prompt) = &events[0] else {
+        panic!("{events:?}")
+    };
+    assert_eq!(
+        (
+            &prompt.token_ids,
+            prompt.logprobs.len(),
+            prompt.request_id.as_str()
+        ),
+        (&prompt_ids, prompt_ids.len() - 1, "mine")
+    );
+    let Event::Complete(complete) = events.last().unwrap() else {
+        panic!("{events:?}")
+    };
+    assert_eq!(
+        (
+            complete.finish_reason(),
+            complete.usage.unwrap().completion_tokens
+        ),
+        (FinishReason::Length, said.len() as u32)
+    );
+    let chunks = || {
+        events.iter().filter_map(|e| {
+            if let Event::Chunk(c) = e {
+                Some(c)
+            } else {
+                None
+            }
+        })
+    };
+    assert_eq!(
+        chunks()
+            .flat_map(|c| c.token_ids.clone())
+            .collect::<Vec<_>>(),
+        said
+    );
+    assert_eq!(
+        chunks().map(|c| c.text.as_str()).collect::<String>(),
+        "caf\u{e9} 🎉!"
+    );
     assert!(chunks().all(|c| c.logprobs.len() == c.token_ids.len()));
     let sampling = door.last_request().sampling.unwrap();
-    assert_eq!((sampling.temperature, sampling.seed), (Some(0.0), Some(0)), "greedy by default");
+    assert_eq!(
+        (sampling.temperature, sampling.seed),
+        (Some(0.0), Some(0)),
+        "greedy by default"
+    );
 }
 
 #[tokio::test]
@@ -64,10 +124,38 @@ async fn a_stop_string_completes_with_its_name() {
     door.will_say("to be or not", 1);
     door.fake.steps.lock().unwrap().push(Step::Hang);
     let mut client = client(&door).await;
-    let events = events(&mut client, text("x", SamplingParams { stop: vec![" or".into()], ..Default::default() })).await.unwrap();
-    let Event::Complete(complete) = events.last().unwrap() else { panic!("{events:?}") };
-    assert_eq!((complete.finish_reason(), &complete.matched_stop), (FinishReason::Stop, &Some(MatchedStop::StopString(" or".into()))));
-    let shown: String = events.iter().filter_map(|e| if let Event::Chunk(c) = e { Some(c.text.as_str()) } else { None }).collect();
+    let events = events(
+        &mut client,
+        text(
+            "x",
+            SamplingParams {
+                stop: vec![" or".into()],
+                ..Default::default()
+            },
+        ),
+    )
+    .await
+    .unwrap();
+    let Event::Complete(complete) = events.last().unwrap() else {
+        panic!("{events:?}")
+    };
+    assert_eq!(
+        (complete.finish_reason(), &complete.matched_stop),
+        (
+            FinishReason::Stop,
+            &Some(MatchedStop::StopString(" or".into()))
+        )
+    );
+    let shown: String = events
+        .iter()
+        .filter_map(|e| {
+            if let Event::Chunk(c) = e {
+                Some(c.text.as_str())
+            } else {
+                None
+            }
+        })
+        .collect();
     assert_eq!(shown, "to be");
     assert_eq!(door.live(), 0);
 }
@@ -75,9 +163,29 @@ async fn a_stop_string_completes_with_its_name() {
 #[tokio::test]
 async fn the_model_is_described() {
     let door = door();
-    let info = client(&door).await.model_info(ModelInfoRequest {}).await.unwrap().into_inner();
-    assert_eq!((info.model.as_str(), info.model_type.as_str(), info.digest.as_str()), ("demo", "deepseek_v3", "d1"));
-    assert_eq!((info.vocab_size, info.max_context, info.eos_token_ids, info.bos_token_id), (2048, 512, vec![1], Some(0)));
+    let info = client(&door)
+        .await
+        .model_info(ModelInfoRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(
+        (
+            info.model.as_str(),
+            info.model_type.as_str(),
+            info.digest.as_str()
+        ),
+        ("demo", "deepseek_v3", "d1")
+    );
+    assert_eq!(
+        (
+            info.vocab_size,
+            info.max_context,
+            info.eos_token_ids,
+            info.bos_token_id
+        ),
+        (2048, 512, vec![1], Some(0))
+    );
     assert!(info.has_tokenizer && info.has_chat_template);
 }
 
@@ -87,7 +195,10 @@ async fn bad_requests_name_every_field_that_is_wrong() {
     door.will_say("x", 1);
     let mut client = client(&door).await;
     let with = |change: &dyn Fn(&mut SamplingParams)| {
-        let mut sampling = SamplingParams { max_tokens: Some(2), ..Default::default() };
+        let mut sampling = SamplingParams {
+            max_tokens: Some(2),
+            ..Default::default()
+        };
         change(&mut sampling);
         ids(&[5, 6], sampling)
     };
@@ -101,24 +212,66 @@ async fn bad_requests_name_every_field_that_is_wrong() {
         (ids(&vec![5; 512], none()), &["token_ids"]),
         (ids(&vec![5; 900_000], none()), &["token_ids"]),
         (text(&"thou ".repeat(20_000), none()), &["text"]),
-        (GenerateRequest { request_id: "x".repeat(1000), ..ids(&[5], none()) }, &["request_id"]),
+        (
+            GenerateRequest {
+                request_id: "x".repeat(1000),
+                ..ids(&[5], none())
+            },
+            &["request_id"],
+        ),
         (with(&|s| s.max_tokens = Some(0)), &["sampling.max_tokens"]),
-        (with(&|s| s.max_tokens = Some(u32::MAX)), &["sampling.max_tokens"]),
-        (with(&|s| s.max_tokens = Some(511)), &["sampling.max_tokens"]),
-        (with(&|s| s.temperature = Some(-1.0)), &["sampling.temperature"]),
-        (with(&|s| s.temperature = Some(f32::NAN)), &["sampling.temperature"]),
-        (with(&|s| s.temperature = Some(f32::INFINITY)), &["sampling.temperature"]),
+        (
+            with(&|s| s.max_tokens = Some(u32::MAX)),
+            &["sampling.max_tokens"],
+        ),
+        (
+            with(&|s| s.max_tokens = Some(511)),
+            &["sampling.max_tokens"],
+        ),
+        (
+            with(&|s| s.temperature = Some(-1.0)),
+            &["sampling.temperature"],
+        ),
+        (
+            with(&|s| s.temperature = Some(f32::NAN)),
+            &["sampling.temperature"],
+        ),
+        (
+            with(&|s| s.temperature = Some(f32::INFINITY)),
+            &["sampling.temperature"],
+        ),
         (with(&|s| s.top_p = Some(0.0)), &["sampling.top_p"]),
         (with(&|s| s.top_p = Some(1.5)), &["sampling.top_p"]),
         (with(&|s| s.top_p = Some(f32::NAN)), &["sampling.top_p"]),
-        (with(&|s| s.logprobs = Some(1_000_000)), &["sampling.logprobs"]),
-        (with(&|s| s.prompt_logprobs = Some(u32::MAX)), &["sampling.prompt_logprobs"]),
-        (with(&|s| s.stop_token_ids = vec![5000]), &["sampling.stop_token_ids"]),
-        (with(&|s| s.stop_token_ids = vec![5; 1000]), &["sampling.stop_token_ids"]),
+        (
+            with(&|s| s.logprobs = Some(1_000_000)),
+            &["sampling.logprobs"],
+        ),
+        (
+            with(&|s| s.prompt_logprobs = Some(u32::MAX)),
+            &["sampling.prompt_logprobs"],
+        ),
+        (
+            with(&|s| s.stop_token_ids = vec![5000]),
+            &["sampling.stop_token_ids"],
+        ),
+        (
+            with(&|s| s.stop_token_ids = vec![5; 1000]),
+            &["sampling.stop_token_ids"],
+        ),
         (with(&|s| s.stop = vec![String::new()]), &["sampling.stop"]),
-        (with(&|s| s.stop = vec!["x".repeat(10_000)]), &["sampling.stop"]),
-        (with(&|s| s.stop = vec!["x".into(); 100_000]), &["sampling.stop"]),
-        (with(&|s| s.min_tokens = Some(100)), &["sampling.min_tokens"]),
+        (
+            with(&|s| s.stop = vec!["x".repeat(10_000)]),
+            &["sampling.stop"],
+        ),
+        (
+            with(&|s| s.stop = vec!["x".into(); 100_000]),
+            &["sampling.stop"],
+        ),
+        (
+            with(&|s| s.min_tokens = Some(100)),
+            &["sampling.min_tokens"],
+        ),
         (
             with(&|s| {
                 s.temperature = Some(-1.0);
@@ -129,26 +282,67 @@ async fn bad_requests_name_every_field_that_is_wrong() {
     ];
     for (request, fields) in cases {
         let status = events(&mut client, request).await.unwrap_err();
-        assert_eq!(status.code(), Code::InvalidArgument, "{fields:?} {status:?}");
+        assert_eq!(
+            status.code(),
+            Code::InvalidArgument,
+            "{fields:?} {status:?}"
+        );
         assert!(!status.message().is_empty());
         let violations = status.get_details_bad_request().unwrap().field_violations;
-        assert_eq!(violations.iter().map(|v| v.field.as_str()).collect::<Vec<_>>(), fields);
+        assert_eq!(
+            violations
+                .iter()
+                .map(|v| v.field.as_str())
+                .collect::<Vec<_>>(),
+            fields
+        );
         assert!(violations.iter().all(|v| !v.description.is_empty()));
     }
-    assert!(door.fake.requests.lock().unwrap().is_empty(), "nothing of it reached the cluster");
-    let status = events(&mut client, GenerateRequest { model: "nobody".into(), ..ids(&[5], none()) }).await.unwrap_err();
+    assert!(
+        door.fake.requests.lock().unwrap().is_empty(),
+        "nothing of it reached the cluster"
+    );
+    let status = events(
+        &mut client,
+        GenerateRequest {
+            model: "nobody".into(),
+            ..ids(&[5], none())
+        },
+    )
+    .await
+    .unwrap_err();
     assert_eq!(status.code(), Code::NotFound);
-    assert!(events(&mut client, with(&|_| {})).await.is_ok(), "and it serves as before");
+    assert!(
+        events(&mut client, with(&|_| {})).await.is_ok(),
+        "and it serves as before"
+    );
 }
 
 #[tokio::test]
 async fn not_ready_says_why_and_when_to_come_back() {
     let door = door();
-    *door.fake.readiness.lock().unwrap() = Readiness::NotReady { reason: "no expert nodes have joined".into() };
-    let status = events(&mut client(&door).await, ids(&[5], SamplingParams::default())).await.unwrap_err();
+    *door.fake.readiness.lock().unwrap() = Readiness::NotReady {
+        reason: "no expert nodes have joined".into(),
+    };
+    let status = events(
+        &mut client(&door).await,
+        ids(&[5], SamplingParams::default()),
+    )
+    .await
+    .unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
-    assert!(status.message().contains("no expert nodes"), "{}", status.message());
-    assert!(status.get_details_retry_info().unwrap().retry_delay.is_some());
+    assert!(
+        status.message().contains("no expert nodes"),
+        "{}",
+        status.message()
+    );
+    assert!(
+        status
+            .get_details_retry_info()
+            .unwrap()
+            .retry_delay
+            .is_some()
+    );
     assert_eq!(status.get_details_error_info().unwrap().reason, "NOT_READY");
 }
 
@@ -157,24 +351,49 @@ async fn text_without_a_tokenizer_is_a_failed_precondition() {
     let door = door_with(Default::default(), false);
     door.will(&[Step::Tokens(vec![4, 5])]);
     let mut client = client(&door).await;
-    for request in [text("hi", SamplingParams::default()), ids(&[5], SamplingParams { stop: vec!["x".into()], ..Default::default() })] {
+    for request in [
+        text("hi", SamplingParams::default()),
+        ids(
+            &[5],
+            SamplingParams {
+                stop: vec!["x".into()],
+                ..Default::default()
+            },
+        ),
+    ] {
         let status = events(&mut client, request).await.unwrap_err();
         assert_eq!(status.code(), Code::FailedPrecondition);
-        assert!(status.message().contains("token_ids"), "{}", status.message());
+        assert!(
+            status.message().contains("token_ids"),
+            "{}",
+            status.message()
+        );
     }
-    let events = events(&mut client, ids(&[5], SamplingParams::default())).await.unwrap();
+    let events = events(&mut client, ids(&[5], SamplingParams::default()))
+        .await
+        .unwrap();
     assert!(matches!(&events[1], Event::Chunk(c) if c.token_ids == [4, 5] && c.text.is_empty()));
 }
 
 #[tokio::test]
 async fn errors_of_the_cluster_pass_with_their_details() {
     let door = door();
-    door.will(&[Step::Tokens(vec![70]), Step::Fail(Status::unavailable("expert node b is gone"))]);
+    door.will(&[
+        Step::Tokens(vec![70]),
+        Step::Fail(Status::unavailable("expert node b is gone")),
+    ]);
     let mut client = client(&door).await;
-    let status = events(&mut client, ids(&[5], SamplingParams::default())).await.unwrap_err();
-    assert_eq!((status.code(), status.message()), (Code::Unavailable, "expert node b is gone"));
+    let status = events(&mut client, ids(&[5], SamplingParams::default()))
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (status.code(), status.message()),
+        (Code::Unavailable, "expert node b is gone")
+    );
     *door.fake.refusal.lock().unwrap() = Some(Status::resource_exhausted("queue full"));
-    let status = events(&mut client, ids(&[5], SamplingParams::default())).await.unwrap_err();
+    let status = events(&mut client, ids(&[5], SamplingParams::default()))
+        .await
+        .unwrap_err();
     assert_eq!(status.code(), Code::ResourceExhausted);
 }
 
@@ -183,7 +402,11 @@ async fn a_client_that_leaves_cancels_the_request() {
     let door = door();
     door.will(&[Step::Tokens(vec![70]), Step::Hang]);
     let mut client = client(&door).await;
-    let mut stream = client.generate(ids(&[5], SamplingParams::default())).await.unwrap().into_inner();
+    let mut stream = client
+        .generate(ids(&[5], SamplingParams::default()))
+        .await
+        .unwrap()
+        .into_inner();
     stream.next().await.unwrap().unwrap();
     assert_eq!(door.live(), 1);
     drop(stream);
@@ -195,7 +418,16 @@ async fn a_client_that_leaves_cancels_the_request() {
 #[tokio::test]
 async fn an_unknown_method_is_unimplemented() {
     let door = door();
-    let request = axum::http::Request::post("/guild.other.v1.Other/Do").header("content-type", "application/grpc").body(axum::body::Body::empty()).unwrap();
+    let request = axum::http::Request::post("/guild.other.v1.Other/Do")
+        .header("content-type", "application/grpc")
+        .body(axum::body::Body::empty())
+        .unwrap();
     let answer = door.send(request).await;
-    assert_eq!((answer.status.as_u16(), answer.headers["grpc-status"].to_str().unwrap()), (200, "12"));
+    assert_eq!(
+        (
+            answer.status.as_u16(),
+            answer.headers["grpc-status"].to_str().unwrap()
+        ),
+        (200, "12")
+    );
 }
