@@ -50,9 +50,7 @@ impl Fake {
     async fn serve(&self, address: &str) -> (String, Shutdown) {
         let listener = bind(address).await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let server = Server::new()
-            .await
-            .add(ClusterServer::new(self.clone()));
+        let server = Server::new().await.add(ClusterServer::new(self.clone()));
         let shutdown = Shutdown::new();
         tokio::spawn(server.run(listener, shutdown.clone(), Duration::ZERO));
         (address, shutdown)

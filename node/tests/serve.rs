@@ -64,9 +64,7 @@ async fn start(drain: Duration) -> Running {
     let listener = bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let (tx, streams) = mpsc::channel(4);
-    let server = Server::new()
-            .await
-        .add(ClusterServer::new(Streams(tx)));
+    let server = Server::new().await.add(ClusterServer::new(Streams(tx)));
     let health = server.health();
     let shutdown = Shutdown::new();
     let task = tokio::spawn(server.run(listener, shutdown.clone(), drain));
