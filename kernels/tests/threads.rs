@@ -54,6 +54,9 @@ fn the_choice_is_told() {
     assert_eq!(available.last(), Some(&Isa::Portable));
     let cpu = Cpu::new(0);
     assert_eq!(cpu.isa(), available[0]);
+    if cfg!(target_arch = "aarch64") {
+        assert_eq!(available[0], Isa::Neon, "every aarch64 has it");
+    }
     assert!(cpu.threads() >= 1);
     for isa in [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable] {
         let cpu = Cpu::with_isa(1, isa);
