@@ -14,6 +14,7 @@ pub mod member;
 pub mod serve;
 pub mod shutdown;
 pub mod status;
+pub mod store;
 pub mod telemetry;
 
 pub use exit::{ExitKind, HasExitKind};
