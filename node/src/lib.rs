@@ -10,12 +10,16 @@
 pub mod channel;
 pub mod config;
 pub mod exit;
+pub mod keys;
 pub mod member;
 pub mod serve;
 pub mod shutdown;
 pub mod status;
 pub mod store;
 pub mod telemetry;
+pub mod tls;
+mod watched;
 
 pub use exit::{ExitKind, HasExitKind};
 pub use shutdown::Shutdown;
+pub use watched::{FileError, RECHECK};

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use guild_proto::cluster::v1::{Placement, Role};
 use tokio::sync::watch;
 
-use crate::channel::{self, AddressError};
+use crate::channel::{AddressError, Dialer};
 use crate::exit::{ExitKind, HasExitKind};
 
 /// ErrorInfo reason of a refusal because config or weights differ.
@@ -134,9 +134,17 @@ impl Member {
     /// The coordinator's address is malformed, or no thread can be started.
     /// An unreachable coordinator is not an error.
     pub fn start(config: MemberConfig) -> Result<Member, MemberError> {
+        Member::start_by(config, Dialer::Plain)
+    }
+
+    /// The same over connections that `dialer` makes.
+    ///
+    /// # Errors
+    /// As [`Member::start`].
+    pub fn start_by(config: MemberConfig, dialer: Dialer) -> Result<Member, MemberError> {
         // Judged here, because the thread has nobody to tell. The channel
         // itself has to be made in the runtime that drives it.
-        channel::check(&config.coordinator)?;
+        dialer.check(&config.coordinator)?;
         let (said, said_rx) = watch::channel(Said::default());
         let (placement_tx, placement) = watch::channel(None);
         let (node_id_tx, node_id) = watch::channel(None);
@@ -149,7 +157,7 @@ impl Member {
             .name("guild-member".to_owned())
             .spawn(move || {
                 let end = runtime.block_on(async {
-                    session::Session::new(config, said_rx, placement_tx, node_id_tx)?
+                    session::Session::new(config, &dialer, said_rx, placement_tx, node_id_tx)?
                         .run()
                         .await
                 });

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures::{Stream, stream};
+use futures::future::{self, Either, Ready};
+use futures::{Stream, StreamExt, stream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
@@ -20,13 +21,14 @@ use tonic::codegen::{
 };
 use tonic::server::NamedService;
 use tonic::service::Routes;
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::Connected;
 use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::{HealthReporter, HealthService};
 
 use crate::exit::{ExitKind, HasExitKind};
 use crate::shutdown::Shutdown;
+use crate::tls::{Acceptor, Identity, ServerStream};
 
 /// Bytes a peer may send on one stream before it has to wait. A micro-batch of
 /// rows (up to some MiB) should not need a round trip to cross.
@@ -39,6 +41,8 @@ pub const MAX_FRAME: u32 = 1 << 20;
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 1024;
 /// Connections one listener holds at a time; further ones wait in the backlog.
 pub const MAX_CONNECTIONS: usize = 4096;
+/// TLS handshakes that one listener carries on at a time.
+pub const MAX_HANDSHAKES: usize = 256;
 /// Bytes of headers of one request.
 pub const MAX_HEADER_LIST: u32 = 32 << 10;
 /// Streams that were reset by the peer before they were accepted (the rapid
@@ -151,6 +155,10 @@ impl Health {
     }
 }
 
+/// Judges every request of a server before anything else sees it: None lets it in, a response is
+/// the refusal.
+pub type Guard = Arc<dyn Fn(&Request<Body>) -> Option<Response<Body>> + Send + Sync>;
+
 /// A server before it has a listener.
 pub struct Server {
     routes: Routes,
@@ -158,6 +166,8 @@ pub struct Server {
     http1: bool,
     /// Full names of the services that reflection lists.
     services: Vec<String>,
+    tls: Option<Acceptor>,
+    guard: Option<Guard>,
 }
 
 impl Server {
@@ -182,8 +192,25 @@ impl Server {
             health,
             http1,
             services: Vec::new(),
+            tls: None,
+            guard: None,
         };
         server.add(checks)
+    }
+
+    /// Takes TLS connections only, if there is something to take them with.
+    #[must_use]
+    pub fn with_tls(mut self, tls: Option<Acceptor>) -> Server {
+        self.tls = tls;
+        self
+    }
+
+    /// Puts a guard before everything that this server answers: health, reflection and paths
+    /// that do not exist included.
+    #[must_use]
+    pub fn guarded(mut self, guard: Option<Guard>) -> Server {
+        self.guard = guard;
+        self
     }
 
     /// Lists a service that the routes given to [`Server::on`] already carry.
@@ -221,7 +248,9 @@ impl Server {
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
                 .with_service_name("grpc.reflection.v1.ServerReflection")
                 .with_service_name("grpc.reflection.v1alpha.ServerReflection");
-            self.services.iter().fold(all, |b, name| b.with_service_name(name))
+            self.services
+                .iter()
+                .fold(all, |b, name| b.with_service_name(name))
         };
         Ok(self
             .routes
@@ -267,8 +296,9 @@ impl Server {
             .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
             .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .layer(GuardLayer(self.guard))
             .add_routes(routes.prepare())
-            .serve_with_incoming_shutdown(accept(listener, cut.clone()), {
+            .serve_with_incoming_shutdown(accept(listener, self.tls, cut.clone()), {
                 let shutdown = shutdown.clone();
                 let health = self.health.clone();
                 async move {
@@ -312,46 +342,89 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Accepts for ever; a failure to accept is a pause, never the end.
+/// Accepts for ever; a failure to accept is a pause, never the end, and a failed handshake
+/// concerns the one who made it.
 fn accept(
     listener: TcpListener,
+    tls: Option<Acceptor>,
     cut: CancellationToken,
 ) -> impl Stream<Item = io::Result<Connection>> {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    stream::unfold(
-        (listener, permits, cut),
-        |(listener, permits, cut)| async move {
-            let permit = Arc::clone(&permits).acquire_owned().await.ok()?;
-            let stream = loop {
-                match listener.accept().await {
-                    Ok((stream, _)) => break stream,
-                    Err(error) => {
-                        tracing::warn!(%error, "cannot accept a connection");
-                        tokio::time::sleep(ACCEPT_RETRY).await;
-                    }
+    let accepted = stream::unfold((listener, permits), |(listener, permits)| async move {
+        let permit = Arc::clone(&permits).acquire_owned().await.ok()?;
+        let stream = loop {
+            match listener.accept().await {
+                Ok((stream, _)) => break stream,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_RETRY).await;
                 }
-            };
-            if let Err(error) = stream.set_nodelay(true) {
-                tracing::debug!(%error, "TCP_NODELAY refused");
             }
-            let connection = Connection {
-                remote: stream.peer_addr().ok(),
-                local: stream.local_addr().ok(),
-                stream,
-                cut: Box::pin(cut.clone().cancelled_owned()),
-                _permit: permit,
-            };
-            Some((Ok(connection), (listener, permits, cut)))
-        },
-    )
+        };
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY refused");
+        }
+        Some(((stream, permit), (listener, permits)))
+    });
+    accepted
+        .map(move |(stream, permit)| {
+            let (tls, cut) = (tls.clone(), cut.clone());
+            async move {
+                let (local, remote) = (stream.local_addr().ok(), stream.peer_addr().ok());
+                let (stream, identity) = match tls {
+                    None => (Bytes::Plain(stream), None),
+                    Some(tls) => match tls.accept(stream).await {
+                        Ok((stream, identity)) => (Bytes::Tls(Box::new(stream)), identity),
+                        Err(error) => {
+                            tracing::warn!(?local, ?remote, %error, "refused a connection");
+                            return None;
+                        }
+                    },
+                };
+                Some(Ok(Connection {
+                    peer: Peer {
+                        local,
+                        remote,
+                        identity,
+                    },
+                    stream,
+                    cut: Box::pin(cut.cancelled_owned()),
+                    _permit: permit,
+                }))
+            }
+        })
+        .buffer_unordered(MAX_HANDSHAKES)
+        .filter_map(std::future::ready)
+}
+
+/// Who is at the other end of the connection that a request came by; among the extensions of the
+/// request.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// The address that was connected to.
+    pub local: Option<SocketAddr>,
+    /// The address that it was connected from.
+    pub remote: Option<SocketAddr>,
+    /// What its certificate says; None where none is asked for.
+    pub identity: Option<Identity>,
+}
+
+/// Who sent a request, where certificates are asked for.
+pub fn identity_of<T>(request: &tonic::Request<T>) -> Option<&Identity> {
+    request.extensions().get::<Peer>()?.identity.as_ref()
+}
+
+/// What a connection is made of.
+enum Bytes {
+    Plain(TcpStream),
+    Tls(Box<ServerStream>),
 }
 
 /// An accepted connection that can be cut from outside.
 struct Connection {
-    stream: TcpStream,
+    stream: Bytes,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
-    local: Option<SocketAddr>,
-    remote: Option<SocketAddr>,
+    peer: Peer,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -368,13 +441,10 @@ impl Connection {
 }
 
 impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = Peer;
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        TcpConnectInfo {
-            local_addr: self.local,
-            remote_addr: self.remote,
-        }
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
     }
 }
 
@@ -385,7 +455,10 @@ impl AsyncRead for Connection {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         self.poll_cut(cx)?;
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        match &mut self.stream {
+            Bytes::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Bytes::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
     }
 }
 
@@ -396,15 +469,24 @@ impl AsyncWrite for Connection {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         self.poll_cut(cx)?;
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        match &mut self.stream {
+            Bytes::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
+            Bytes::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        match &mut self.stream {
+            Bytes::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Bytes::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        match &mut self.stream {
+            Bytes::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Bytes::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
     }
 
     fn poll_write_vectored(
@@ -413,10 +495,57 @@ impl AsyncWrite for Connection {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         self.poll_cut(cx)?;
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        match &mut self.stream {
+            Bytes::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Bytes::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        match &self.stream {
+            Bytes::Plain(stream) => stream.is_write_vectored(),
+            Bytes::Tls(stream) => stream.is_write_vectored(),
+        }
+    }
+}
+
+/// The guard as a layer around all routes.
+#[derive(Clone)]
+struct GuardLayer(Option<Guard>);
+
+impl<S> tower::Layer<S> for GuardLayer {
+    type Service = Guarded<S>;
+
+    fn layer(&self, inner: S) -> Guarded<S> {
+        Guarded {
+            guard: self.0.clone(),
+            inner,
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Guarded<S> {
+    guard: Option<Guard>,
+    inner: S,
+}
+
+impl<S> Service<Request<Body>> for Guarded<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>>,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = Either<Ready<Result<Response<Body>, S::Error>>, S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        match self.guard.as_ref().and_then(|guard| guard(&request)) {
+            Some(refusal) => Either::Left(future::ready(Ok(refusal))),
+            None => Either::Right(self.inner.call(request)),
+        }
     }
 }

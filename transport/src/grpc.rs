@@ -35,7 +35,7 @@ use tonic::{
 use crate::{
     Batch, ExchangeCode, ExchangeError,
     batch::{Part, describe},
-    links::{LinkLimits, remaining_ms},
+    links::{Dial, LinkLimits, remaining_ms},
     rows,
 };
 
@@ -53,6 +53,7 @@ struct Shared {
     address: String,
     limits: Arc<LinkLimits>,
     runtime: runtime::Handle,
+    dial: Dial,
     state: Mutex<State>,
     retired: CancellationToken,
 }
@@ -104,6 +105,7 @@ impl Link {
         address: String,
         limits: Arc<LinkLimits>,
         runtime: runtime::Handle,
+        dial: Dial,
     ) -> Self {
         let state = State {
             phase: Phase::Idle,
@@ -117,6 +119,7 @@ impl Link {
             address,
             limits,
             runtime,
+            dial,
             state: Mutex::new(state),
             retired: CancellationToken::new(),
         }))
@@ -280,7 +283,7 @@ impl Shared {
         ),
         String,
     > {
-        let channel = Endpoint::from_shared(format!("http://{}", self.address))
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.address))
             .map_err(|error| chain(&error))?
             .tcp_nodelay(true)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -288,10 +291,8 @@ impl Shared {
             .max_frame_size(HTTP2_FRAME_BYTES)
             .http2_keep_alive_interval(self.limits.keepalive_interval)
             .keep_alive_timeout(self.limits.keepalive_timeout)
-            .keep_alive_while_idle(true)
-            .connect()
-            .await
-            .map_err(|error| chain(&error))?;
+            .keep_alive_while_idle(true);
+        let channel = (self.dial)(endpoint).await.map_err(|error| chain(&error))?;
         let mut client = ExpertsClient::new(channel)
             .max_decoding_message_size(MAX_FRAME_BYTES)
             .max_encoding_message_size(MAX_FRAME_BYTES);

@@ -23,7 +23,7 @@ use std::{future::Future, time::Instant};
 
 pub use batch::{Assignment, Batch, Handle, Returned};
 pub use error::{ExchangeCode, ExchangeError};
-pub use links::{LinkLimits, Links};
+pub use links::{Dial, LinkLimits, Links};
 pub use local::Switchboard;
 pub use rows::Rows;
 pub use service::{ServiceLimits, service};

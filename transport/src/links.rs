@@ -2,12 +2,14 @@
 
 use std::{
     collections::HashMap,
+    pin::Pin,
     sync::{Arc, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
 use guild_proto::limits::MAX_PAYLOAD_BYTES;
 use tokio::runtime;
+use tonic::transport::{Channel, Endpoint};
 
 use crate::{
     Batch, ExchangeCode, ExchangeError, Fabric, Handle, NodeId, Returned, Switchboard, Work,
@@ -65,8 +67,20 @@ pub struct Links {
     name: String,
     limits: Arc<LinkLimits>,
     runtime: runtime::Handle,
+    dial: Dial,
     peers: RwLock<HashMap<NodeId, Arc<Peer>>>,
 }
+
+/// Makes the connections of remote links, with the settings that the endpoint has already. How a
+/// peer is authenticated is known to whoever gives it.
+pub type Dial = Arc<
+    dyn Fn(
+            Endpoint,
+        )
+            -> Pin<Box<dyn Future<Output = Result<Channel, tonic::transport::Error>> + Send>>
+        + Send
+        + Sync,
+>;
 
 struct Peer {
     name: String,
@@ -87,8 +101,16 @@ impl Links {
             name: name.into(),
             limits: Arc::new(limits),
             runtime,
+            dial: Arc::new(|endpoint| Box::pin(async move { endpoint.connect().await })),
             peers: RwLock::new(HashMap::new()),
         }
+    }
+
+    /// The same with connections made by `dial`; without it they are not encrypted.
+    #[must_use]
+    pub fn dialling(mut self, dial: Dial) -> Self {
+        self.dial = dial;
+        self
     }
 
     /// Makes `nodes` (number, name, `host:port`) the nodes of this fabric. A
@@ -113,6 +135,7 @@ impl Links {
                         address.clone(),
                         self.limits.clone(),
                         self.runtime.clone(),
+                        self.dial.clone(),
                     )),
                 };
                 Arc::new(Peer {

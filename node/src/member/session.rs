@@ -14,7 +14,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use super::{MemberConfig, MemberError, Said};
-use crate::channel;
+use crate::channel::Dialer;
 use crate::serve::chain;
 use crate::status::reason_of;
 
@@ -65,11 +65,12 @@ impl Session {
     /// Must be made in the runtime that drives it.
     pub(super) fn new(
         config: MemberConfig,
+        dialer: &Dialer,
         said: watch::Receiver<Said>,
         placement: watch::Sender<Option<Arc<Placement>>>,
         node_id: watch::Sender<Option<u32>>,
     ) -> Result<Session, MemberError> {
-        let client = ClusterClient::new(channel::lazy(&config.coordinator)?)
+        let client = ClusterClient::new(dialer.lazy(&config.coordinator)?)
             .max_decoding_message_size(MAX_PLACEMENT_BYTES);
         Ok(Session {
             client,

@@ -1,0 +1,226 @@
+//! What is asked of a peer beyond what TLS itself asks: the same cluster and the right role.
+
+use std::fmt;
+use std::sync::Arc;
+
+use rustls::client::ResolvesClientCert;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
+};
+
+use super::{Identity, Role};
+
+/// Why a peer with a valid certificate is refused all the same.
+#[derive(Debug, thiserror::Error)]
+enum Stranger {
+    #[error("the peer's certificate {0}")]
+    Unnamed(#[from] super::IdentityError),
+    #[error("the peer belongs to cluster {theirs}, this is {ours}")]
+    Cluster { theirs: String, ours: String },
+    #[error("the peer has the role {theirs}, and only {allowed} may be at the other end here")]
+    Role { theirs: Role, allowed: String },
+}
+
+fn admit(
+    certificate: &CertificateDer<'_>,
+    cluster: &str,
+    peers: &'static [Role],
+) -> Result<(), Stranger> {
+    let peer = Identity::of(certificate)?;
+    if peer.cluster != cluster {
+        return Err(Stranger::Cluster {
+            theirs: peer.cluster,
+            ours: cluster.to_owned(),
+        });
+    }
+    if !peers.contains(&peer.role) {
+        let allowed: Vec<&str> = peers.iter().map(|role| role.as_str()).collect();
+        return Err(Stranger::Role {
+            theirs: peer.role,
+            allowed: allowed.join(" or "),
+        });
+    }
+    Ok(())
+}
+
+fn refuse(stranger: Stranger) -> Error {
+    Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(stranger))))
+}
+
+/// The error of a verifier for a person.
+pub(super) fn in_words(error: &Error) -> String {
+    match error {
+        Error::InvalidCertificate(
+            CertificateError::Expired | CertificateError::ExpiredContext { .. },
+        ) => "it has expired".to_owned(),
+        // The latter when the CAs have one name.
+        Error::InvalidCertificate(
+            CertificateError::UnknownIssuer | CertificateError::BadSignature,
+        ) => "it was issued by another CA".to_owned(),
+        Error::InvalidCertificate(CertificateError::Revoked) => "it has been revoked".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+/// Judges those who connect here.
+pub(super) struct Clients {
+    chain: Arc<dyn ClientCertVerifier>,
+    cluster: String,
+    peers: &'static [Role],
+}
+
+impl Clients {
+    pub(super) fn new(
+        chain: Arc<dyn ClientCertVerifier>,
+        cluster: String,
+        peers: &'static [Role],
+    ) -> Clients {
+        Clients {
+            chain,
+            cluster,
+            peers,
+        }
+    }
+}
+
+impl fmt::Debug for Clients {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Clients").field(&self.peers).finish()
+    }
+}
+
+impl ClientCertVerifier for Clients {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.chain.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let verified = self
+            .chain
+            .verify_client_cert(end_entity, intermediates, now)?;
+        admit(end_entity, &self.cluster, self.peers).map_err(refuse)?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.chain.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.chain.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.chain.supported_verify_schemes()
+    }
+}
+
+/// Judges those who are dialled from here.
+pub(super) struct Servers {
+    chain: Arc<dyn ServerCertVerifier>,
+    cluster: String,
+    peers: &'static [Role],
+}
+
+impl Servers {
+    pub(super) fn new(
+        chain: Arc<dyn ServerCertVerifier>,
+        cluster: String,
+        peers: &'static [Role],
+    ) -> Servers {
+        Servers {
+            chain,
+            cluster,
+            peers,
+        }
+    }
+}
+
+impl fmt::Debug for Servers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Servers").field(&self.peers).finish()
+    }
+}
+
+impl ServerCertVerifier for Servers {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let verified = self.chain.verify_server_cert(
+            end_entity,
+            intermediates,
+            server_name,
+            ocsp_response,
+            now,
+        )?;
+        admit(end_entity, &self.cluster, self.peers).map_err(refuse)?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.chain.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.chain.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.chain.supported_verify_schemes()
+    }
+}
+
+/// The one certificate of this process, whoever asks.
+#[derive(Debug)]
+pub(super) struct Single(pub(super) Arc<CertifiedKey>);
+
+impl ResolvesServerCert for Single {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.0))
+    }
+}
+
+impl ResolvesClientCert for Single {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.0))
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
