@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail};
 
 use crate::recipe::runs;
+use crate::system;
 
 const REQUIREMENTS: &str = include_str!("../requirements.txt");
 /// Asks for what `python -m venv` needs; Debian ships it as a package of its own.
@@ -50,7 +51,7 @@ fn environment(target: &Path) -> Result<PathBuf> {
         return Ok(venv);
     }
     if !runs("python3", &PROBE) {
-        install_python();
+        system::install("python clients", &PACKAGES);
         if !runs("python3", &PROBE) {
             bail!(
                 "python3 with venv is missing and could not be installed; \
@@ -69,36 +70,6 @@ fn environment(target: &Path) -> Result<PathBuf> {
         bail!("python3 -m venv {} failed ({made})", venv.display());
     }
     Ok(venv)
-}
-
-/// Best effort: the caller looks again whether it helped.
-fn install_python() {
-    let update: &[&str] = &["apt-get", "-q", "update"];
-    let install: Vec<&str> = ["apt-get", "-q", "-y", "--no-install-recommends", "install"]
-        .into_iter()
-        .chain(PACKAGES)
-        .collect();
-    for line in [update, &install] {
-        // `sudo -n` never asks: without rights it fails and the tests say so.
-        let (program, args) = if runs("sh", &["-c", "test \"$(id -u)\" = 0"]) {
-            (line[0], &line[1..])
-        } else {
-            ("sudo", line)
-        };
-        let mut command = Command::new(program);
-        if program == "sudo" {
-            command.arg("-n");
-        }
-        eprintln!("== python clients: {}", line.join(" "));
-        let ran = command
-            .args(args)
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .stdin(Stdio::null())
-            .status();
-        if !ran.is_ok_and(|status| status.success()) {
-            return;
-        }
-    }
 }
 
 fn pip(venv: &Path, what: &[&std::ffi::OsStr]) -> Result<()> {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::python;
+use crate::{python, system};
 
 /// Runs steps and remembers what became of each for the closing summary.
 struct Steps {
@@ -81,6 +81,9 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     let clients = python::interpreter(&target);
     if let Err(error) = &clients {
         steps.skip("python clients", &format!("{error:#}"));
+    }
+    if let Err(error) = system::etcd() {
+        steps.skip("etcd", &format!("{error:#}"));
     }
     let mut tests = if runs("cargo", &["nextest", "--version"]) {
         let mut nextest = vec![
