@@ -22,6 +22,7 @@ use guild_model::checkpoint::Dtype;
 use guild_model::{Checkpoint, Config, ModelError};
 use guild_node::member::MemberError;
 use guild_node::serve::ServeError;
+use guild_node::tls::Tls;
 use guild_node::{ExitKind, HasExitKind};
 use guild_proto::limits::max_step_tokens;
 use guild_scheduler::batch::{InvalidLimits, Limits};
@@ -45,6 +46,9 @@ pub struct AttentionNodeConfig {
     pub address: String,
     /// `http://host:port` of the coordinator.
     pub coordinator: String,
+    /// Certificates for the connections inside the cluster; None: they are not encrypted, and
+    /// anybody is let in.
+    pub tls: Option<Tls>,
     /// Memory for the latent KV cache.
     pub kv_memory: KvMemory,
     /// Positions of a KV page.
@@ -94,6 +98,7 @@ impl AttentionNodeConfig {
             name: name.into(),
             address: address.into(),
             coordinator: coordinator.into(),
+            tls: None,
             kv_memory: KvMemory::Auto,
             page_tokens: Self::PAGE_TOKENS,
             max_running: Self::MAX_RUNNING,

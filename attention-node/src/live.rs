@@ -11,9 +11,11 @@ use std::time::Duration;
 use guild_model::trunk::Trunk;
 use guild_model::{Checkpoint, Config, Cpu};
 use guild_node::Shutdown;
+use guild_node::channel::Dialer;
 use guild_node::member::{Load, Member, MemberConfig, NodeState};
 use guild_node::serve::{Health, Server};
-use guild_proto::cluster::v1::{Placement, PlacementState, Role};
+use guild_node::tls::Role;
+use guild_proto::cluster::v1::{Placement, PlacementState, Role as NodeRole};
 use guild_proto::inference::v1::inference_server::{InferenceServer, SERVICE_NAME};
 use guild_transport::{LinkLimits, Links, Switchboard};
 use tokio::net::TcpListener;
@@ -55,7 +57,11 @@ pub async fn run(
 
     let (phase, phases) = watch::channel(Phase::Waiting("it is starting".to_owned()));
     let service = Inference::new(Arc::clone(&model), &cfg.model_name, phases);
-    let server = Server::new().await.add(InferenceServer::new(service));
+    let coordinators_only = cfg.tls.as_ref().map(|tls| tls.acceptor(Role::COORDINATING));
+    let server = Server::new()
+        .await
+        .add(InferenceServer::new(service))
+        .with_tls(coordinators_only);
     let health = server.health();
     health.set_serving(SERVICE_NAME, false).await;
     let down = shutdown.child();
@@ -103,15 +109,17 @@ impl Node {
             digest = on_thread("digest", move || hashed.digest()) => digest??,
             () = self.shutdown.requested() => return Ok(()),
         };
-        let member = Member::start(MemberConfig {
+        let membership = MemberConfig {
             coordinator: self.cfg.coordinator.clone(),
-            role: Role::Attention,
+            role: NodeRole::Attention,
             name: self.cfg.name.clone(),
             address: self.cfg.address.clone(),
             model_digest: digest.clone(),
             numerics_class: self.cfg.dtype.numerics_class(&self.cpu),
             capacity_bytes: 0,
-        })?;
+        };
+        let dialer = Dialer::to(Role::COORDINATING, self.cfg.tls.as_ref());
+        let member = Member::start_by(membership, dialer)?;
         let outcome = tokio::select! {
             outcome = self.serve(checkpoint, digest, &member) => outcome,
             Err(refused) = member.ended() => Err(refused.into()),
@@ -144,7 +152,14 @@ impl Node {
             "latent KV cache"
         );
         let runtime = tokio::runtime::Handle::current();
-        let links = Arc::new(Links::new(&self.cfg.name, LinkLimits::default(), runtime));
+        let dialer = Dialer::to(Role::TAKING_ROWS, self.cfg.tls.as_ref());
+        let links = Links::new(&self.cfg.name, LinkLimits::default(), runtime).dialling(Arc::new(
+            move |endpoint| {
+                let dialer = dialer.clone();
+                Box::pin(async move { dialer.connect(endpoint).await })
+            },
+        ));
+        let links = Arc::new(links);
         let (views, newest) = watch::channel(None);
         let (engine, handle) = Engine::new(
             Arc::new(trunk),

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt, stream};
 use guild_node::serve::chain;
-use guild_node::{channel, status};
+use guild_node::channel::Dialer;
+use guild_node::status;
 use guild_proto::inference::v1::generate_response::Event;
 use guild_proto::inference::v1::inference_client::InferenceClient;
 use guild_proto::inference::v1::{GenerateRequest, GenerateResponse};
@@ -33,6 +34,7 @@ pub(crate) struct AttentionNodes(Arc<Nodes>);
 
 struct Nodes {
     state: Arc<ClusterState>,
+    dialer: Dialer,
     links: Mutex<HashMap<NodeId, Link>>,
 }
 
@@ -66,9 +68,10 @@ impl Drop for Ticket {
 }
 
 impl AttentionNodes {
-    pub(crate) fn new(state: Arc<ClusterState>) -> AttentionNodes {
+    pub(crate) fn new(state: Arc<ClusterState>, dialer: Dialer) -> AttentionNodes {
         AttentionNodes(Arc::new(Nodes {
             state,
+            dialer,
             links: Mutex::new(HashMap::new()),
         }))
     }
@@ -91,7 +94,7 @@ impl Nodes {
                     .filter(|link| link.address == node.address);
                 let link = match known {
                     Some(link) => link.clone(),
-                    None => match channel::lazy(&node.address) {
+                    None => match self.dialer.lazy(&node.address) {
                         Ok(channel) => {
                             let link = Link {
                                 channel,

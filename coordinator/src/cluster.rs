@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use futures::{Stream, StreamExt};
 use guild_node::member::{REASON_DIGEST, REASON_NUMERICS, REASON_UNKNOWN_NODE};
-use guild_node::{Shutdown, status};
+use guild_node::tls::{self, Identity};
+use guild_node::{Shutdown, serve, status};
 use guild_proto::cluster::v1::cluster_server::Cluster;
 use guild_proto::cluster::v1::{
     HeartbeatRequest, HeartbeatResponse, LeaveRequest, LeaveResponse, NodeStatus, Placement,
@@ -21,6 +22,9 @@ use crate::state::ClusterState;
 const REASON_NAME: &str = "NAME_TAKEN";
 /// ErrorInfo reason when the cluster takes no more nodes.
 const REASON_FULL: &str = "CLUSTER_FULL";
+
+/// ErrorInfo reason when a node is not what its certificate says.
+const REASON_CERTIFICATE: &str = "CERTIFICATE_MISMATCH";
 
 /// The service that nodes talk to.
 pub(crate) struct ClusterService {
@@ -41,7 +45,11 @@ impl Cluster for ClusterService {
         &self,
         request: Request<RegisterRequest>,
     ) -> Result<Response<RegisterResponse>, Status> {
+        let certified = serve::identity_of(&request).cloned();
         let request = request.into_inner();
+        if let Some(identity) = certified {
+            agree(&identity, &request)?;
+        }
         let role = match request.role() {
             Role::Attention => membership::Role::Attention,
             Role::Expert => membership::Role::Expert,
@@ -173,6 +181,31 @@ impl Cluster for ClusterService {
             nodes,
         }))
     }
+}
+
+/// A node is what its certificate says it is.
+fn agree(identity: &Identity, request: &RegisterRequest) -> Result<(), Status> {
+    let role = match identity.role {
+        tls::Role::Attention => Role::Attention,
+        tls::Role::Expert => Role::Expert,
+        tls::Role::Coordinator => Role::Unspecified,
+    };
+    let named = identity.name.as_ref().is_none_or(|name| *name == request.name);
+    if role == request.role() && named {
+        return Ok(());
+    }
+    let message = format!(
+        "the certificate is that of {identity}, and the node registers as {:?} `{}`",
+        request.role(),
+        request.name
+    );
+    tracing::warn!("refused a node: {message}");
+    Err(status::with_reason(
+        Code::PermissionDenied,
+        REASON_CERTIFICATE,
+        message,
+        [],
+    ))
 }
 
 fn unknown(error: UnknownNode) -> Status {

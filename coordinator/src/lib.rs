@@ -19,7 +19,10 @@ use front::{FrontDoor, FrontLimits, ServedModel};
 use guild_model::checkpoint::Dtype;
 use guild_model::text::Text;
 use guild_model::{Checkpoint, ModelError};
+use guild_node::channel::Dialer;
+use guild_node::keys::ApiKeys;
 use guild_node::serve::{Health, ServeError, Server};
+use guild_node::tls::{FrontTls, Role, Tls};
 use guild_node::{ExitKind, HasExitKind, Shutdown};
 use guild_proto::cluster::v1::cluster_server::ClusterServer;
 use guild_scheduler::membership::Settings;
@@ -58,6 +61,13 @@ pub struct CoordinatorConfig {
     pub lease: Duration,
     /// How long running streams may take to end after a request to shut down.
     pub drain: Duration,
+    /// Certificates for the connections inside the cluster; None: they are not encrypted, and
+    /// anybody is let in.
+    pub tls: Option<Tls>,
+    /// Certificate that clients see; None: they are served without encryption.
+    pub front_tls: Option<FrontTls>,
+    /// Whom the front door serves; None: everybody.
+    pub api_keys: Option<ApiKeys>,
     /// What clients may ask for.
     pub limits: FrontLimits,
 }
@@ -88,6 +98,9 @@ impl CoordinatorConfig {
             settle: CoordinatorConfig::SETTLE,
             lease: CoordinatorConfig::LEASE,
             drain: CoordinatorConfig::DRAIN,
+            tls: None,
+            front_tls: None,
+            api_keys: None,
             limits: FrontLimits::default(),
         }
     }
@@ -170,19 +183,30 @@ pub async fn run(
     let state = ClusterState::new(settings, model.name.clone(), model.digest.clone());
     let front = FrontDoor::new(
         model,
-        Arc::new(AttentionNodes::new(Arc::clone(&state))),
+        Arc::new(AttentionNodes::new(
+            Arc::clone(&state),
+            Dialer::to(Role::ATTENDING, config.tls.as_ref()),
+        )),
         config.limits.clone(),
     );
 
     let http = Server::on(Routes::from(front.router()), true)
         .await
-        .listing(INFERENCE);
+        .listing(INFERENCE)
+        .with_tls(config.front_tls.as_ref().map(FrontTls::acceptor))
+        .guarded(config.api_keys.clone().map(front::guard));
     let health = http.health();
     let grpc = Server::with_health(Routes::default(), false, health.clone())
-        .add(front.inference_service());
+        .add(front.inference_service())
+        .with_tls(config.front_tls.as_ref().map(FrontTls::acceptor))
+        .guarded(config.api_keys.clone().map(front::guard));
     let cluster_end = Shutdown::new();
     let service = ClusterService::new(Arc::clone(&state), cluster_end.clone());
-    let cluster = Server::new().await.add(ClusterServer::new(service));
+    let nodes_only = config.tls.as_ref().map(|tls| tls.acceptor(Role::JOINING));
+    let cluster = Server::new()
+        .await
+        .add(ClusterServer::new(service))
+        .with_tls(nodes_only);
     cluster.health().set_serving("", true).await;
     cluster.health().set_serving(CLUSTER, true).await;
 

@@ -15,7 +15,7 @@ pub mod residents;
 use std::time::Duration;
 
 use guild_model::{Checkpoint, ModelError, checkpoint::Dtype};
-use guild_node::{ExitKind, HasExitKind, member::MemberError, serve::ServeError};
+use guild_node::{ExitKind, HasExitKind, member::MemberError, serve::ServeError, tls::Tls};
 
 use crate::residents::LoadError;
 
@@ -34,6 +34,9 @@ pub struct ExpertNodeConfig {
     pub address: String,
     /// `http://host:port` of the coordinator.
     pub coordinator: String,
+    /// Certificates for the connections inside the cluster; None: they are not encrypted, and
+    /// anybody is let in.
+    pub tls: Option<Tls>,
     /// Bytes for resident experts; 0 is unlimited.
     pub capacity_bytes: u64,
     /// How long a node that is asked to end goes on serving those that still
@@ -58,6 +61,7 @@ impl ExpertNodeConfig {
             name: name.into(),
             address: address.into(),
             coordinator: coordinator.into(),
+            tls: None,
             capacity_bytes: 0,
             drain: Self::DRAIN,
         }

@@ -9,8 +9,10 @@ use std::{sync::Arc, time::Duration};
 use guild_model::{Checkpoint, Cpu};
 use guild_node::{
     Shutdown,
+    channel::Dialer,
     member::{Member, MemberConfig, NodeState},
     serve::{Health, Server},
+    tls,
 };
 use guild_proto::{
     cluster::v1::{Placement, Role},
@@ -66,7 +68,8 @@ pub async fn run(
         ServiceLimits::default(),
         closing.clone(),
     );
-    let server = Server::new().await.add(experts);
+    let senders_only = cfg.tls.as_ref().map(|tls| tls.acceptor(tls::Role::SENDING_ROWS));
+    let server = Server::new().await.add(experts).with_tls(senders_only);
     let health = server.health();
     health.set_serving(SERVICE_NAME, false).await;
     // Not a child of `shutdown`: rows are served while the node drains.
@@ -145,7 +148,7 @@ impl Node {
             digest = on_thread("the checkpoint's digest", move || hashed.digest()) => digest??,
             () = self.shutdown.requested() => return Ok(()),
         };
-        let member = Member::start(MemberConfig {
+        let membership = MemberConfig {
             coordinator: self.cfg.coordinator.clone(),
             role: Role::Expert,
             name: self.cfg.name.clone(),
@@ -153,7 +156,9 @@ impl Node {
             model_digest: digest,
             numerics_class: self.numerics_class.clone(),
             capacity_bytes: self.cfg.capacity_bytes,
-        })?;
+        };
+        let dialer = Dialer::to(tls::Role::COORDINATING, self.cfg.tls.as_ref());
+        let member = Member::start_by(membership, dialer)?;
         tokio::select! {
             outcome = self.follow(checkpoint, &member) => outcome?,
             Err(refused) = member.ended() => return Err(refused.into()),

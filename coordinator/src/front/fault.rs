@@ -203,6 +203,11 @@ impl Fault {
         }
     }
 
+    /// Nobody knows who asks.
+    pub(super) fn unauthenticated(message: &str) -> Self {
+        Self::new(Code::Unauthenticated, "invalid_api_key", message)
+    }
+
     pub(super) fn unknown_model(asked: &str, served: &str) -> Self {
         let asked: String = asked.chars().take(100).collect();
         let message = format!("the model `{asked}` does not exist; this server has `{served}`");

@@ -11,7 +11,7 @@ use axum::{
     extract::{DefaultBodyLimit, Path, Request, State, rejection::BytesRejection},
     http::{HeaderMap, Method, StatusCode, Uri, header},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{MethodRouter, get, post},
 };
 use openai_protocol::models::ModelObject;
 use serde::Serialize;
@@ -36,18 +36,31 @@ pub(super) fn now() -> u64 {
         .map_or(0, |d| d.as_secs())
 }
 
+/// Every route of the HTTP API, once.
+fn routes() -> [(&'static str, MethodRouter<Arc<FrontDoor>>); 9] {
+    [
+        ("/v1/completions", post(serve_completions)),
+        ("/v1/chat/completions", post(serve_chat)),
+        ("/v1/models", get(models)),
+        ("/v1/models/{*id}", get(model)),
+        ("/health", get(health)),
+        ("/ping", get(health)),
+        ("/version", get(version)),
+        ("/tokenize", post(tokenize)),
+        ("/detokenize", post(detokenize)),
+    ]
+}
+
+/// The paths of the HTTP API, as the router has them.
+pub fn paths() -> impl Iterator<Item = &'static str> {
+    routes().into_iter().map(|(path, _)| path)
+}
+
 pub(super) fn router(door: Arc<FrontDoor>) -> Router {
     let limit = door.limits.max_body_bytes;
-    Router::new()
-        .route("/v1/completions", post(serve_completions))
-        .route("/v1/chat/completions", post(serve_chat))
-        .route("/v1/models", get(models))
-        .route("/v1/models/{*id}", get(model))
-        .route("/health", get(health))
-        .route("/ping", get(health))
-        .route("/version", get(version))
-        .route("/tokenize", post(tokenize))
-        .route("/detokenize", post(detokenize))
+    routes()
+        .into_iter()
+        .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(limit))

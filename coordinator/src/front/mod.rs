@@ -34,6 +34,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::Status;
 
 mod answer;
+mod auth;
 mod chat;
 mod completions;
 mod events;
@@ -46,8 +47,10 @@ mod params;
 mod request;
 mod sse;
 
+pub use auth::{OPEN, guard};
 pub use fault::{ERROR_DOMAIN, ErrorRow, RETRY_NOT_READY, RETRY_OVERLOADED, TABLE, error_row};
 pub use grpc::{InferenceService, MAX_REQUEST_ID_BYTES};
+pub use http::paths;
 pub use request::{
     GREEDY_BELOW, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, MAX_TEMPERATURE,
 };
