@@ -129,13 +129,13 @@ impl Plan {
         self.logcnt.len() / self.experts
     }
 
-    /// The expert in each physical slot of a layer, [num_replicas].
+    /// The expert in each physical slot of a layer, `[num_replicas]`.
     /// Slots `g * num_replicas / num_gpus ..` are those of device `g`.
     pub fn phy2log(&self, layer: usize) -> &[u32] {
         &self.phy2log[layer * self.replicas..][..self.replicas]
     }
 
-    /// The number of replicas of each expert of a layer, [experts].
+    /// The number of replicas of each expert of a layer, `[experts]`.
     pub fn logcnt(&self, layer: usize) -> &[u32] {
         &self.logcnt[layer * self.experts..][..self.experts]
     }

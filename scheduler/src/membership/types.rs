@@ -25,6 +25,9 @@ pub struct Settings {
     pub settle: Duration,
     /// Expert nodes that must be there before the first placement.
     pub min_expert_nodes: usize,
+    /// Homes of every expert, each on another node, as far as nodes and their
+    /// memory allow.
+    pub replicas: u32,
 }
 
 /// What a node does.
@@ -152,7 +155,8 @@ pub enum Loss {
 /// What follows from an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Tell everybody about [`Membership::published`].
+    /// Tell everybody about [`Membership::active`](super::Membership::active) and
+    /// [`Membership::next`](super::Membership::next).
     Publish,
     /// A node is a member now.
     Joined {
@@ -177,8 +181,11 @@ pub enum Action {
 pub struct Published {
     /// The homes, and the epoch.
     pub placement: Placement,
-    /// Whether every home is live and loaded. False: LOADING.
+    /// Whether every expert has a live and loaded home. False: LOADING.
     pub active: bool,
+    /// The epoch as which its homes were loaded: an earlier one when it is what
+    /// has been left of that.
+    pub(super) loaded_as: u64,
     /// Name and address of every node in the placement, in its order.
     pub nodes: Vec<(String, String)>,
 }
@@ -200,6 +207,8 @@ pub struct Node {
     pub report: Report,
     pub(super) incarnation: u64,
     pub(super) capacity_bytes: u64,
+    /// Newest epoch whose experts it has.
+    pub(super) resident: u64,
     /// When it was last heard of.
     pub(super) last_seen: Duration,
 }
