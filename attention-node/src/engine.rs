@@ -7,7 +7,6 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Duration;
 
 use guild_model::Cpu;
 use guild_model::cache::{LatentCache, SeqRows};
@@ -17,7 +16,7 @@ use guild_transport::Fabric;
 use tokio::sync::oneshot;
 
 use crate::desk::{Desk, EngineHandle, Turn};
-use crate::exchange::{Exchange, ExchangeFailure, Views};
+use crate::exchange::{Exchange, ExchangeCounters, ExchangeFailure, Patience, Views};
 use crate::sequence::{Failure, Sequence};
 
 /// Rows whose logits `[rows, vocab]` are held at the same time.
@@ -33,9 +32,9 @@ pub struct Engine<F> {
     sequences: HashMap<u64, Sequence>,
 }
 
-impl<F: Fabric> Engine<F> {
+impl<F: Fabric + 'static> Engine<F> {
     /// An engine with an empty cache of `limits.pages` pages, and the handle that feeds it.
-    /// One layer's exchange may take `exchange_deadline` before its requests fail.
+    /// `patience` is for expert nodes that do not answer.
     ///
     /// # Errors
     /// [`InvalidLimits`] when the limits contradict themselves.
@@ -45,20 +44,25 @@ impl<F: Fabric> Engine<F> {
         fabric: Arc<F>,
         views: Views,
         limits: Limits,
-        exchange_deadline: Duration,
+        patience: Patience,
     ) -> Result<(Engine<F>, EngineHandle), InvalidLimits> {
         let (pages, page_tokens) = (limits.pages, limits.page_tokens);
         let desk = Arc::new(Desk::new(limits)?);
         let layers = trunk.layers().len();
         let engine = Engine {
             cache: LatentCache::new(trunk.config(), layers, pages, page_tokens),
-            exchange: Exchange::new(fabric, views, exchange_deadline),
+            exchange: Exchange::new(fabric, views, patience),
             trunk,
             cpu,
             desk: Arc::clone(&desk),
             sequences: HashMap::new(),
         };
         Ok((engine, EngineHandle::new(desk)))
+    }
+
+    /// What the exchange with expert nodes has come to so far.
+    pub fn exchange_counters(&self) -> Arc<ExchangeCounters> {
+        Arc::clone(self.exchange.counters())
     }
 
     /// The step loop. Returns when the handle has closed and nobody is left.

@@ -1,7 +1,10 @@
 //! The exchange of one layer: rows out to their experts, expert rows back.
 //!
 //! Secret: what is done when an expert cannot be reached. Routes are logical; they are resolved
-//! by the newest placement at every attempt, and attempts are repeated until the exchange's
+//! by the newest placement at every attempt. Each node gets its part in a message of its own:
+//! a part that fails or is overdue goes to other homes of its experts at once, while the rows of
+//! all other parts stay; the first answer for a row counts, and any is as good, because homes
+//! compute the same bits. Without another home the part is repeated until the exchange's
 //! deadline. Either every row comes back or the exchange fails with its origin named: there is
 //! no partial result that anybody could sum. It must not know what a request is.
 
@@ -9,12 +12,19 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::{BoxFuture, FutureExt};
+use futures::stream::{FuturesUnordered, StreamExt};
 use guild_model::gate::Routes;
-use guild_transport::{Assignment, Batch, ExchangeError, Fabric, Handle, NodeId};
+use guild_transport::{
+    Assignment, Batch, ExchangeCode, ExchangeError, Fabric, Handle, NodeId, Returned,
+};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep_until};
 
+use crate::peers::{Out, Peers};
 use crate::view::View;
+
+pub use crate::peers::{ExchangeCounters, SUSPECT_AFTER};
 
 /// How long one layer's exchange may take in all, retries included, unless configured.
 pub const EXCHANGE_DEADLINE: Duration = Duration::from_secs(10);
@@ -26,6 +36,25 @@ pub const BACKOFF_MAX: Duration = Duration::from_millis(500);
 const SILENCE_GRACE: Duration = Duration::from_millis(250);
 /// Experts named in a failure; more add nothing for the reader.
 const EXPERTS_NAMED: usize = 8;
+
+/// How long expert nodes are waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// One layer's exchange in all, retries included, before its requests fail.
+    pub deadline: Duration,
+    /// One node's answer, at least, before other homes of its experts are asked; more where it
+    /// usually takes long.
+    pub suspect_after: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            deadline: EXCHANGE_DEADLINE,
+            suspect_after: SUSPECT_AFTER,
+        }
+    }
+}
 
 /// The newest ACTIVE placement; `None` before the first.
 pub type Views = watch::Receiver<Option<Arc<View>>>;
@@ -55,6 +84,7 @@ pub(crate) struct Exchange<F> {
     fabric: Arc<F>,
     views: Views,
     deadline: Duration,
+    peers: Arc<Peers>,
 }
 
 /// Rows of one layer that are away.
@@ -65,14 +95,41 @@ pub(crate) struct Away<'a, F> {
     x: &'a [f32],
     routes: &'a Routes,
     deadline: Instant,
-    attempt: Attempt,
+    /// `[n * top_k, hidden]` in the order of the routes; a target is an index into its rows.
+    rows: Vec<f32>,
+    state: Vec<Target>,
+    /// Targets without their row.
+    missing: usize,
+    parts: Vec<Part>,
+    answers: FuturesUnordered<BoxFuture<'static, Answer>>,
+    /// Nodes that have failed since the last pause: not tried again before the next one.
+    failed: BTreeSet<NodeId>,
+    attempts: u32,
+    epoch: u64,
+    fault: Fault,
 }
 
-/// One try: what was sent by which view, or why nothing was.
-struct Attempt {
-    view: Option<Arc<View>>,
-    nodes: BTreeSet<NodeId>,
-    sent: Result<(Handle, Arc<View>), Fault>,
+#[derive(Clone, Copy, Default)]
+struct Target {
+    here: bool,
+    /// Parts under way that would bring it.
+    parts: u32,
+}
+
+/// What one node was asked for in one message.
+struct Part {
+    node: NodeId,
+    name: String,
+    targets: Vec<u32>,
+    /// Neither answered, nor failed, nor given up.
+    open: bool,
+    overdue_at: Option<Instant>,
+}
+
+struct Answer {
+    part: usize,
+    out: Out,
+    returned: Result<Returned, ExchangeError>,
 }
 
 /// Why an attempt failed.
@@ -83,172 +140,451 @@ struct Fault {
     message: String,
 }
 
-impl<F: Fabric> Exchange<F> {
-    pub(crate) fn new(fabric: Arc<F>, views: Views, deadline: Duration) -> Self {
+impl<F: Fabric + 'static> Exchange<F> {
+    pub(crate) fn new(fabric: Arc<F>, views: Views, patience: Patience) -> Self {
         Self {
             fabric,
             views,
-            deadline,
+            deadline: patience.deadline,
+            peers: Arc::new(Peers::new(patience.suspect_after)),
         }
     }
 
+    pub(crate) fn counters(&self) -> &Arc<ExchangeCounters> {
+        self.peers.counters()
+    }
+
     /// Sends every row of `x` to its experts and returns at once; [`Away::combine`] waits.
+    /// Must be called in a runtime.
     pub(crate) fn dispatch<'a>(
         &'a self,
         layer: usize,
         x: &'a [f32],
         routes: &'a Routes,
     ) -> Away<'a, F> {
-        let deadline = Instant::now() + self.deadline;
-        let attempt = self.attempt(layer, x, routes, deadline);
-        Away {
+        let targets = routes.experts.len();
+        let mut away = Away {
             exchange: self,
             layer,
             x,
             routes,
-            deadline,
-            attempt,
-        }
-    }
-
-    fn attempt(&self, layer: usize, x: &[f32], routes: &Routes, deadline: Instant) -> Attempt {
-        let view = self.views.borrow().clone();
-        let (nodes, sent) = match &view {
-            None => (
-                BTreeSet::new(),
-                Err(Fault::retryable("no placement is active yet")),
-            ),
-            Some(view) => match resolve(view, layer, routes) {
-                Err(fault) => (BTreeSet::new(), Err(fault)),
-                Ok(assignments) => {
-                    let batch = Batch {
-                        epoch: view.epoch(),
-                        width: x.len() / routes.rows().max(1),
-                        rows: x,
-                        assignments: &assignments,
-                        deadline: Some(deadline.into_std()),
-                    };
-                    let sent = self.fabric.dispatch(batch).map_err(Fault::from);
-                    let sent = sent.map(|handle| (handle, Arc::clone(view)));
-                    (assignments.iter().map(|a| a.node).collect(), sent)
-                }
-            },
+            deadline: Instant::now() + self.deadline,
+            rows: vec![0.0; routes.top_k * x.len()],
+            state: vec![Target::default(); targets],
+            missing: targets,
+            parts: Vec::new(),
+            answers: FuturesUnordered::new(),
+            failed: BTreeSet::new(),
+            attempts: 1,
+            epoch: 0,
+            fault: Fault::retryable("no answer before the deadline"),
         };
-        Attempt { view, nodes, sent }
+        if let Some(view) = away.view() {
+            away.probe(&view);
+        }
+        away.send((0..targets as u32).collect());
+        away
     }
 }
 
-/// One assignment for each (row, expert), in the order of the routes.
-fn resolve(view: &View, layer: usize, routes: &Routes) -> Result<Vec<Assignment>, Fault> {
-    let assign = |(at, &expert): (usize, &u32)| match view.resolve(layer as u32, expert) {
-        Some((node, slot)) => Ok(Assignment {
-            row: (at / routes.top_k) as u32,
-            node,
-            slot,
-        }),
-        None => Err(Fault {
-            experts: vec![expert],
-            ..Fault::retryable("the expert has no home in the present placement")
-        }),
-    };
-    routes.experts.iter().enumerate().map(assign).collect()
-}
-
-impl<F: Fabric> Away<'_, F> {
+impl<F: Fabric + 'static> Away<'_, F> {
     /// Waits for the rows: `[n * top_k, hidden]` in the order of the routes. Faults that may
     /// pass (a lost connection, an unknown epoch, overload) are retried by the newest placement
     /// until the deadline.
     pub(crate) async fn combine(mut self) -> Result<Vec<f32>, ExchangeFailure> {
+        let mut views = self.exchange.views.clone();
+        views.mark_changed();
+        let mut views_end = false;
         let mut backoff = BACKOFF_FIRST;
-        let mut attempts = 1;
-        loop {
-            let Attempt { view, nodes, sent } = self.attempt;
-            let fault = match sent {
-                Err(fault) => fault,
-                Ok((handle, by)) => match self
-                    .exchange
-                    .receive(handle, &by, &nodes, self.deadline)
-                    .await
-                {
-                    Ok(rows) if rows.len() == self.routes.top_k * self.x.len() => return Ok(rows),
-                    Ok(rows) => Fault::fatal(format!("{} elements came back", rows.len())),
-                    Err(fault) => fault,
-                },
+        let mut retry_at = None;
+        while self.missing > 0 {
+            let now = Instant::now();
+            // A fabric gets a little longer to say which node was silent.
+            let end = match self.answers.is_empty() {
+                true => self.deadline,
+                false => self.deadline + SILENCE_GRACE,
             };
-            let epoch = view.as_ref().map_or(0, |view| view.epoch());
-            let left = self.deadline.saturating_duration_since(Instant::now());
-            if !fault.retryable || left.is_zero() {
-                let experts = fault.experts(view.as_deref(), self.layer, self.routes);
-                let Fault { node, message, .. } = fault;
-                return Err(ExchangeFailure {
-                    layer: self.layer,
-                    experts,
-                    epoch,
-                    node,
-                    attempts,
-                    message,
-                });
+            if !self.fault.retryable || now >= end {
+                return Err(self.failure());
+            }
+            if retry_at.is_none() && now < self.deadline && self.is_stranded() {
+                tracing::warn!(
+                    layer = self.layer,
+                    epoch = self.epoch,
+                    node = self.fault.node,
+                    attempts = self.attempts,
+                    "expert rows are late, trying again: {}",
+                    self.fault.message
+                );
+                retry_at = Some(now + backoff);
+                backoff = (backoff * 2).min(BACKOFF_MAX);
+            }
+            let overdue_at = self.parts.iter().filter(|part| part.open);
+            let overdue_at = overdue_at.filter_map(|part| part.overdue_at).min();
+            let wake = [retry_at, overdue_at]
+                .into_iter()
+                .flatten()
+                .fold(end, Instant::min);
+            tokio::select! {
+                biased;
+                Some(answer) = self.answers.next(), if !self.answers.is_empty() => self.take(answer),
+                changed = views.changed(), if !views_end => {
+                    // Nobody will publish another placement: only answers and the deadline count.
+                    views_end = changed.is_err();
+                    let news = views.borrow_and_update().as_ref().map(|view| view.epoch());
+                    if news.is_some_and(|epoch| epoch != self.epoch) {
+                        self.leave_the_gone();
+                        self.retry();
+                        retry_at = None;
+                    }
+                }
+                () = sleep_until(wake) => {
+                    let now = Instant::now();
+                    self.hedge(now);
+                    if retry_at.is_some_and(|at| at <= now) {
+                        self.retry();
+                        retry_at = None;
+                    }
+                }
+            }
+        }
+        let rows = std::mem::take(&mut self.rows);
+        self.hear_the_late();
+        Ok(rows)
+    }
+
+    fn view(&self) -> Option<Arc<View>> {
+        self.exchange.views.borrow().clone()
+    }
+
+    fn is_stranded(&self) -> bool {
+        self.state
+            .iter()
+            .any(|target| !target.here && target.parts == 0)
+    }
+
+    /// Sends again what nobody is about to bring, by the newest placement.
+    fn retry(&mut self) {
+        self.failed.clear();
+        let stranded = (0u32..).zip(&self.state);
+        let stranded = stranded.filter(|(_, target)| !target.here && target.parts == 0);
+        let stranded: Vec<u32> = stranded.map(|(at, _)| at).collect();
+        if !stranded.is_empty() {
+            self.attempts += 1;
+            self.send(stranded);
+        }
+    }
+
+    /// Sends targets to their best homes, and to the next best while those fail at once. What
+    /// has no home left is stranded until the next retry.
+    fn send(&mut self, mut targets: Vec<u32>) {
+        let Some(view) = self.view() else {
+            self.fault = Fault::retryable("no placement is active yet");
+            return;
+        };
+        if self.epoch != view.epoch() {
+            self.epoch = view.epoch();
+            self.exchange.peers.retain(&view);
+        }
+        while !targets.is_empty() {
+            let wanted = self.with_experts(&targets);
+            let homeless = wanted.iter().find(|(_, expert)| {
+                let homes = view.resolve(self.layer as u32, *expert);
+                homes.is_empty()
+            });
+            if let Some(&(_, expert)) = homeless {
+                self.fault = Fault {
+                    experts: vec![expert],
+                    ..Fault::retryable("the expert has no home in the present placement")
+                };
+            }
+            let peers = &self.exchange.peers;
+            let layer = self.layer as u32;
+            let (plan, _) = peers.choose(&view, layer, &wanted, &self.failed, false);
+            let mut parts: Vec<_> = plan.into_iter().collect();
+            // Nodes of this process work while they are sent to: the others begin before.
+            parts.sort_by_key(|(node, _)| self.exchange.fabric.is_here(*node));
+            targets.clear();
+            for (node, part) in parts {
+                if let Err(error) = self.post(&view, node, &part) {
+                    targets.extend(part.iter().map(|&(target, _)| target));
+                    self.blame(node, error);
+                }
+            }
+        }
+    }
+
+    fn with_experts(&self, targets: &[u32]) -> Vec<(u32, u32)> {
+        let expert = |&target: &u32| (target, self.routes.experts[target as usize]);
+        targets.iter().map(expert).collect()
+    }
+
+    /// Sends one message. `part` has targets and their slots at the node.
+    fn post(
+        &mut self,
+        view: &View,
+        node: NodeId,
+        part: &[(u32, u32)],
+    ) -> Result<(), ExchangeError> {
+        let out = self.exchange.peers.send(node, part.len());
+        let handle = self.hand_over(view, node, part)?;
+        let patience = self.exchange.peers.patience(node, part.len());
+        let index = self.parts.len();
+        for &(target, _) in part {
+            self.state[target as usize].parts += 1;
+        }
+        self.parts.push(Part {
+            node,
+            name: view.name(node).unwrap_or_default().to_owned(),
+            targets: part.iter().map(|&(target, _)| target).collect(),
+            open: true,
+            overdue_at: Some(Instant::now() + patience),
+        });
+        let fabric = Arc::clone(&self.exchange.fabric);
+        let answer = async move {
+            Answer {
+                part: index,
+                returned: fabric.combine(handle).await,
+                out,
+            }
+        };
+        self.answers.push(answer.boxed());
+        Ok(())
+    }
+
+    fn hand_over(
+        &self,
+        view: &View,
+        node: NodeId,
+        part: &[(u32, u32)],
+    ) -> Result<Handle, ExchangeError> {
+        let top_k = self.routes.top_k as u32;
+        let assignments = part.iter().map(|&(target, slot)| Assignment {
+            row: target / top_k,
+            node,
+            slot,
+        });
+        self.exchange.fabric.dispatch(Batch {
+            epoch: view.epoch(),
+            width: self.x.len() / self.routes.rows().max(1),
+            rows: self.x,
+            assignments: &assignments.collect::<Vec<_>>(),
+            deadline: Some(self.deadline.into_std()),
+        })
+    }
+
+    /// Takes in what a node has answered.
+    fn take(&mut self, answer: Answer) {
+        let Answer {
+            part,
+            out,
+            returned,
+        } = answer;
+        let was_open = self.close(part);
+        let Part { node, targets, .. } = &self.parts[part];
+        let (node, width) = (*node, self.x.len() / self.routes.rows().max(1));
+        match returned {
+            Ok(returned) if returned.rows.len() == targets.len() * width => {
+                out.answered();
+                for (row, &target) in returned.rows.chunks_exact(width).zip(targets) {
+                    let state = &mut self.state[target as usize];
+                    if !state.here {
+                        state.here = true;
+                        self.missing -= 1;
+                        let at = target as usize * width;
+                        self.rows[at..at + width].copy_from_slice(row);
+                    }
+                }
+            }
+            Ok(returned) => {
+                self.fault = Fault::fatal(format!("{} elements came back", returned.rows.len()));
+            }
+            Err(error) => {
+                self.blame(node, error);
+                if was_open {
+                    self.send_elsewhere(part);
+                }
+            }
+        }
+    }
+
+    /// The part will not be waited for. False: it was not before.
+    fn close(&mut self, part: usize) -> bool {
+        let part = &mut self.parts[part];
+        if part.open {
+            for &target in &part.targets {
+                self.state[target as usize].parts -= 1;
+            }
+        }
+        std::mem::take(&mut part.open)
+    }
+
+    /// Notes a failure of `node`, which gets nothing more before the next pause.
+    fn blame(&mut self, node: NodeId, error: ExchangeError) {
+        self.failed.insert(node);
+        if matches!(
+            error.code,
+            ExchangeCode::Unreachable | ExchangeCode::Deadline | ExchangeCode::Draining
+        ) {
+            self.exchange.peers.suspect(node);
+        }
+        self.fault = error.into();
+    }
+
+    /// What a closed part has not brought goes to homes that have not failed.
+    fn send_elsewhere(&mut self, part: usize) {
+        let targets = self.parts[part].targets.iter().copied();
+        let stranded = targets.filter(|&target| {
+            let target = self.state[target as usize];
+            !target.here && target.parts == 0
+        });
+        let stranded: Vec<u32> = stranded.collect();
+        if !stranded.is_empty() && self.fault.retryable && Instant::now() < self.deadline {
+            let before = self.parts.len();
+            self.send(stranded);
+            let retries = (self.parts.len() - before) as u64;
+            let counters = self.exchange.peers.counters();
+            counters
+                .retries
+                .fetch_add(retries, std::sync::atomic::Ordering::Relaxed);
+            self.attempts += u32::from(retries > 0);
+        }
+    }
+
+    /// Gives up what nodes owe that the newest placement no longer has: they will not answer.
+    fn leave_the_gone(&mut self) {
+        let Some(view) = self.view() else { return };
+        for part in 0..self.parts.len() {
+            let Part {
+                node, open, name, ..
+            } = &self.parts[part];
+            if *open && !view.has_node(*node) {
+                self.fault = Fault {
+                    node: name.clone(),
+                    ..Fault::retryable("the node has left the placement")
+                };
+                self.close(part);
+            }
+        }
+    }
+
+    /// Suspects who is overdue, and asks others as well where there are others.
+    fn hedge(&mut self, now: Instant) {
+        let Some(view) = self.view() else { return };
+        for part in 0..self.parts.len() {
+            let Part {
+                node,
+                open,
+                overdue_at,
+                ..
+            } = self.parts[part];
+            if !open || overdue_at.is_none_or(|at| at > now) {
+                continue;
+            }
+            self.parts[part].overdue_at = None;
+            self.exchange.peers.suspect(node);
+            let targets = self.parts[part].targets.iter().copied();
+            let targets = targets.filter(|&target| !self.state[target as usize].here);
+            let wanted = self.with_experts(&targets.collect::<Vec<_>>());
+            let peers = &self.exchange.peers;
+            let layer = self.layer as u32;
+            let (plan, _) = peers.choose(&view, layer, &wanted, &self.failed, true);
+            if plan.is_empty() {
+                continue;
+            }
+            if !peers.may_hedge(plan.len() as u64) {
+                // The budget grows with what others send.
+                self.parts[part].overdue_at = Some(now + peers.patience(node, wanted.len()));
+                continue;
             }
             tracing::warn!(
                 layer = self.layer,
-                epoch,
-                node = fault.node,
-                attempts,
-                "expert rows are late, trying again: {}",
-                fault.message
+                epoch = self.epoch,
+                node = self.parts[part].name,
+                rows = wanted.len(),
+                "no answer yet: asking other homes of these experts"
             );
-            self.exchange.news(epoch, backoff.min(left)).await;
-            backoff = (backoff * 2).min(BACKOFF_MAX);
-            attempts += 1;
-            self.attempt = self
-                .exchange
-                .attempt(self.layer, self.x, self.routes, self.deadline);
-        }
-    }
-}
-
-impl<F: Fabric> Exchange<F> {
-    /// Waits for an attempt that is out. Given up when the deadline has passed, and when a newer
-    /// placement no longer has one of the nodes that it went to: that one will not answer.
-    async fn receive(
-        &self,
-        handle: Handle,
-        sent_by: &View,
-        nodes: &BTreeSet<NodeId>,
-        deadline: Instant,
-    ) -> Result<Vec<f32>, Fault> {
-        let mut views = self.views.clone();
-        let gone = |view: &Option<Arc<View>>| {
-            let view = view.as_ref()?;
-            nodes.iter().copied().find(|&node| !view.has_node(node))
-        };
-        let left = async {
-            match views.wait_for(|view| gone(view).is_some()).await {
-                Ok(view) => gone(&view),
-                // Nobody will publish another placement: only the answer or the deadline counts.
-                Err(_) => std::future::pending().await,
+            for (other, rows) in plan {
+                if let Err(error) = self.post(&view, other, &rows) {
+                    self.blame(other, error);
+                }
             }
-        };
-        tokio::select! {
-            biased;
-            answer = timeout_at(deadline + SILENCE_GRACE, self.fabric.combine(handle)) => match answer {
-                Ok(answer) => answer.map(|returned| returned.rows).map_err(Fault::from),
-                Err(_) => Err(Fault::retryable("no answer before the deadline")),
-            },
-            node = left => Err(Fault {
-                node: node.and_then(|node| sent_by.name(node)).unwrap_or_default().to_owned(),
-                ..Fault::retryable("the node has left the placement")
-            }),
         }
     }
 
-    /// Waits for a placement other than `epoch`, but no longer than `pause`.
-    async fn news(&self, epoch: u64, pause: Duration) {
-        let mut views = self.views.clone();
-        let newer = views.wait_for(|view| view.as_ref().is_some_and(|view| view.epoch() != epoch));
-        if let Ok(Err(_closed)) = timeout(pause, newer).await {
-            sleep(pause).await;
+    /// Asks suspected nodes for one row each, beside what is sent elsewhere: whether they are
+    /// back must not cost a request anything.
+    fn probe(&mut self, view: &View) {
+        for node in self.exchange.peers.to_probe() {
+            let known = (0u32..)
+                .zip(&self.routes.experts)
+                .find_map(|(target, &expert)| {
+                    let homes = view.resolve(self.layer as u32, expert);
+                    let home = homes.iter().find(|(home, _)| *home == node);
+                    home.map(|&(_, slot)| (target, slot))
+                });
+            let Some(known) = known else { continue };
+            let out = self.exchange.peers.send(node, 1);
+            if let Ok(handle) = self.hand_over(view, node, &[known]) {
+                let fabric = Arc::clone(&self.exchange.fabric);
+                tokio::spawn(async move {
+                    if fabric.combine(handle).await.is_ok() {
+                        out.answered();
+                    }
+                });
+            }
         }
+    }
+
+    /// Nodes whose answer came too late to be used are heard all the same: they are alive.
+    fn hear_the_late(&mut self) {
+        let mut late = std::mem::take(&mut self.answers);
+        if !late.is_empty() {
+            tokio::spawn(async move {
+                while let Some(answer) = late.next().await {
+                    if answer.returned.is_ok() {
+                        answer.out.answered();
+                    }
+                }
+            });
+        }
+    }
+
+    fn failure(&self) -> ExchangeFailure {
+        let mut node = self.fault.node.clone();
+        if node.is_empty()
+            && let Some(silent) = self.parts.iter().find(|part| part.open)
+        {
+            node = silent.name.clone();
+        }
+        ExchangeFailure {
+            layer: self.layer,
+            experts: self.experts(&node),
+            epoch: self.epoch,
+            node,
+            attempts: self.attempts,
+            message: self.fault.message.clone(),
+        }
+    }
+
+    /// The experts concerned: those known, else those at the node that is to blame.
+    fn experts(&self, blamed: &str) -> Vec<u32> {
+        if !self.fault.experts.is_empty() {
+            return self.fault.experts.clone();
+        }
+        let Some(view) = self.view() else {
+            return Vec::new();
+        };
+        let lost = |expert: &u32| {
+            let homes = view.resolve(self.layer as u32, *expert);
+            homes
+                .iter()
+                .any(|&(node, _)| view.name(node) == Some(blamed))
+        };
+        let targets = self.routes.experts.iter().zip(&self.state);
+        let missing = targets.filter(|(_, target)| !target.here);
+        let experts: BTreeSet<u32> = missing.map(|(&expert, _)| expert).filter(lost).collect();
+        experts.into_iter().take(EXPERTS_NAMED).collect()
     }
 }
 
@@ -267,20 +603,6 @@ impl Fault {
             experts: Vec::new(),
             message: message.into(),
         }
-    }
-
-    /// The experts concerned: those known, else those routed to the node that is to blame.
-    fn experts(&self, view: Option<&View>, layer: usize, routes: &Routes) -> Vec<u32> {
-        if !self.experts.is_empty() {
-            return self.experts.clone();
-        }
-        let Some(view) = view else { return Vec::new() };
-        let blamed = |&expert: &u32| {
-            let home = view.resolve(layer as u32, expert);
-            home.and_then(|(node, _)| view.name(node)) == Some(self.node.as_str())
-        };
-        let experts: BTreeSet<u32> = routes.experts.iter().copied().filter(blamed).collect();
-        experts.into_iter().take(EXPERTS_NAMED).collect()
     }
 }
 

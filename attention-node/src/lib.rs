@@ -12,6 +12,7 @@ pub mod engine;
 pub mod exchange;
 mod live;
 mod memory;
+mod peers;
 pub mod sequence;
 pub mod service;
 pub mod view;
@@ -28,6 +29,7 @@ use guild_proto::limits::max_step_tokens;
 use guild_scheduler::batch::{InvalidLimits, Limits};
 
 pub use desk::{EngineHandle, READERS_PER_PLACE, SubmitError};
+pub use exchange::Patience;
 pub use live::run;
 pub use memory::KvMemory;
 
@@ -61,8 +63,8 @@ pub struct AttentionNodeConfig {
     pub max_step_tokens: usize,
     /// Positions of a request, prompt and output together; None: what the model was made for.
     pub max_context: Option<usize>,
-    /// How long one layer's exchange may take before its requests fail.
-    pub exchange_deadline: Duration,
+    /// How long expert nodes are waited for.
+    pub patience: Patience,
     /// How long running requests may take to end after a request to shut down.
     pub drain: Duration,
 }
@@ -105,7 +107,7 @@ impl AttentionNodeConfig {
             max_waiting: Self::MAX_WAITING,
             max_step_tokens: Self::MAX_STEP_TOKENS,
             max_context: None,
-            exchange_deadline: exchange::EXCHANGE_DEADLINE,
+            patience: Patience::default(),
             drain: Self::DRAIN,
         }
     }

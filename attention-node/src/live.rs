@@ -167,7 +167,7 @@ impl Node {
             Arc::clone(&links),
             newest,
             limits,
-            self.cfg.exchange_deadline,
+            self.cfg.patience,
         )?;
         let ended = engine.spawn(&self.cfg.name);
         let mut ended = ended.map_err(|source| Error::Thread {
@@ -177,7 +177,7 @@ impl Node {
 
         self.wait_for("no placement is active yet");
         member.set_state(not_ready("no placement is active yet"));
-        let mut placements = member.placement();
+        let mut placements = member.active();
         placements.mark_changed();
         let mut tick = interval(LOAD_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);

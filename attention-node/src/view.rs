@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use guild_proto::cluster::v1 as wire;
-use guild_scheduler::placement::{NodeSlots, Placement, PlacementError};
+use guild_scheduler::placement::{Home, NodeSlots, Placement, PlacementError};
 use guild_transport::NodeId;
 
 /// One placement epoch as seen from here.
@@ -29,7 +29,7 @@ impl View {
     /// Reads a published placement, and the addresses of its nodes.
     ///
     /// # Errors
-    /// It is no placement: an expert with two homes, a node listed twice, an absurd index.
+    /// It is no placement: an expert twice on one node, a node listed twice, an absurd index.
     pub fn from_wire(wire: &wire::Placement) -> Result<(View, Vec<Endpoint>), PlacementError> {
         let slots = |node: &wire::PlacementNode| {
             let pairs = node.slots.iter().map(|slot| (slot.layer, slot.expert));
@@ -50,14 +50,19 @@ impl View {
         self.placement.epoch()
     }
 
-    /// Where a logical expert lives, if anywhere.
-    pub fn resolve(&self, layer: u32, expert: u32) -> Option<(NodeId, u32)> {
+    /// Where a logical expert lives, each home on another node; empty when nowhere.
+    pub fn resolve(&self, layer: u32, expert: u32) -> &[Home] {
         self.placement.resolve(layer, expert)
     }
 
     /// Whether the node is part of this placement.
     pub fn has_node(&self, node: NodeId) -> bool {
         self.names.contains_key(&node)
+    }
+
+    /// The nodes of this placement, ascending.
+    pub fn nodes(&self) -> impl Iterator<Item = NodeId> {
+        self.names.keys().copied()
     }
 
     /// The node's name.
@@ -67,6 +72,6 @@ impl View {
 
     /// The first expert of `layer` in `0..experts` that has no home, if any.
     pub fn first_homeless(&self, layer: u32, experts: u32) -> Option<u32> {
-        (0..experts).find(|&expert| self.resolve(layer, expert).is_none())
+        (0..experts).find(|&expert| self.resolve(layer, expert).is_empty())
     }
 }

@@ -3,7 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, stream};
 use guild_node::member::{REASON_DIGEST, REASON_NUMERICS, REASON_UNKNOWN_NODE};
 use guild_node::tls::{self, Identity};
 use guild_node::{Shutdown, serve, status};
@@ -16,7 +16,7 @@ use guild_scheduler::membership::{self, Refused, Registration, Report, UnknownNo
 use tokio_stream::wrappers::WatchStream;
 use tonic::{Code, Request, Response, Status};
 
-use crate::state::ClusterState;
+use crate::state::{ClusterState, Placements};
 
 /// ErrorInfo reason when a name is in use by a node of another role.
 const REASON_NAME: &str = "NAME_TAKEN";
@@ -125,7 +125,7 @@ impl Cluster for ClusterService {
         {
             return Err(unknown(UnknownNode(node)));
         }
-        // A watch keeps the newest value only: a slow reader costs one placement.
+        // A watch keeps the newest value only: a slow reader costs two placements.
         let state = Arc::clone(&self.state);
         let end = self.end.clone();
         let stop = async move {
@@ -134,8 +134,10 @@ impl Cluster for ClusterService {
                 () = state.lost(node) => {}
             }
         };
-        let stream = WatchStream::new(self.state.placement())
-            .filter_map(|placement| async move { placement.map(|p| Ok(Placement::clone(&p))) })
+        let mut told = Placements::default();
+        let stream = WatchStream::new(self.state.placements())
+            .flat_map(move |now| stream::iter(now.news(&mut told)))
+            .map(|placement| Ok(Placement::clone(&placement)))
             .take_until(stop);
         Ok(Response::new(Box::pin(stream)))
     }
@@ -190,7 +192,10 @@ fn agree(identity: &Identity, request: &RegisterRequest) -> Result<(), Status> {
         tls::Role::Expert => Role::Expert,
         tls::Role::Coordinator => Role::Unspecified,
     };
-    let named = identity.name.as_ref().is_none_or(|name| *name == request.name);
+    let named = identity
+        .name
+        .as_ref()
+        .is_none_or(|name| *name == request.name);
     if role == request.role() && named {
         return Ok(());
     }

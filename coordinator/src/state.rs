@@ -28,10 +28,30 @@ pub(crate) struct ClusterState {
     pub(crate) lease: Duration,
     pub(crate) model: String,
     pub(crate) digest: String,
-    placement: watch::Sender<Option<Arc<Placement>>>,
+    placements: watch::Sender<Placements>,
     /// What is being waited for; None: ready.
     waiting_for: watch::Sender<Option<String>>,
     lost: broadcast::Sender<NodeId>,
+}
+
+/// What nodes are told of: both may hold at the same time.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Placements {
+    /// Requests are served by it.
+    active: Option<Arc<Placement>>,
+    /// Newer, and not active (yet).
+    next: Option<Arc<Placement>>,
+}
+
+impl Placements {
+    /// What differs from `told`, oldest first; `told` is brought up to it.
+    pub(crate) fn news(self, told: &mut Placements) -> Vec<Arc<Placement>> {
+        let news = [(&self.active, &told.active), (&self.next, &told.next)];
+        let news = news.into_iter().filter(|(now, was)| now != was);
+        let news = news.filter_map(|(now, _)| now.clone()).collect();
+        *told = self;
+        news
+    }
 }
 
 struct Inner {
@@ -54,7 +74,7 @@ impl ClusterState {
                 membership: Membership::new(settings, Duration::ZERO),
                 draining: false,
             }),
-            placement: watch::Sender::new(None),
+            placements: watch::Sender::new(Placements::default()),
             waiting_for: watch::Sender::new(Some("starting".to_owned())),
             lost: broadcast::Sender::new(LOSSES),
         };
@@ -97,17 +117,30 @@ impl ClusterState {
     fn carry_out(&self, membership: &Membership, action: Action) {
         match action {
             Action::Publish => {
-                if let Some(published) = membership.published() {
+                for published in [membership.active(), membership.next()]
+                    .into_iter()
+                    .flatten()
+                {
                     tracing::info!(
                         epoch = published.placement.epoch(),
                         active = published.active,
                         nodes = published.nodes.len(),
-                        experts = published.placement.homes(),
+                        homes = published.placement.homes(),
                         "placement"
                     );
-                    self.placement
-                        .send_replace(Some(Arc::new(to_wire(published))));
                 }
+                let (wanted, has) = membership.redundancy();
+                if membership.active().is_some() && has < wanted {
+                    tracing::warn!(
+                        wanted,
+                        has,
+                        "experts have fewer copies than --replicas asks for: more expert nodes or memory would help"
+                    );
+                }
+                self.placements.send_replace(Placements {
+                    active: membership.active().map(to_wire).map(Arc::new),
+                    next: membership.next().map(to_wire).map(Arc::new),
+                });
             }
             Action::Joined { node, name } => tracing::info!(node, name, "a node has joined"),
             Action::Lost { node, name, how } => {
@@ -128,9 +161,9 @@ impl ClusterState {
         }
     }
 
-    /// The newest placement and every change of it.
-    pub(crate) fn placement(&self) -> watch::Receiver<Option<Arc<Placement>>> {
-        self.placement.subscribe()
+    /// The placements that hold and every change of them.
+    pub(crate) fn placements(&self) -> watch::Receiver<Placements> {
+        self.placements.subscribe()
     }
 
     /// What the cluster waits for and every change of it.

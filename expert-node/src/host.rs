@@ -2,18 +2,19 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicUsize, Ordering},
+        Arc, Mutex, OnceLock, PoisonError, RwLock,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use guild_model::{Cpu, expert::Expert};
+use guild_node::member::Lease;
 use guild_transport::{ExchangeCode, ExchangeError, SlotHost, Work};
 
-/// Tables kept: the present placement, and the one before it for those who have
-/// not heard of the present one yet.
-pub const TABLES: usize = 2;
+/// Tables kept: the active placement, the one before it for those who have not
+/// heard of it yet, and the one that becomes active next.
+pub const TABLES: usize = 3;
 
 /// The slots of one placement.
 struct Table {
@@ -32,6 +33,9 @@ pub struct Host {
     working: AtomicUsize,
     /// When rows were last here.
     last_work: Mutex<Option<Instant>>,
+    lease: OnceLock<Lease>,
+    /// Batches answered while the lease had run out.
+    unleased: AtomicU64,
 }
 
 impl Host {
@@ -44,11 +48,29 @@ impl Host {
             tables: RwLock::new(Vec::new()),
             working: AtomicUsize::new(0),
             last_work: Mutex::new(None),
+            lease: OnceLock::new(),
+            unleased: AtomicU64::new(0),
         }
     }
 
-    /// Makes `slots` (the index is the slot) the table of `epoch`, beside the
-    /// one before it; older ones go. Work that has begun keeps its table.
+    /// Makes the host count what it answers while `lease` has run out. Only the
+    /// first lease counts.
+    pub fn count_by(&self, lease: Lease) {
+        // A second one would be a defect of the caller, and harmless.
+        let _ = self.lease.set(lease);
+    }
+
+    /// Batches answered while the lease had run out: the coordinator may have
+    /// taken this node for dead. That is safe: such a node is given no new epoch
+    /// before it has joined again, batches of an epoch it was not given are
+    /// refused, and the experts of an epoch it has compute the same bits as
+    /// their copies elsewhere.
+    pub fn answered_without_lease(&self) -> u64 {
+        self.unleased.load(Ordering::Relaxed)
+    }
+
+    /// Makes `slots` (the index is the slot) the table of `epoch`, beside
+    /// those before it; of more than [`TABLES`] the oldest go. Work that has begun keeps its table.
     pub fn publish(&self, epoch: u64, slots: Vec<Arc<Expert>>) {
         let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
         tables.retain(|table| table.epoch != epoch);
@@ -105,6 +127,9 @@ impl SlotHost for Host {
             ));
         }
         let table = self.table(epoch)?;
+        if self.lease.get().is_some_and(|lease| !lease.is_held()) {
+            self.unleased.fetch_add(1, Ordering::Relaxed);
+        }
         // All or nothing: no row is computed for a batch that will be refused.
         let mut jobs = Vec::with_capacity(work.slots.len());
         for (slot, rows) in &work.slots {

@@ -68,7 +68,10 @@ pub async fn run(
         ServiceLimits::default(),
         closing.clone(),
     );
-    let senders_only = cfg.tls.as_ref().map(|tls| tls.acceptor(tls::Role::SENDING_ROWS));
+    let senders_only = cfg
+        .tls
+        .as_ref()
+        .map(|tls| tls.acceptor(tls::Role::SENDING_ROWS));
     let server = Server::new().await.add(experts).with_tls(senders_only);
     let health = server.health();
     health.set_serving(SERVICE_NAME, false).await;
@@ -159,6 +162,7 @@ impl Node {
         };
         let dialer = Dialer::to(tls::Role::COORDINATING, self.cfg.tls.as_ref());
         let member = Member::start_by(membership, dialer)?;
+        self.host.count_by(member.lease());
         tokio::select! {
             outcome = self.follow(checkpoint, &member) => outcome?,
             Err(refused) = member.ended() => return Err(refused.into()),
@@ -177,19 +181,23 @@ impl Node {
         };
         self.report(member, 0, Err("no placement yet".to_owned()))
             .await;
-        let mut placements = member.placement();
-        placements.mark_changed();
+        let (mut newest, mut active) = (member.placement(), member.active());
+        newest.mark_changed();
         loop {
             tokio::select! {
                 () = self.shutdown.requested() => return Ok(()),
-                Ok(()) = placements.changed() => {
-                    let newest = placements.borrow_and_update().clone();
-                    let Some(placement) = newest else { continue };
-                    // The same epoch comes again when its state changes, and
-                    // what could not be read once is not tried for it again.
-                    if loading.tried.is_none_or(|tried| placement.epoch > tried) {
-                        self.adopt(&placement, member, &mut loading).await?;
-                    }
+                Ok(()) = newest.changed() => {}
+            }
+            // The newest is read first: an active one that came before it is
+            // then seen below. It may have been active from its start, for its
+            // experts are here when it is what was left of an earlier one.
+            let newest = newest.borrow_and_update().clone();
+            let active = active.borrow_and_update().clone();
+            for placement in [active, newest].into_iter().flatten() {
+                // The same epoch comes again when its state changes, and
+                // what could not be read once is not tried for it again.
+                if loading.tried.is_none_or(|tried| placement.epoch > tried) {
+                    self.adopt(&placement, member, &mut loading).await?;
                 }
             }
         }

@@ -149,14 +149,15 @@ fn an_epoch_serves_on_while_its_successor_is_here_and_then_goes() {
     assert_ne!(first(2).unwrap(), by_1);
     let moved = run(&host, 2, width, &input, &[(1, vec![0])]).unwrap();
     assert_eq!(bits(&moved), by_1);
-    // The table of epoch 1 goes, and with it the expert that only it used.
-    assert_eq!(publish(3, &[(2, 5)]), 2);
-    assert_eq!(host.epochs(), [2, 3]);
-    assert_eq!(first(1).unwrap_err().code, ExchangeCode::UnknownEpoch);
+    assert_eq!(publish(3, &[(2, 5)]), 3);
     assert_eq!(first(2).unwrap(), first(3).unwrap());
-    assert_eq!(publish(4, &[]), 1);
+    // The table of epoch 1 goes, and with it the expert that only it used.
+    assert_eq!(publish(4, &[]), 2);
+    assert_eq!(host.epochs(), [2, 3, 4]);
+    assert_eq!(first(1).unwrap_err().code, ExchangeCode::UnknownEpoch);
     assert_eq!(first(4).unwrap_err().code, ExchangeCode::UnknownSlot);
-    assert_eq!(publish(5, &[]), 0);
+    assert_eq!(publish(5, &[]), 1);
+    assert_eq!(publish(6, &[]), 0);
 }
 
 #[test]

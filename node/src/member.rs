@@ -6,6 +6,7 @@
 //! reached is retried for ever; one that refuses this node for good ends the
 //! membership with an error.
 
+mod lease;
 mod session;
 
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use tokio::sync::watch;
 
 use crate::channel::{AddressError, Dialer};
 use crate::exit::{ExitKind, HasExitKind};
+
+pub use lease::Lease;
 
 /// ErrorInfo reason of a refusal because config or weights differ.
 pub const REASON_DIGEST: &str = "MODEL_DIGEST_MISMATCH";
@@ -113,6 +116,8 @@ pub struct Member {
 struct Shared {
     said: watch::Sender<Said>,
     placement: watch::Receiver<Option<Arc<Placement>>>,
+    active: watch::Receiver<Option<Arc<Placement>>>,
+    lease: Lease,
     node_id: watch::Receiver<Option<u32>>,
     ended: watch::Receiver<Option<Result<(), MemberError>>>,
 }
@@ -147,6 +152,13 @@ impl Member {
         dialer.check(&config.coordinator)?;
         let (said, said_rx) = watch::channel(Said::default());
         let (placement_tx, placement) = watch::channel(None);
+        let (active_tx, active) = watch::channel(None);
+        let lease = Lease::default();
+        let told = session::Told {
+            placement: placement_tx,
+            active: active_tx,
+            lease: lease.clone(),
+        };
         let (node_id_tx, node_id) = watch::channel(None);
         let (ended_tx, ended) = watch::channel(None);
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -157,7 +169,7 @@ impl Member {
             .name("guild-member".to_owned())
             .spawn(move || {
                 let end = runtime.block_on(async {
-                    session::Session::new(config, &dialer, said_rx, placement_tx, node_id_tx)?
+                    session::Session::new(config, &dialer, said_rx, told, node_id_tx)?
                         .run()
                         .await
                 });
@@ -168,6 +180,8 @@ impl Member {
             shared: Arc::new(Shared {
                 said,
                 placement,
+                active,
+                lease,
                 node_id,
                 ended,
             }),
@@ -179,6 +193,17 @@ impl Member {
     /// changes.
     pub fn placement(&self) -> watch::Receiver<Option<Arc<Placement>>> {
         self.shared.placement.clone()
+    }
+
+    /// The newest placement that is ACTIVE, while the next one may be loading;
+    /// None before the first. Its epoch only grows.
+    pub fn active(&self) -> watch::Receiver<Option<Arc<Placement>>> {
+        self.shared.active.clone()
+    }
+
+    /// Whether the coordinator counts on this node, as far as the node can know.
+    pub fn lease(&self) -> Lease {
+        self.shared.lease.clone()
     }
 
     /// The id the coordinator knows this node by; None while not registered.

@@ -7,17 +7,23 @@
 //!
 //! The life of a placement: expert nodes join; when no more have joined for the
 //! settle time it is published as LOADING under a new epoch; when every node in
-//! it has reported that epoch as loaded it is ACTIVE. A node that is lost takes
-//! ACTIVE back at once, and a new epoch gives its experts a home elsewhere.
+//! it has reported that epoch as loaded it is ACTIVE, and stays so while the
+//! next one loads. When a node is lost and every expert has another live home,
+//! the ACTIVE placement goes on without it under a new epoch, and missing copies
+//! are made up for by one that loads behind it. Only an expert without any live
+//! home takes ACTIVE back.
 
+mod planning;
+mod snapshot;
 mod types;
 mod words;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use crate::placement::{Candidate, NodeId, NodeSlots, Placement, Shortfall, assign};
+use crate::placement::{NodeId, Shortfall};
 
+pub use snapshot::{Snapshot, SnapshotError};
 pub use types::{
     Action, Loss, MAX_NODES, MAX_TEXT, Node, Published, Refused, Registration, Report, Role,
     Settings, UnknownNode,
@@ -33,9 +39,16 @@ pub struct Membership {
     settings: Settings,
     nodes: BTreeMap<NodeId, Node>,
     last_id: NodeId,
-    published: Option<Published>,
+    /// What requests are served by: every expert has a live home that has loaded it.
+    active: Option<Published>,
+    /// What comes after it: newer than `active`, and not loaded by everybody.
+    next: Option<Published>,
+    /// Since this epoch there has been an active placement without a break.
+    active_since: u64,
     /// Highest epoch published here or reported by anybody.
     newest_epoch: u64,
+    /// The next placement needs a new epoch even if it has the same homes.
+    renew: bool,
     /// When the next placement is to be made, if one is wanted.
     plan_at: Option<Duration>,
     shortfall: Option<Shortfall>,
@@ -53,8 +66,11 @@ impl Membership {
             settings,
             nodes: BTreeMap::new(),
             last_id: 0,
-            published: None,
+            active: None,
+            next: None,
+            active_since: 0,
             newest_epoch: 0,
+            renew: false,
             plan_at: None,
             shortfall: None,
             served: false,
@@ -96,9 +112,7 @@ impl Membership {
         let id = self.last_id.checked_add(1).ok_or(Refused::Full)?;
         self.last_id = id;
         self.respect_epoch(now, &new);
-        if new.role == Role::Expert {
-            self.expect_more(now);
-        }
+        let role = new.role;
         self.actions.push(Action::Joined {
             node: id,
             name: new.name.clone(),
@@ -114,9 +128,13 @@ impl Membership {
                 report: Report::default(),
                 incarnation: new.incarnation,
                 capacity_bytes: new.capacity_bytes,
+                resident: 0,
                 last_seen: now,
             },
         );
+        if role == Role::Expert {
+            self.expect_more(now);
+        }
         self.step(now);
         Ok(id)
     }
@@ -141,6 +159,11 @@ impl Membership {
             .ok_or(UnknownNode(id))?;
         truncate(&mut report.reason);
         let returns = node.role == Role::Expert && node.report.draining && !report.draining;
+        // A node that cannot load an epoch still has the one before it.
+        node.resident = match report.ready {
+            true => report.epoch,
+            false => node.resident.min(report.epoch),
+        };
         node.report = report;
         self.note_seen(now, id);
         if returns && self.has_holes() {
@@ -188,9 +211,31 @@ impl Membership {
         std::mem::take(&mut self.actions)
     }
 
+    /// The placement that requests are served by.
+    pub fn active(&self) -> Option<&Published> {
+        self.active.as_ref()
+    }
+
+    /// The placement that is being loaded, or that has lost its last home of an
+    /// expert; newer than the active one.
+    pub fn next(&self) -> Option<&Published> {
+        self.next.as_ref()
+    }
+
     /// The newest placement.
     pub fn published(&self) -> Option<&Published> {
-        self.published.as_ref()
+        self.next.as_ref().or(self.active.as_ref())
+    }
+
+    /// Homes on distinct nodes: what was asked for, and what every expert of the
+    /// active placement has. Less where nodes or their memory do not allow more.
+    pub fn redundancy(&self) -> (u32, u32) {
+        let wanted = self.settings.replicas.max(1);
+        let has = self.active.as_ref().map_or(0, |active| {
+            let (layers, experts) = (&self.settings.layers, self.settings.experts);
+            active.placement.redundancy(layers, experts)
+        });
+        (wanted, has)
     }
 
     /// All members by id.
@@ -204,23 +249,23 @@ impl Membership {
     }
 
     /// Attention nodes that can be given a request now: ready at the epoch that
-    /// is active. Empty when none is active.
+    /// is active, or at one before it from which there has been no break; they
+    /// go on by the newer one when they hear of it. Empty when none is active.
     pub fn serving(&self) -> impl Iterator<Item = &Node> {
-        let active = self.active_epoch();
+        let epochs = self.active_epoch().map(|newest| self.active_since..=newest);
         self.nodes.values().filter(move |node| {
             node.role == Role::Attention
                 && node.report.ready
                 && !node.report.draining
-                && Some(node.report.epoch) == active
+                && epochs
+                    .as_ref()
+                    .is_some_and(|epochs| epochs.contains(&node.report.epoch))
         })
     }
 
     /// The epoch by which requests can be served, if there is one.
     pub fn active_epoch(&self) -> Option<u64> {
-        self.published
-            .as_ref()
-            .filter(|published| published.active)
-            .map(|published| published.placement.epoch())
+        self.active.as_ref().map(|active| active.placement.epoch())
     }
 
     fn check(&self, new: &Registration) -> Result<(), Refused> {
@@ -281,9 +326,10 @@ impl Membership {
             self.remembered.pop_front();
         }
         self.remembered.push_back(new.incarnation);
-        let ours = self.published.as_ref().map(|p| p.placement.epoch());
+        let ours = self.published().map(|p| p.placement.epoch());
         if ours.is_some_and(|ours| new.newest_epoch >= ours) {
             self.plan_at.get_or_insert(now);
+            self.renew = true;
         }
         self.newest_epoch = self.newest_epoch.max(new.newest_epoch);
     }
@@ -296,16 +342,6 @@ impl Membership {
         } else if self.has_holes() {
             self.plan_at.get_or_insert(at);
         }
-    }
-
-    fn has_holes(&self) -> bool {
-        self.published.as_ref().is_none_or(|published| {
-            published
-                .placement
-                .nodes()
-                .iter()
-                .any(|slots| !self.nodes.contains_key(&slots.node))
-        })
     }
 
     fn note_seen(&mut self, now: Duration, id: NodeId) {
@@ -323,10 +359,10 @@ impl Membership {
             name: node.name,
             how,
         });
-        let held = self
-            .published
-            .as_ref()
-            .is_some_and(|p| p.placement.nodes().iter().any(|slots| slots.node == id));
+        let held = [&self.active, &self.next]
+            .into_iter()
+            .flatten()
+            .any(|p| p.placement.nodes().iter().any(|slots| slots.node == id));
         // A shortfall is counted anew, so that it stays true.
         if held || (node.role == Role::Expert && self.shortfall.is_some()) {
             self.plan_at.get_or_insert(now);
@@ -344,96 +380,12 @@ impl Membership {
         for id in silent {
             self.remove(now, id, Loss::Silent);
         }
+        self.judge(now);
         if self.plan_at.is_some_and(|at| now >= at) {
             self.plan_at = None;
             self.plan();
-        }
-        self.judge();
-    }
-
-    fn plan(&mut self) {
-        self.shortfall = None;
-        if self.usable_experts().count() < self.wanted_experts() {
-            // The next one to join asks again.
-            return;
-        }
-        let keep = self
-            .published
-            .as_ref()
-            .filter(|_| self.served)
-            .map(|published| &published.placement);
-        let mut nodes: Vec<&Node> = self.usable_experts().collect();
-        if keep.is_none() {
-            // In the order of names, which outlive a coordinator while ids do
-            // not: after its restart every node is given what it holds already.
-            nodes.sort_by(|a, b| a.name.cmp(&b.name));
-        }
-        let ids: Vec<NodeId> = nodes.iter().map(|node| node.id).collect();
-        let candidates: Vec<Candidate> = (0..)
-            .zip(nodes)
-            .map(|(turn, node)| Candidate {
-                node: if keep.is_none() { turn } else { node.id },
-                capacity_slots: self.slots_of(node.capacity_bytes),
-            })
-            .collect();
-        let assigned = assign(
-            &self.settings.layers,
-            self.settings.experts,
-            &candidates,
-            keep,
-        );
-        match assigned {
-            Ok(mut slots) => {
-                if keep.is_none() {
-                    for (slots, id) in slots.iter_mut().zip(ids) {
-                        slots.node = id;
-                    }
-                }
-                self.publish(slots);
-            }
-            Err(short) => self.shortfall = Some(short),
-        }
-    }
-
-    fn publish(&mut self, mut slots: Vec<NodeSlots>) {
-        // A node without experts has nothing to load and is not waited for.
-        slots.retain(|node| !node.slots.is_empty());
-        let epoch = self.newest_epoch + 1;
-        // `assign` gives one home each, which is all that `new` asks for.
-        let Ok(placement) = Placement::new(epoch, slots) else {
-            return;
-        };
-        let nodes = placement
-            .nodes()
-            .iter()
-            .filter_map(|slots| self.nodes.get(&slots.node))
-            .map(|node| (node.name.clone(), node.address.clone()))
-            .collect();
-        self.newest_epoch = epoch;
-        self.published = Some(Published {
-            placement,
-            active: false,
-            nodes,
-        });
-        self.actions.push(Action::Publish);
-    }
-
-    /// Is the published placement what it claims to be?
-    fn judge(&mut self) {
-        let Some(published) = &self.published else {
-            return;
-        };
-        let epoch = published.placement.epoch();
-        let whole = published.placement.nodes().iter().all(|slots| {
-            self.nodes
-                .get(&slots.node)
-                .is_some_and(|node| has_loaded(node, epoch))
-        });
-        if let Some(published) = &mut self.published
-            && published.active != whole
-        {
-            published.active = whole;
-            self.actions.push(Action::Publish);
+            self.forget_overtaken();
+            self.judge(now);
         }
     }
 
@@ -459,17 +411,6 @@ impl Membership {
             self.settings.min_expert_nodes.max(1)
         }
     }
-
-    fn slots_of(&self, capacity_bytes: u64) -> u64 {
-        match capacity_bytes {
-            0 => u64::MAX,
-            bytes => bytes / self.settings.slot_bytes.max(1),
-        }
-    }
-}
-
-fn has_loaded(node: &Node, epoch: u64) -> bool {
-    node.report.ready && node.report.epoch == epoch
 }
 
 fn truncate(text: &mut String) {

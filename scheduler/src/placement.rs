@@ -1,12 +1,17 @@
-//! Placement: which node holds which expert, and in which slot.
+//! Placement: which nodes hold which expert, and in which slot.
 //!
-//! Secret of this module: how experts are shared out. A logical expert is a
-//! pair (layer, expert); its home is a pair (node, slot). One placement is
+//! Secret of this module: how experts and their copies are shared out. A
+//! logical expert is a pair (layer, expert); a home of it is a pair (node,
+//! slot), and it may have several, never two on one node. One placement is
 //! valid for one epoch and never changes; what replaces it has a higher epoch.
 //! The layers come in as a list, so that a multi-token-prediction layer is one
 //! more MoE layer and nothing else.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod assign;
+
+use std::collections::BTreeSet;
+
+pub use assign::{Candidate, Shortfall, assign};
 
 /// A node of the cluster, as the coordinator numbers it.
 pub type NodeId = u32;
@@ -31,19 +36,15 @@ pub struct NodeSlots {
 /// A list of homes that is not a placement.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlacementError {
-    /// One expert has two homes.
-    #[error(
-        "expert {expert} of layer {layer} has a home on node {first} and another on node {second}"
-    )]
+    /// One node has the same expert in two slots.
+    #[error("expert {expert} of layer {layer} has two homes on node {node}")]
     TwoHomes {
         /// Layer index.
         layer: u32,
         /// Expert index.
         expert: u32,
-        /// The node that was named first.
-        first: NodeId,
-        /// The node that was named second.
-        second: NodeId,
+        /// The node.
+        node: NodeId,
     },
     /// One node is listed twice.
     #[error("node {0} is listed twice")]
@@ -58,17 +59,22 @@ pub enum PlacementError {
     },
 }
 
-/// All homes of one epoch, with a table that finds one in constant time.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Where an expert lives: a node, and the slot there.
+pub type Home = (NodeId, u32);
+
+/// All homes of one epoch, with a table that finds those of an expert in constant time.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Placement {
     epoch: u64,
     nodes: Vec<NodeSlots>,
     /// Row of the table for each layer index; `NO_ROW` where the layer has no experts.
     rows: Vec<u32>,
-    /// [rows, experts]
-    table: Vec<Option<(NodeId, u32)>>,
+    /// [rows * experts + 1]: where in `homes` those of an expert begin; they end
+    /// where those of the next begin.
+    starts: Vec<u32>,
+    /// Of one expert after the other, each in the order of `nodes`.
+    homes: Vec<Home>,
     experts: usize,
-    homes: usize,
 }
 
 const NO_ROW: u32 = u32::MAX;
@@ -77,18 +83,18 @@ impl Placement {
     /// Builds the table of an epoch.
     ///
     /// # Errors
-    /// An expert with two homes, a node listed twice, or an absurd index.
+    /// An expert twice on one node, a node listed twice, or an absurd index.
     pub fn new(epoch: u64, nodes: Vec<NodeSlots>) -> Result<Placement, PlacementError> {
         let mut listed = BTreeSet::new();
         let mut layers = BTreeSet::new();
-        let (mut experts, mut homes) = (0u32, 0usize);
+        let (mut experts, mut count) = (0u32, 0usize);
         for node in &nodes {
             if !listed.insert(node.node) {
                 return Err(PlacementError::TwiceListed(node.node));
             }
             for &(layer, expert) in &node.slots {
-                homes += 1;
-                if layer >= MAX_INDEX || expert >= MAX_INDEX || homes > MAX_HOMES {
+                count += 1;
+                if layer >= MAX_INDEX || expert >= MAX_INDEX || count > MAX_HOMES {
                     return Err(PlacementError::OutOfRange { layer, expert });
                 }
                 experts = experts.max(expert + 1);
@@ -107,28 +113,40 @@ impl Placement {
         for (row, &layer) in (0u32..).zip(&layers) {
             rows[layer as usize] = row;
         }
-        let mut table: Vec<Option<(NodeId, u32)>> = vec![None; layers.len() * experts];
+        let cell =
+            |(layer, expert): (u32, u32)| rows[layer as usize] as usize * experts + expert as usize;
+        let mut starts = vec![0u32; layers.len() * experts + 1];
+        for &key in nodes.iter().flat_map(|node| &node.slots) {
+            starts[cell(key) + 1] += 1;
+        }
+        for at in 1..starts.len() {
+            starts[at] += starts[at - 1];
+        }
+        let mut next = starts.clone();
+        let mut homes: Vec<Home> = vec![(0, 0); count];
         for node in &nodes {
             for (slot, &(layer, expert)) in (0u32..).zip(&node.slots) {
-                let home = &mut table[rows[layer as usize] as usize * experts + expert as usize];
-                if let Some((first, _)) = *home {
+                let cell = cell((layer, expert));
+                let at = next[cell] as usize;
+                // Homes come node by node: one of the same node would be the last.
+                if at > starts[cell] as usize && homes[at - 1].0 == node.node {
                     return Err(PlacementError::TwoHomes {
                         layer,
                         expert,
-                        first,
-                        second: node.node,
+                        node: node.node,
                     });
                 }
-                *home = Some((node.node, slot));
+                homes[at] = (node.node, slot);
+                next[cell] += 1;
             }
         }
         Ok(Placement {
             epoch,
             nodes,
             rows,
-            table,
-            experts,
+            starts,
             homes,
+            experts,
         })
     }
 
@@ -142,255 +160,48 @@ impl Placement {
         &self.nodes
     }
 
-    /// Number of experts that have a home.
+    /// Number of homes, copies included.
     pub fn homes(&self) -> usize {
-        self.homes
+        self.homes.len()
     }
 
-    /// The home of an expert: its node and the slot there. None: it has none.
+    /// The homes of an expert, each on another node, in the order of the nodes.
+    /// Empty: it has none.
     #[inline]
-    pub fn resolve(&self, layer: u32, expert: u32) -> Option<(NodeId, u32)> {
-        let row = *self.rows.get(layer as usize)?;
-        if row == NO_ROW || expert as usize >= self.experts {
-            return None;
+    pub fn resolve(&self, layer: u32, expert: u32) -> &[Home] {
+        match self.rows.get(layer as usize) {
+            Some(&row) if row != NO_ROW && (expert as usize) < self.experts => {
+                let cell = row as usize * self.experts + expert as usize;
+                &self.homes[self.starts[cell] as usize..self.starts[cell + 1] as usize]
+            }
+            _ => &[],
         }
-        self.table[row as usize * self.experts + expert as usize]
+    }
+
+    /// Homes that every expert `0..experts` of every one of `layers` has at
+    /// least; `u32::MAX` where there are no experts.
+    pub fn redundancy(&self, layers: &[u32], experts: u32) -> u32 {
+        layers
+            .iter()
+            .flat_map(|&layer| (0..experts).map(move |expert| (layer, expert)))
+            .map(|(layer, expert)| self.resolve(layer, expert).len() as u32)
+            .min()
+            .unwrap_or(u32::MAX)
     }
 
     /// Whether every expert `0..experts` of every one of `layers` has a home.
     pub fn covers(&self, layers: &[u32], experts: u32) -> bool {
-        layers
-            .iter()
-            .all(|&layer| (0..experts).all(|expert| self.resolve(layer, expert).is_some()))
-    }
-}
-
-/// A node that can be given experts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Candidate {
-    /// The node.
-    pub node: NodeId,
-    /// Experts it has memory for; `u64::MAX` where it does not matter.
-    pub capacity_slots: u64,
-}
-
-/// The candidates cannot hold all experts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{needed} experts need a home and there is room for {available}: {} too few", self.missing())]
-pub struct Shortfall {
-    /// Experts that need a home.
-    pub needed: u64,
-    /// Experts that there is room for.
-    pub available: u64,
-}
-
-impl Shortfall {
-    /// Slots that are missing.
-    pub fn missing(&self) -> u64 {
-        self.needed.saturating_sub(self.available)
+        self.redundancy(layers, experts) > 0
     }
 
-    /// Bytes that are missing when one expert takes `slot_bytes`.
-    pub fn missing_bytes(&self, slot_bytes: u64) -> u64 {
-        self.missing().saturating_mul(slot_bytes)
-    }
-}
-
-/// Gives every expert `0..experts` of every one of `layers` one home.
-///
-/// Without `keep`, each node gets one contiguous range of experts in every
-/// layer, as long as its share of the capacity, so that the experts of one
-/// routing group mostly stay together; where the shares are not whole, the
-/// extra expert goes to other nodes in other layers. Nodes of equal capacity
-/// differ by at most one expert in every layer and in all.
-///
-/// With `keep`, experts whose home is a candidate stay in that very slot, and
-/// only the others are given to the nodes with most room.
-///
-/// Nodes are taken in ascending id and returned so, whatever the order given;
-/// the result depends on nothing else. A node may end up with no slot.
-///
-/// # Errors
-/// Capacity is short. Nothing is assigned then.
-pub fn assign(
-    layers: &[u32],
-    experts: u32,
-    candidates: &[Candidate],
-    keep: Option<&Placement>,
-) -> Result<Vec<NodeSlots>, Shortfall> {
-    let layers: Vec<u32> = layers
-        .iter()
-        .copied()
-        .collect::<BTreeSet<_>>()
-        .into_iter()
-        .collect();
-    let capacities: BTreeMap<NodeId, u64> = candidates
-        .iter()
-        .map(|candidate| (candidate.node, candidate.capacity_slots))
-        .collect();
-    match keep {
-        Some(placement) => fill_holes(&layers, experts, &capacities, placement),
-        None => share_out(&layers, experts, &capacities),
-    }
-}
-
-fn share_out(
-    layers: &[u32],
-    experts: u32,
-    capacities: &BTreeMap<NodeId, u64>,
-) -> Result<Vec<NodeSlots>, Shortfall> {
-    let total = layers.len() as u64 * u64::from(experts);
-    // More room than there are experts is no reason for a larger share.
-    let weights: Vec<u64> = capacities.values().map(|&c| c.min(total)).collect();
-    let available = weights.iter().map(|&w| u128::from(w)).sum::<u128>();
-    if available < u128::from(total) {
-        return Err(Shortfall {
-            needed: total,
-            available: available as u64,
-        });
-    }
-    let mut nodes: Vec<NodeSlots> = capacities
-        .keys()
-        .map(|&node| NodeSlots {
-            node,
-            slots: Vec::new(),
+    /// The same placement under a new epoch with only those nodes that `stays`
+    /// holds for. They keep their slots.
+    pub fn reduced(&self, epoch: u64, stays: impl Fn(NodeId) -> bool) -> Placement {
+        let nodes = self.nodes.iter().filter(|node| stays(node.node)).cloned();
+        // A part of what has been checked is well formed.
+        Placement::new(epoch, nodes.collect()).unwrap_or_else(|_| Placement {
+            epoch,
+            ..Placement::default()
         })
-        .collect();
-    if total == 0 {
-        return Ok(nodes);
     }
-
-    // The whole part of a node's share is the same in every layer. What is left
-    // of a layer is handed out one expert each; how many of these extras a node
-    // gets over all layers is decided first, so that no capacity is overrun.
-    let share = |weight: u64| u128::from(weight) * u128::from(experts);
-    let base: Vec<u64> = weights
-        .iter()
-        .map(|&w| (share(w) / available) as u64)
-        .collect();
-    let left_of_layer = u64::from(experts) - base.iter().sum::<u64>();
-    let layer_count = layers.len() as u64;
-    let mut extras = share_extras(
-        &weights,
-        &base,
-        share,
-        available,
-        layer_count,
-        left_of_layer,
-    );
-
-    for (turn, &layer) in layers.iter().enumerate() {
-        // Those with most extras still to come go first: then no node is left
-        // with more of them than there are layers. Ties move on by one node a
-        // layer.
-        let mut order: Vec<usize> = (0..nodes.len()).collect();
-        order.rotate_left(turn % nodes.len());
-        order.sort_by_key(|&i| std::cmp::Reverse(extras[i]));
-        let mut count = base.clone();
-        for &i in order.iter().take(left_of_layer as usize) {
-            count[i] += 1;
-            extras[i] = extras[i].saturating_sub(1);
-        }
-        let mut expert = 0;
-        for (node, count) in nodes.iter_mut().zip(count) {
-            let end = expert + count as u32;
-            node.slots
-                .extend((expert..end).map(|expert| (layer, expert)));
-            expert = end;
-        }
-    }
-    Ok(nodes)
-}
-
-/// How many extras each node gets over all layers: in proportion to the
-/// fraction its share leaves, by largest remainder, at most one a layer and
-/// never beyond its capacity.
-fn share_extras(
-    weights: &[u64],
-    base: &[u64],
-    share: impl Fn(u64) -> u128,
-    available: u128,
-    layers: u64,
-    left_of_layer: u64,
-) -> Vec<u64> {
-    let mut remainders = Vec::with_capacity(weights.len());
-    let mut extras = Vec::with_capacity(weights.len());
-    for &weight in weights {
-        let fraction = (share(weight) % available) * u128::from(layers);
-        extras.push((fraction / available) as u64);
-        remainders.push(fraction % available);
-    }
-    let mut left = layers * left_of_layer - extras.iter().sum::<u64>();
-    let mut order: Vec<usize> = (0..weights.len()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(remainders[i]));
-    // A second round is needed only when capacities kept the first from placing all.
-    while left > 0 {
-        let before = left;
-        for &i in &order {
-            let room = weights[i].saturating_sub(layers * base[i]).min(layers);
-            if left > 0 && extras[i] < room {
-                extras[i] += 1;
-                left -= 1;
-            }
-        }
-        if left == before {
-            break;
-        }
-    }
-    extras
-}
-
-fn fill_holes(
-    layers: &[u32],
-    experts: u32,
-    capacities: &BTreeMap<NodeId, u64>,
-    keep: &Placement,
-) -> Result<Vec<NodeSlots>, Shortfall> {
-    let total = layers.len() as u64 * u64::from(experts);
-    let mut held: BTreeMap<NodeId, Vec<(u32, u32)>> =
-        capacities.keys().map(|&node| (node, Vec::new())).collect();
-    for node in keep.nodes() {
-        if let Some(slots) = held.get_mut(&node.node) {
-            slots.clone_from(&node.slots);
-        }
-    }
-    let mut orphans = Vec::new();
-    for &layer in layers {
-        for expert in 0..experts {
-            let live = keep
-                .resolve(layer, expert)
-                .is_some_and(|(node, _)| held.contains_key(&node));
-            if !live {
-                orphans.push((layer, expert));
-            }
-        }
-    }
-    let mut room: BTreeMap<NodeId, u64> = capacities
-        .iter()
-        .map(|(&node, &capacity)| {
-            let used = held.get(&node).map_or(0, Vec::len) as u64;
-            (node, capacity.min(total).saturating_sub(used))
-        })
-        .collect();
-    let free = room.values().fold(0u64, |sum, &r| sum.saturating_add(r));
-    if free < orphans.len() as u64 {
-        return Err(Shortfall {
-            needed: total,
-            available: total - (orphans.len() as u64 - free),
-        });
-    }
-    for orphan in orphans {
-        // Ties go to the lowest id.
-        let most = room
-            .iter_mut()
-            .max_by_key(|(node, room)| (**room, std::cmp::Reverse(**node)));
-        if let Some((node, room)) = most {
-            *room = room.saturating_sub(1);
-            held.entry(*node).or_default().push(orphan);
-        }
-    }
-    Ok(held
-        .into_iter()
-        .map(|(node, slots)| NodeSlots { node, slots })
-        .collect())
 }

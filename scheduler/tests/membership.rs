@@ -25,6 +25,7 @@ fn settings(min_expert_nodes: usize) -> Settings {
         lease: LEASE,
         settle: SETTLE,
         min_expert_nodes,
+        replicas: 1,
     }
 }
 
@@ -187,6 +188,8 @@ fn a_join_before_the_first_request_shares_out_anew_and_later_ones_move_nothing()
     c.wait(SETTLE);
     assert_eq!(c.epoch(), first + 1);
     assert_eq!(c.placement().nodes().len(), 3);
+    assert_eq!(c.m.active_epoch(), Some(first), "and until it is loaded");
+    assert_eq!(c.m.waiting_for(), None);
 
     let (mut c, ids) = Cluster::serving();
     c.m.mark_served();
@@ -226,9 +229,9 @@ fn a_silent_expert_node_takes_readiness_away_and_its_experts_get_a_new_home() {
     );
     for layer in LAYERS {
         for expert in 0..EXPERTS {
-            let home = before.resolve(layer, expert).unwrap();
+            let home = before.resolve(layer, expert)[0];
             if home.0 == one {
-                assert_eq!(c.placement().resolve(layer, expert), Some(home));
+                assert_eq!(c.placement().resolve(layer, expert), [home]);
             }
         }
     }
@@ -442,6 +445,143 @@ fn a_model_without_experts_serves_with_an_attention_node_alone() {
     assert_eq!(m.waiting_for(), None);
 }
 
+/// Three loaded expert nodes with two homes for every expert, and an attention node.
+fn redundant() -> (Cluster, [NodeId; 4]) {
+    let with = Settings {
+        replicas: 2,
+        ..settings(3)
+    };
+    let mut c = Cluster {
+        m: Membership::new(with, Duration::ZERO),
+        now: Duration::ZERO,
+    };
+    let ids = [
+        c.join(Role::Expert, "expert-1"),
+        c.join(Role::Expert, "expert-2"),
+        c.join(Role::Expert, "expert-3"),
+        c.join(Role::Attention, "attention-1"),
+    ];
+    c.wait(SETTLE);
+    let epoch = c.epoch();
+    for id in ids {
+        c.beat(id, ready(epoch));
+    }
+    assert_eq!(c.m.waiting_for(), None);
+    assert_eq!(c.m.redundancy(), (2, 2));
+    c.m.mark_served();
+    c.m.take_actions();
+    (c, ids)
+}
+
+#[test]
+fn a_lost_node_whose_experts_live_elsewhere_costs_no_readiness() {
+    let (mut c, [one, two, three, attention]) = redundant();
+    let before = c.placement().clone();
+    c.wait(LEASE / 2);
+    for id in [one, two, attention] {
+        c.beat(id, ready(before.epoch()));
+    }
+    c.wait(LEASE / 2 + Duration::from_millis(1));
+    assert!(c.m.node(three).is_none());
+    assert_eq!(
+        c.m.waiting_for(),
+        None,
+        "the attention node need not have heard"
+    );
+    let active = c.m.active().unwrap().clone();
+    assert_eq!(active.placement.epoch(), before.epoch() + 1);
+    assert_eq!(active.nodes.len(), 2);
+    for node in active.placement.nodes() {
+        assert!(before.nodes().contains(node), "slots stay as they are");
+    }
+    // Behind it, the copies that are missing.
+    let next = c.m.next().unwrap().placement.clone();
+    assert_eq!(next.epoch(), before.epoch() + 2);
+    assert_eq!(next.redundancy(&LAYERS, EXPERTS), 2);
+    for (node, was) in next.nodes().iter().zip(active.placement.nodes()) {
+        assert!(node.slots.starts_with(&was.slots));
+    }
+    c.beat(one, ready(next.epoch()));
+    c.beat(attention, ready(active.placement.epoch()));
+    assert_eq!(c.m.active_epoch(), Some(active.placement.epoch()));
+    c.beat(two, ready(next.epoch()));
+    assert_eq!(c.m.active_epoch(), Some(next.epoch()));
+    assert_eq!(c.m.waiting_for(), None);
+    assert_eq!(c.m.redundancy(), (2, 2));
+}
+
+#[test]
+fn a_second_loss_while_copies_are_being_made_is_survived_or_named() {
+    let (mut c, [one, two, three, attention]) = redundant();
+    let sum = |name: &str| name.bytes().map(u64::from).sum::<u64>();
+    c.m.leave(c.now, three, sum("expert-3")).unwrap();
+    let reduced = c.m.active_epoch().unwrap();
+    c.m.leave(c.now, two, sum("expert-2")).unwrap();
+    // What node 2 and 3 shared is gone until node 1 has read it.
+    assert_eq!(c.m.active_epoch(), None);
+    assert!(
+        c.reason()
+            .contains("waiting for 1 of 1 expert nodes to load")
+    );
+    assert!(c.epoch() > reduced);
+    let epoch = c.epoch();
+    c.beat(one, ready(epoch));
+    assert!(c.reason().contains("no attention node is ready"));
+    c.beat(attention, ready(epoch));
+    assert_eq!(c.m.waiting_for(), None);
+    assert_eq!(
+        c.m.redundancy(),
+        (2, 1),
+        "fewer homes than asked for are seen"
+    );
+
+    // Another node brings the second homes back.
+    let four = c.join(Role::Expert, "expert-4");
+    c.wait(SETTLE);
+    assert_eq!(c.m.waiting_for(), None);
+    let epoch = c.m.next().unwrap().placement.epoch();
+    for id in [one, four] {
+        c.beat(id, ready(epoch));
+    }
+    assert_eq!(c.m.redundancy(), (2, 2));
+}
+
+#[test]
+fn what_was_being_loaded_at_a_loss_gets_a_newer_epoch_than_the_active_one() {
+    let (mut c, [one, _, three, _]) = redundant();
+    let four = c.join(Role::Expert, "expert-4");
+    c.m.leave(c.now, three, "expert-3".bytes().map(u64::from).sum())
+        .unwrap();
+    let active = c.m.active_epoch().unwrap();
+    assert!(c.m.next().unwrap().placement.epoch() > active);
+    assert!(c.placement().nodes().iter().any(|node| node.node == four));
+    c.m.leave(c.now, four, "expert-4".bytes().map(u64::from).sum())
+        .unwrap();
+    assert_eq!(c.m.active_epoch(), Some(active), "it held nothing yet");
+    assert!(c.m.next().unwrap().placement.epoch() > active);
+    assert!(c.m.node(one).is_some());
+}
+
+#[test]
+fn a_node_that_cannot_load_the_next_epoch_serves_the_present_one() {
+    let (mut c, [one, two, three, attention]) = redundant();
+    let active = c.m.active_epoch();
+    c.m.leave(c.now, three, "expert-3".bytes().map(u64::from).sum())
+        .unwrap();
+    let fails = Report {
+        reason: "disk".into(),
+        epoch: c.m.active_epoch().unwrap(),
+        ..Report::default()
+    };
+    c.beat(one, fails);
+    c.beat(two, ready(c.epoch()));
+    assert!(c.m.active_epoch() > active);
+    assert_eq!(c.m.waiting_for(), None);
+    assert!(c.m.next().is_some());
+    c.beat(attention, ready(c.m.active_epoch().unwrap()));
+    assert_eq!(c.m.serving().count(), 1);
+}
+
 #[derive(Clone, Debug)]
 enum Event {
     Register {
@@ -487,14 +627,19 @@ proptest! {
 
     #[test]
     fn whatever_happens_the_promises_hold(
-        min in 1usize..3, events in prop::collection::vec(event(), 1..120),
+        min in 1usize..3, replicas in 1u32..4, events in prop::collection::vec(event(), 1..120),
     ) {
-        let mut m = Membership::new(settings(min), Duration::ZERO);
+        let with = Settings { replicas, ..settings(min) };
+        let mut m = Membership::new(with, Duration::ZERO);
         let mut now = Duration::ZERO;
         let mut incarnations = std::collections::HashMap::new();
         let mut reports = std::collections::HashMap::new();
         let mut last_epoch = 0;
-        let mut told: Option<(u64, bool)> = None;
+        let mut told = (None, None);
+        // Newest epoch that a node has said it holds; whom attention nodes are served by.
+        let mut resident: std::collections::HashMap<NodeId, u64> = Default::default();
+        let mut since = 0;
+        let mut was_active: Option<Placement> = None;
         let mut served = false;
         let mut before: Option<Placement> = None;
         for event in events {
@@ -514,6 +659,8 @@ proptest! {
                     let report = Report { epoch, ready, draining, ..Report::default() };
                     let incarnation = incarnations.get(&id).copied().unwrap_or(0);
                     if m.heartbeat(now, id, incarnation, report.clone()).is_ok() {
+                        let had = resident.get(&id).copied().unwrap_or(0);
+                        resident.insert(id, if ready { epoch } else { had.min(epoch) });
                         reports.insert(id, report);
                     }
                 }
@@ -530,7 +677,10 @@ proptest! {
                 }
             }
             let published = m.published();
-            let publishes = m.published().map(|p| (p.placement.epoch(), p.active));
+            let epoch_of = |p: Option<&guild_scheduler::membership::Published>| {
+                p.map(|p| p.placement.epoch())
+            };
+            let publishes = (epoch_of(m.active()), epoch_of(m.next()));
 
             // Epochs only grow, and one epoch is one placement.
             if let Some(p) = published {
@@ -556,20 +706,40 @@ proptest! {
                 before = Some(p.placement.clone());
             }
 
-            // ACTIVE means that every expert is live and loaded.
-            if let Some(epoch) = m.active_epoch() {
-                for node in m.published().unwrap().placement.nodes() {
+            // ACTIVE means that every expert has a home, and every home is live and loaded.
+            if let Some(active) = m.active() {
+                prop_assert!(active.active && active.placement.covers(&LAYERS, EXPERTS));
+                prop_assert_eq!(active.nodes.len(), active.placement.nodes().len());
+                for node in active.placement.nodes() {
                     prop_assert!(m.node(node.node).is_some(), "a home is gone");
-                    let report = &reports[&node.node];
-                    prop_assert!(report.ready && report.epoch == epoch);
+                    prop_assert!(resident[&node.node] > 0);
                 }
+                prop_assert!(m.next().is_none_or(|next| next.placement.epoch() > active.placement.epoch()));
+            }
+
+            // Active goes only when an expert has no home left that is live and loaded.
+            let has = |id: &NodeId, epoch: u64| {
+                m.node(*id).is_some() && resident.get(id).is_some_and(|&r| r >= epoch)
+            };
+            if let Some(was) = &was_active {
+                let left = was.reduced(1, |id| has(&id, since));
+                let whole = left.covers(&LAYERS, EXPERTS);
+                prop_assert!(!whole || m.active().is_some(), "unready with every expert at home");
+            }
+            if m.active().is_none() || was_active.is_none() {
+                since = m.active_epoch().unwrap_or(0);
+            }
+            was_active = m.active().map(|p| p.placement.clone());
+            if let Some(epoch) = m.next().or(m.active()).map(|p| p.placement.epoch()) {
+                prop_assert_eq!(epoch, last_epoch);
             }
 
             // Readiness tells the truth and says why not.
-            let can_serve = m.active_epoch().is_some_and(|epoch| {
+            let can_serve = m.active_epoch().is_some_and(|newest| {
                 m.nodes().any(|node| {
                     let report = &reports[&node.id];
-                    node.role == Role::Attention && report.ready && !report.draining && report.epoch == epoch
+                    let known = (since..=newest).contains(&report.epoch);
+                    node.role == Role::Attention && report.ready && !report.draining && known
                 })
             });
             prop_assert_eq!(m.waiting_for().is_none(), can_serve);

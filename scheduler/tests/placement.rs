@@ -45,13 +45,18 @@ fn check(
         );
     }
     let slots: Vec<NodeSlots> = nodes.clone();
-    // `new` refuses an expert with two homes.
+    // `new` refuses an expert with two homes on one node.
     let placement = Placement::new(7, nodes).unwrap();
     assert!(placement.covers(layers, experts), "an expert has no home");
-    assert_eq!(placement.homes(), layers.len() * experts as usize);
+    let slots_in_all: usize = slots.iter().map(|n| n.slots.len()).sum();
+    assert_eq!(placement.homes(), slots_in_all);
     for node in &slots {
         for (slot, &(layer, expert)) in (0u32..).zip(&node.slots) {
-            assert_eq!(placement.resolve(layer, expert), Some((node.node, slot)));
+            assert!(
+                placement
+                    .resolve(layer, expert)
+                    .contains(&(node.node, slot))
+            );
         }
     }
     placement
@@ -66,7 +71,7 @@ proptest! {
     ) {
         let layers: Vec<u32> = (first..first + count).collect();
         let candidates = equal(nodes, UNLIMITED);
-        let assigned = assign(&layers, experts, &candidates, None).unwrap();
+        let assigned = assign(&layers, experts, &candidates, 1, None).unwrap();
         check(&layers, experts, &candidates, assigned.clone());
         for &layer in &layers {
             let counts = per_layer(&assigned, layer);
@@ -91,7 +96,7 @@ proptest! {
         if sum < total {
             candidates.push(Candidate { node: 100, capacity_slots: total - sum + spare });
         }
-        let assigned = assign(&layers, experts, &candidates, None).unwrap();
+        let assigned = assign(&layers, experts, &candidates, 1, None).unwrap();
         for node in &assigned {
             for &layer in &layers {
                 let held: Vec<u32> = node.slots.iter().filter(|s| s.0 == layer).map(|s| s.1).collect();
@@ -112,8 +117,8 @@ proptest! {
             .collect();
         let mut turned = candidates.clone();
         turned.rotate_left(rotate % candidates.len());
-        let a = assign(&[3, 1, 2], 33, &candidates, None).unwrap();
-        let b = assign(&[1, 2, 3], 33, &turned, None).unwrap();
+        let a = assign(&[3, 1, 2], 33, &candidates, 1, None).unwrap();
+        let b = assign(&[1, 2, 3], 33, &turned, 1, None).unwrap();
         prop_assert_eq!(a, b);
     }
 
@@ -124,7 +129,7 @@ proptest! {
     ) {
         let layers: Vec<u32> = (1..=count).collect();
         let before = equal(nodes, UNLIMITED);
-        let old = Placement::new(4, assign(&layers, experts, &before, None).unwrap()).unwrap();
+        let old = Placement::new(4, assign(&layers, experts, &before, 1, None).unwrap()).unwrap();
         let mut after: Vec<Candidate> = before
             .iter()
             .filter(|c| !dead.contains(&c.node))
@@ -132,14 +137,14 @@ proptest! {
             .collect();
         after.extend((0..joined).map(|i| Candidate { node: 50 + i, capacity_slots: room }));
         let total = u64::from(count * experts);
-        match assign(&layers, experts, &after, Some(&old)) {
+        match assign(&layers, experts, &after, 1, Some(&old)) {
             Ok(assigned) => {
                 let new = check(&layers, experts, &after, assigned);
                 for &layer in &layers {
                     for expert in 0..experts {
-                        let home = old.resolve(layer, expert).unwrap();
+                        let home = old.resolve(layer, expert)[0];
                         if after.iter().any(|c| c.node == home.0) {
-                            prop_assert_eq!(new.resolve(layer, expert), Some(home));
+                            prop_assert_eq!(new.resolve(layer, expert), &[home]);
                         }
                     }
                 }
@@ -149,6 +154,84 @@ proptest! {
                 prop_assert!(space < total);
                 prop_assert_eq!(short.missing(), total - space);
             }
+        }
+    }
+
+    #[test]
+    fn copies_are_on_distinct_nodes_balanced_and_a_loss_is_shared_by_all(
+        count in 1u32..7, experts in 1u32..40, nodes in 1u32..10, replicas in 1u32..4,
+    ) {
+        let layers: Vec<u32> = (1..=count).collect();
+        let candidates = equal(nodes, UNLIMITED);
+        let assigned = assign(&layers, experts, &candidates, replicas, None).unwrap();
+        let placement = check(&layers, experts, &candidates, assigned.clone());
+        let copies = replicas.min(nodes);
+        prop_assert_eq!(placement.redundancy(&layers, experts), copies);
+        prop_assert_eq!(placement.homes() as u32, copies * count * experts);
+        for &layer in &layers {
+            let counts = per_layer(&assigned, layer);
+            prop_assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 2, "{counts:?}");
+        }
+        let totals: Vec<usize> = assigned.iter().map(|n| n.slots.len()).collect();
+        let (most, least) = (*totals.iter().max().unwrap(), *totals.iter().min().unwrap());
+        prop_assert!(most - least <= 1 + most / 10, "{totals:?}");
+        // Whose copies a lost node's experts have: nobody far more than an even part.
+        if copies == 2 {
+            for lost in &assigned {
+                let mut takers = BTreeMap::new();
+                for &(layer, expert) in &lost.slots {
+                    for home in placement.resolve(layer, expert) {
+                        *takers.entry(home.0).or_insert(0usize) += usize::from(home.0 != lost.node);
+                    }
+                }
+                let even = lost.slots.len().div_ceil(nodes as usize - 1);
+                let most = takers.values().max().copied().unwrap_or(0);
+                prop_assert!(most <= 2 * even + 1, "{takers:?} of {}", lost.slots.len());
+            }
+        }
+    }
+
+    #[test]
+    fn copies_fill_the_room_there_is_and_first_homes_come_first(
+        count in 1u32..5, experts in 1u32..20, replicas in 1u32..4,
+        capacities in prop::collection::vec(0u64..120, 1..7),
+    ) {
+        let layers: Vec<u32> = (1..=count).collect();
+        let total = u64::from(count * experts);
+        let candidates: Vec<Candidate> = (1u32..)
+            .zip(&capacities)
+            .map(|(node, &capacity_slots)| Candidate { node, capacity_slots })
+            .collect();
+        match assign(&layers, experts, &candidates, replicas, None) {
+            Ok(assigned) => {
+                let placement = check(&layers, experts, &candidates, assigned);
+                prop_assert!(placement.redundancy(&layers, experts) >= 1);
+                prop_assert!(placement.homes() as u64 <= total * u64::from(replicas));
+            }
+            Err(_) => prop_assert!(capacities.iter().sum::<u64>() < total),
+        }
+    }
+
+    #[test]
+    fn lost_copies_come_back_and_nothing_live_moves(
+        nodes in 2u32..8, experts in 1u32..30, count in 1u32..5, dead in 1u32..8, replicas in 1u32..4,
+    ) {
+        let layers: Vec<u32> = (1..=count).collect();
+        let before = equal(nodes, UNLIMITED);
+        let old = Placement::new(4, assign(&layers, experts, &before, replicas, None).unwrap()).unwrap();
+        let after: Vec<Candidate> = before.into_iter().filter(|c| c.node != dead).collect();
+        let assigned = assign(&layers, experts, &after, replicas, Some(&old)).unwrap();
+        let new = check(&layers, experts, &after, assigned);
+        prop_assert_eq!(new.redundancy(&layers, experts), replicas.min(after.len() as u32));
+        for node in old.nodes().iter().filter(|node| node.node != dead) {
+            let now = new.nodes().iter().find(|n| n.node == node.node).unwrap();
+            prop_assert!(now.slots.starts_with(&node.slots));
+        }
+        let left = old.reduced(5, |node| node != dead);
+        prop_assert_eq!(left.epoch(), 5);
+        prop_assert!(left.nodes().iter().all(|node| old.nodes().contains(node)));
+        if replicas > 1 {
+            prop_assert!(left.covers(&layers, experts));
         }
     }
 
@@ -167,7 +250,7 @@ proptest! {
 #[test]
 fn extras_rotate_over_the_nodes() {
     // 3 nodes, 4 experts: one node has two of a layer, another one each time.
-    let assigned = assign(&[1, 2, 3], 4, &equal(3, UNLIMITED), None).unwrap();
+    let assigned = assign(&[1, 2, 3], 4, &equal(3, UNLIMITED), 1, None).unwrap();
     let doubles: Vec<usize> = (1..=3)
         .map(|layer| {
             per_layer(&assigned, layer)
@@ -193,14 +276,14 @@ fn twice_the_capacity_gets_twice_the_experts() {
             capacity_slots: 160,
         },
     ];
-    let assigned = assign(&[3, 4], 96, &candidates, None).unwrap();
+    let assigned = assign(&[3, 4], 96, &candidates, 1, None).unwrap();
     assert_eq!(per_layer(&assigned, 3), [32, 64]);
     assert_eq!(per_layer(&assigned, 4), [32, 64]);
 }
 
 #[test]
 fn a_shortfall_says_how_much_is_missing() {
-    let short = assign(&[1, 2], 64, &equal(2, 50), None).unwrap_err();
+    let short = assign(&[1, 2], 64, &equal(2, 50), 1, None).unwrap_err();
     assert_eq!(
         short,
         Shortfall {
@@ -210,22 +293,22 @@ fn a_shortfall_says_how_much_is_missing() {
     );
     assert_eq!(short.missing(), 28);
     assert_eq!(short.missing_bytes(1000), 28_000);
-    assert_eq!(assign(&[1], 8, &[], None).unwrap_err().missing(), 8);
+    assert_eq!(assign(&[1], 8, &[], 1, None).unwrap_err().missing(), 8);
     assert!(short.to_string().contains("28 too few"), "{short}");
 }
 
 #[test]
 fn a_model_without_experts_needs_no_node() {
-    assert_eq!(assign(&[], 64, &[], None).unwrap(), []);
+    assert_eq!(assign(&[], 64, &[], 1, None).unwrap(), []);
     let placement = Placement::new(1, Vec::new()).unwrap();
     assert!(placement.covers(&[], 64));
-    assert_eq!(placement.resolve(0, 0), None);
+    assert_eq!(placement.resolve(0, 0), []);
 }
 
 #[test]
 fn more_nodes_than_experts_leaves_some_empty() {
     let candidates = equal(5, UNLIMITED);
-    let assigned = assign(&[1], 3, &candidates, None).unwrap();
+    let assigned = assign(&[1], 3, &candidates, 1, None).unwrap();
     check(&[1], 3, &candidates, assigned.clone());
     assert_eq!(assigned.iter().filter(|n| n.slots.is_empty()).count(), 2);
 }
@@ -237,12 +320,15 @@ fn what_is_not_a_placement_is_refused() {
         slots: slots.to_vec(),
     };
     assert_eq!(
-        Placement::new(1, vec![node(1, &[(0, 0)]), node(2, &[(0, 0)])]).unwrap_err(),
+        Placement::new(
+            1,
+            vec![node(2, &[(0, 1)]), node(1, &[(0, 1), (0, 0), (0, 1)])]
+        )
+        .unwrap_err(),
         PlacementError::TwoHomes {
             layer: 0,
-            expert: 0,
-            first: 1,
-            second: 2
+            expert: 1,
+            node: 1
         }
     );
     assert_eq!(

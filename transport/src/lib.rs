@@ -42,6 +42,10 @@ pub trait Fabric: Send + Sync {
     /// large, a node is unknown or cannot be reached, or too much is in flight.
     fn dispatch(&self, batch: Batch<'_>) -> Result<Handle, ExchangeError>;
 
+    /// Whether rows for `node` are computed while they are dispatched: rows for
+    /// others had better be sent first.
+    fn is_here(&self, node: NodeId) -> bool;
+
     /// Waits for all rows of a dispatch.
     ///
     /// # Errors

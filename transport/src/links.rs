@@ -221,6 +221,12 @@ impl Fabric for Links {
         })
     }
 
+    fn is_here(&self, node: NodeId) -> bool {
+        let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
+        let peer = peers.get(&node);
+        peer.is_some_and(|peer| matches!(peer.link, Link::Local(_)))
+    }
+
     async fn combine(&self, handle: Handle) -> Result<Returned, ExchangeError> {
         handle.combined().await
     }

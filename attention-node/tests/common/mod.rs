@@ -9,9 +9,10 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use guild_attention_node::engine::Engine;
+use guild_attention_node::exchange::Views;
 use guild_attention_node::sequence::{Event, Events, Request};
 use guild_attention_node::view::View;
-use guild_attention_node::{EngineHandle, exchange::Views};
+use guild_attention_node::{EngineHandle, Patience};
 use guild_model::checkpoint::Dtype;
 use guild_model::expert::Expert;
 use guild_model::sampler::Sampling;
@@ -198,6 +199,10 @@ impl Fabric for Wire {
         self.links.dispatch(batch)
     }
 
+    fn is_here(&self, node: NodeId) -> bool {
+        self.links.is_here(node)
+    }
+
     async fn combine(&self, handle: Handle) -> Result<Returned, ExchangeError> {
         if self.silent.load(Ordering::SeqCst) {
             std::future::pending::<()>().await;
@@ -218,6 +223,19 @@ impl Rig {
         placement: Placement,
         deadline: Duration,
     ) -> Rig {
+        let patience = Patience {
+            deadline,
+            ..Patience::default()
+        };
+        Rig::patient(model, limits, placement, patience)
+    }
+
+    pub fn patient(
+        model: &'static Model,
+        limits: Limits,
+        placement: Placement,
+        patience: Patience,
+    ) -> Rig {
         let runtime = tokio::runtime::Handle::current();
         let wire = Arc::new(Wire {
             links: Links::new("attention", LinkLimits::default(), runtime),
@@ -230,7 +248,7 @@ impl Rig {
             Arc::clone(&wire),
             newest,
             limits,
-            deadline,
+            patience,
         )
         .unwrap();
         let rig = Rig {

@@ -3,17 +3,18 @@
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use guild_proto::cluster::v1::cluster_client::ClusterClient;
 use guild_proto::cluster::v1::{
-    HeartbeatRequest, LeaveRequest, Placement, RegisterRequest, WatchPlacementRequest,
+    HeartbeatRequest, LeaveRequest, Placement, PlacementState, RegisterRequest,
+    WatchPlacementRequest,
 };
 use tokio::sync::watch;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use super::{MemberConfig, MemberError, Said};
+use super::{Lease, MemberConfig, MemberError, Said};
 use crate::channel::Dialer;
 use crate::serve::chain;
 use crate::status::reason_of;
@@ -51,13 +52,23 @@ enum Lost {
     Abandoned,
 }
 
+/// What the coordinator has told this node, for its owner.
+pub(super) struct Told {
+    /// The newest placement.
+    pub(super) placement: watch::Sender<Option<Arc<Placement>>>,
+    /// The newest that is ACTIVE.
+    pub(super) active: watch::Sender<Option<Arc<Placement>>>,
+    /// Until when the coordinator counts on this node.
+    pub(super) lease: Lease,
+}
+
 /// The state of the membership thread.
 pub(super) struct Session {
     client: ClusterClient<Channel>,
     config: MemberConfig,
     incarnation: u64,
     said: watch::Receiver<Said>,
-    placement: watch::Sender<Option<Arc<Placement>>>,
+    told: Told,
     node_id: watch::Sender<Option<u32>>,
 }
 
@@ -67,7 +78,7 @@ impl Session {
         config: MemberConfig,
         dialer: &Dialer,
         said: watch::Receiver<Said>,
-        placement: watch::Sender<Option<Arc<Placement>>>,
+        told: Told,
         node_id: watch::Sender<Option<u32>>,
     ) -> Result<Session, MemberError> {
         let client = ClusterClient::new(dialer.lazy(&config.coordinator)?)
@@ -77,7 +88,7 @@ impl Session {
             config,
             incarnation: draw_incarnation(),
             said,
-            placement,
+            told,
             node_id,
         })
     }
@@ -99,6 +110,7 @@ impl Session {
                 lost = self.watch(node_id) => lost,
             };
             self.node_id.send_replace(None);
+            self.told.lease.end();
             match lost {
                 Lost::Leaving => {
                     self.say_goodbye(node_id).await;
@@ -130,10 +142,12 @@ impl Session {
                 newest_epoch: self.newest_epoch(),
                 incarnation: self.incarnation,
             };
+            let asked = Instant::now();
             match self.client.clone().register(timed(request)).await {
                 Ok(response) => {
                     let response = response.into_inner();
                     let lease = Duration::from_millis(response.lease_ms.into());
+                    self.told.lease.renew(asked + lease);
                     tracing::info!(
                         name = self.config.name,
                         coordinator = self.config.coordinator,
@@ -183,8 +197,12 @@ impl Session {
                 waiting: now.load.waiting,
                 draining: now.draining,
             };
+            let sent = Instant::now();
             match self.client.clone().heartbeat(timed(request)).await {
-                Ok(_) => complaint.settle(),
+                Ok(_) => {
+                    self.told.lease.renew(sent + lease);
+                    complaint.settle();
+                }
                 Err(status) if status.code() == Code::NotFound => return Lost::Unknown,
                 Err(status) => complaint.say(&format!(
                     "heartbeat to {} failed: {}",
@@ -231,23 +249,45 @@ impl Session {
         };
         loop {
             match stream.message().await {
+                Ok(Some(_)) if !self.told.lease.is_held() => {
+                    // A node that may be taken for dead is fenced: what was on
+                    // its way to it meanwhile is not for it any more. Asked for
+                    // again, the coordinator says what is, or that it must rejoin.
+                    return Status::unavailable("the lease has run out");
+                }
                 Ok(Some(placement)) => {
                     complaint.settle();
                     backoff.reset();
-                    if placement.epoch < self.newest_epoch() {
-                        tracing::warn!(
-                            epoch = placement.epoch,
-                            newest = self.newest_epoch(),
-                            "ignored a placement older than the one in use"
-                        );
-                        continue;
-                    }
-                    self.placement.send_replace(Some(Arc::new(placement)));
+                    self.take(Arc::new(placement));
                 }
                 Ok(None) => return Status::unavailable("the coordinator ended the stream"),
                 Err(status) => return status,
             }
         }
+    }
+
+    /// Passes a placement on, unless it is older than what was passed on before.
+    fn take(&self, placement: Arc<Placement>) {
+        let epoch = placement.epoch;
+        if placement.state() == PlacementState::Active {
+            self.told.active.send_if_modified(|known| {
+                let newer = known.as_ref().is_none_or(|known| known.epoch < epoch);
+                if newer {
+                    *known = Some(Arc::clone(&placement));
+                }
+                newer
+            });
+        }
+        // An active placement is told of again before the one being loaded.
+        if epoch < self.newest_epoch() {
+            tracing::debug!(
+                epoch,
+                newest = self.newest_epoch(),
+                "not the newest placement"
+            );
+            return;
+        }
+        self.told.placement.send_replace(Some(placement));
     }
 
     async fn say_goodbye(&self, node_id: u32) {
@@ -263,7 +303,7 @@ impl Session {
     }
 
     fn newest_epoch(&self) -> u64 {
-        self.placement.borrow().as_ref().map_or(0, |p| p.epoch)
+        self.told.placement.borrow().as_ref().map_or(0, |p| p.epoch)
     }
 }
 

@@ -26,7 +26,7 @@ pub struct Snapshot {
     served: bool,
 }
 
-#[derive(Clone, Debug, Hash, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct SavedNode {
     id: NodeId,
     expert: bool,
@@ -48,8 +48,11 @@ struct SavedPlacement {
     homes: Vec<SavedHome>,
 }
 
-/// A node of a placement: (id, name, address, slots).
-type SavedHome = (NodeId, String, String, Vec<(u32, u32)>);
+/// A node of a placement: (id, name, address, slots). Slots come as runs of one
+/// layer, which makes them half as long in text.
+type SavedHome = (NodeId, String, String, Vec<Run>);
+/// A layer and the experts of it in the next slots.
+type Run = (u32, Vec<u32>);
 
 /// Why a snapshot cannot be gone on from.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -189,7 +192,7 @@ fn saved_placement(published: &Published) -> SavedPlacement {
                     slots.node,
                     name.clone(),
                     address.clone(),
-                    slots.slots.clone(),
+                    runs(&slots.slots),
                 )
             })
             .collect(),
@@ -203,9 +206,12 @@ fn restored(
     let Some(saved) = saved else {
         return Ok(None);
     };
-    let slots = |(node, .., slots): &SavedHome| NodeSlots {
+    let slots = |(node, .., runs): &SavedHome| NodeSlots {
         node: *node,
-        slots: slots.clone(),
+        slots: runs
+            .iter()
+            .flat_map(|(layer, experts)| experts.iter().map(|&expert| (*layer, expert)))
+            .collect(),
     };
     let placement = Placement::new(saved.epoch, saved.homes.iter().map(slots).collect())
         .map_err(|error| SnapshotError::Broken(error.to_string()))?;
@@ -218,4 +224,11 @@ fn restored(
             .map(|(_, name, address, _)| (name.clone(), address.clone()))
             .collect(),
     }))
+}
+
+fn runs(slots: &[(u32, u32)]) -> Vec<Run> {
+    slots
+        .chunk_by(|a, b| a.0 == b.0)
+        .map(|run| (run[0].0, run.iter().map(|slot| slot.1).collect()))
+        .collect()
 }

@@ -1,6 +1,6 @@
 //! What a cluster waits for, in words for its operator.
 
-use super::{Membership, Node, Role, has_loaded};
+use super::{Membership, Node, Role};
 
 /// Names listed in one reason; the rest are counted.
 const MAX_NAMES_IN_REASON: usize = 8;
@@ -44,13 +44,13 @@ impl Membership {
                 ),
             });
         }
-        match &self.published {
+        match &self.next {
             Some(published) if self.plan_at.is_none() => {
                 let all = published.placement.nodes();
                 let missing: Vec<&Node> = all
                     .iter()
                     .filter_map(|slots| self.nodes.get(&slots.node))
-                    .filter(|node| !has_loaded(node, published.placement.epoch()))
+                    .filter(|node| node.resident < published.loaded_as)
                     .collect();
                 Some(format!(
                     "waiting for {} of {} expert nodes to load epoch {} ({})",
