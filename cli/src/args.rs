@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use guild_attention_node::{AttentionNodeConfig as Defaults, KvMemory};
 use guild_model::checkpoint::Dtype;
 use guild_node::telemetry::LogFormat;
+use guild_node::tls::Role;
 
 use crate::failure::EXIT_CODES;
 use crate::listen::EPHEMERAL;
@@ -39,6 +40,10 @@ pub(crate) enum Command {
     Inspect(Inspect),
     /// Writes a checkpoint of any shape with random weights
     RandomModel(RandomModel),
+    /// Certificates for the nodes of a cluster, with a CA of their own
+    Certs(Certs),
+    /// API keys for the front door
+    Keys(Keys),
 }
 
 /// Flags of every command.
@@ -81,12 +86,51 @@ pub(crate) struct Compute {
 /// Leaving loopback.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct Exposure {
-    /// Allow addresses that other machines can reach: there is no TLS and no key yet
+    /// Allow addresses that other machines can reach without TLS and API keys
     #[arg(long)]
     pub(crate) insecure: bool,
     /// Seconds that running requests get to end after SIGTERM or Ctrl-C
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     pub(crate) drain: u32,
+}
+
+/// Who a node is to the others of its cluster.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct NodeTls {
+    /// This node's certificate, PEM; with it connections inside the cluster are mutual TLS
+    #[arg(long, value_name = "FILE", help_heading = "TLS")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Its private key, PEM
+    #[arg(long, value_name = "FILE", help_heading = "TLS")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// CA of the cluster, PEM
+    #[arg(long, value_name = "FILE", help_heading = "TLS")]
+    pub(crate) tls_ca: Option<PathBuf>,
+}
+
+/// Who may come in at the front door.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct DoorArgs {
+    /// Serve only those with a key of this file; lines of NAME:SHA256, see `guild keys`
+    #[arg(long, value_name = "FILE", help_heading = "Front door")]
+    pub(crate) api_keys: Option<PathBuf>,
+    /// Certificate that clients see, PEM, for --http and --grpc
+    #[arg(long, value_name = "FILE", help_heading = "Front door")]
+    pub(crate) http_tls_cert: Option<PathBuf>,
+    /// Its private key, PEM
+    #[arg(long, value_name = "FILE", help_heading = "Front door")]
+    pub(crate) http_tls_key: Option<PathBuf>,
+}
+
+/// What a client shows at the front door, and whom it trusts there.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct Access {
+    /// API key; better given as GUILD_API_KEY
+    #[arg(long, value_name = "KEY", hide_default_value = true)]
+    pub(crate) api_key: Option<String>,
+    /// CA to trust at an https endpoint, PEM
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tls_ca: Option<PathBuf>,
 }
 
 /// Limits of an attention node.
@@ -183,6 +227,8 @@ pub(crate) struct Up {
     #[command(flatten)]
     pub(crate) exposure: Exposure,
     #[command(flatten)]
+    pub(crate) door: DoorArgs,
+    #[command(flatten)]
     pub(crate) engine: Engine,
     #[command(flatten)]
     pub(crate) common: Common,
@@ -223,6 +269,10 @@ pub(crate) struct Coordinator {
     #[command(flatten)]
     pub(crate) exposure: Exposure,
     #[command(flatten)]
+    pub(crate) tls: NodeTls,
+    #[command(flatten)]
+    pub(crate) door: DoorArgs,
+    #[command(flatten)]
     pub(crate) common: Common,
 }
 
@@ -244,6 +294,8 @@ pub(crate) struct Joining {
     /// Unique in the cluster and kept over restarts; default: role and address
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
+    #[command(flatten)]
+    pub(crate) tls: NodeTls,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -344,6 +396,8 @@ pub(crate) struct Generate {
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
+    pub(crate) access: Access,
+    #[command(flatten)]
     pub(crate) compute: Compute,
     #[command(flatten)]
     pub(crate) common: Common,
@@ -374,6 +428,8 @@ pub(crate) struct Chat {
     /// Same seed, same conversation, same replies
     #[arg(long, value_name = "S")]
     pub(crate) seed: Option<u64>,
+    #[command(flatten)]
+    pub(crate) access: Access,
     #[command(flatten)]
     pub(crate) common: Common,
 }
@@ -441,6 +497,71 @@ pub(crate) struct RandomModel {
     /// Folder to write
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Examples:
+  guild certs --out certs --hosts localhost,127.0.0.1
+  guild certs --out certs --role expert --name expert-3 --hosts '*.guild-expert.prod.svc'
+
+The first makes a CA and a certificate for each role, good for any node of the role.
+The second adds one, by the CA in --out, for one node alone.
+
+{EXIT_CODES}"))]
+pub(crate) struct Certs {
+    /// Folder to write; what is there is not overwritten
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Cluster that the certificates are for; they mean nothing in another
+    #[arg(long, default_value = "guild", value_name = "NAME")]
+    pub(crate) cluster: String,
+    /// Names and addresses under which the nodes are dialled
+    #[arg(
+        long,
+        default_value = "localhost,127.0.0.1,::1",
+        value_name = "HOST,HOST",
+        value_delimiter = ',',
+        num_args = 1
+    )]
+    pub(crate) hosts: Vec<String>,
+    /// Only for this role
+    #[arg(long, value_parser = Role::from_str, value_name = "coordinator|attention|expert")]
+    pub(crate) role: Option<Role>,
+    /// Only for the node of this name; may be given more than once
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Vec<String>,
+    /// Days until they expire
+    #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u16).range(1..), value_name = "N")]
+    pub(crate) days: u16,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct Keys {
+    #[command(subcommand)]
+    pub(crate) command: KeysCommand,
+}
+
+/// What to do about keys.
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum KeysCommand {
+    /// Draws a key and prints it, this once, and the line for the file of keys
+    New(NewKey),
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Example:
+  guild keys new --name alice | tee /dev/tty | tail -n 1 >> api-keys
+
+{EXIT_CODES}"))]
+pub(crate) struct NewKey {
+    /// Whose key it is
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: String,
     #[command(flatten)]
     pub(crate) common: Common,
 }

@@ -8,9 +8,11 @@ use guild_model::cache::LatentCache;
 use guild_model::checkpoint::Dtype;
 use guild_model::{Checkpoint, Cpu};
 use guild_node::telemetry::LogFormat;
+use guild_node::tls::Tls;
 
 use crate::args::Engine;
 use crate::failure::Failure;
+use crate::security::Door;
 use crate::units;
 
 /// Widest name of a line.
@@ -134,6 +136,7 @@ impl Banner {
         name: &str,
         checkpoint: &Checkpoint,
         http: SocketAddr,
+        door: &Door,
     ) -> &mut Self {
         // Without a tokenizer only token ids are served.
         let text = checkpoint.dir().join("tokenizer.json").exists();
@@ -143,12 +146,28 @@ impl Banner {
             serde_json::json!([1, 2, 3])
         };
         let body = serde_json::json!({"model": name, "prompt": prompt, "max_tokens": 64});
+        let scheme = door.scheme();
+        let trust = door.tls.as_ref().map_or("", |_| " --cacert CA.pem");
+        let key = match &door.keys {
+            Some(_) => " -H \"authorization: Bearer $GUILD_API_KEY\"",
+            None => "",
+        };
         self.line(
             "try",
             format!(
-                "curl http://{http}/v1/completions -H 'content-type: application/json' -d '{body}'"
+                "curl{trust} {scheme}://{http}/v1/completions{key} -H 'content-type: application/json' -d '{body}'"
             ),
         )
+    }
+
+    /// How this role and the others know each other.
+    pub(crate) fn tls(&mut self, tls: Option<&Tls>) -> &mut Self {
+        match tls {
+            Some(tls) => self.line("mutual TLS", tls.identity().to_string()),
+            None => self.warn(
+                "no TLS: whoever reaches this node's port is taken for a member of the cluster; see `guild certs`",
+            ),
+        }
     }
 
     /// The risk that `--insecure` takes.

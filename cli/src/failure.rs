@@ -116,7 +116,10 @@ impl From<ModelError> for Failure {
 impl From<Status> for Failure {
     fn from(status: Status) -> Self {
         let kind = match status.code() {
-            Code::InvalidArgument | Code::OutOfRange => ExitKind::Usage,
+            Code::InvalidArgument
+            | Code::OutOfRange
+            | Code::Unauthenticated
+            | Code::PermissionDenied => ExitKind::Usage,
             Code::NotFound | Code::FailedPrecondition => ExitKind::Model,
             Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Aborted => {
                 ExitKind::Network
@@ -132,6 +135,9 @@ impl From<Status> for Failure {
                 status.message()
             ),
         );
+        if status.code() == Code::Unauthenticated {
+            failure = failure.hint("give the key as --api-key or GUILD_API_KEY");
+        }
         let details = status.get_error_details();
         for violation in details
             .bad_request()

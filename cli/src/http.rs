@@ -1,28 +1,35 @@
-//! A small HTTP/1.1 client for `guild chat`: one request a connection, cleartext,
-//! bodies read as they come.
+//! A small HTTP/1.1 client for `guild chat`: one request a connection, bodies read as they come.
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
-use hyper::header::{CONTENT_TYPE, HOST};
+use guild_node::channel::Dialer;
+use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue};
 use hyper::{Method, Request, Response, Uri};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 
+use crate::args::Access;
 use crate::failure::Failure;
+use crate::security::dialer;
 
 /// Bytes of a body that is read whole, and of one line of a stream.
 const MAX_BODY_BYTES: usize = 8 << 20;
 
-/// A server by its `http://HOST[:PORT]`.
+/// A server by its `http://HOST[:PORT]` or `https://HOST[:PORT]`.
 pub(crate) struct Server {
-    authority: String,
+    scheme: &'static str,
+    host: String,
+    port: u16,
+    dialer: Dialer,
+    /// What `Authorization` says, if there is a key.
+    bearer: Option<HeaderValue>,
 }
 
 impl Server {
     /// # Errors
     /// The URL has another scheme, a path or no host.
-    pub(crate) fn new(endpoint: &str) -> Result<Self, Failure> {
+    pub(crate) fn new(endpoint: &str, access: &Access) -> Result<Self, Failure> {
+        let dialer = dialer(access, endpoint)?;
         let wrong = |why: &str| {
             Failure::usage(format!("--endpoint: `{endpoint}` {why}")).hint("write http://HOST:PORT")
         };
@@ -32,8 +39,8 @@ impl Server {
             format!("http://{endpoint}")
         };
         let uri: Uri = text.parse().map_err(|_| wrong("is no URL"))?;
-        if uri.scheme_str() != Some("http") {
-            return Err(wrong("has a scheme other than http"));
+        if !matches!(uri.scheme_str(), Some("http" | "https")) {
+            return Err(wrong("has a scheme other than http and https"));
         }
         if uri.path() != "/" {
             return Err(wrong("has a path"));
@@ -42,8 +49,23 @@ impl Server {
             .host()
             .filter(|host| !host.is_empty())
             .ok_or_else(|| wrong("has no host"))?;
+        let (scheme, usual) = match dialer {
+            Dialer::Plain => ("http", 80),
+            _ => ("https", 443),
+        };
+        let bearer = match &access.api_key {
+            None => None,
+            Some(key) => Some(
+                HeaderValue::try_from(format!("Bearer {key}"))
+                    .map_err(|_| Failure::usage("--api-key: a key has no line ends"))?,
+            ),
+        };
         Ok(Self {
-            authority: format!("{host}:{}", uri.port_u16().unwrap_or(80)),
+            scheme,
+            host: host.to_owned(),
+            port: uri.port_u16().unwrap_or(usual),
+            dialer,
+            bearer,
         })
     }
 
@@ -52,7 +74,7 @@ impl Server {
         let response = self.send(Method::GET, path, Bytes::new()).await?;
         let whole = whole(response.into_body()).await?;
         serde_json::from_slice(&whole).map_err(|_| {
-            Failure::network(format!("http://{}{path} answered no JSON", self.authority))
+            Failure::network(format!("{self}{path} answered no JSON"))
         })
     }
 
@@ -78,10 +100,12 @@ impl Server {
         body: Bytes,
     ) -> Result<Response<Incoming>, Failure> {
         let failed = |why: &dyn std::fmt::Display| {
-            Failure::network(format!("http://{}: {why}", self.authority))
+            Failure::network(format!("{self}: {why}"))
                 .hint("is a Guild serving HTTP there? `guild up --model DIR` starts one")
         };
-        let stream = TcpStream::connect(&self.authority)
+        let stream = self
+            .dialer
+            .http1(&self.host, self.port)
             .await
             .map_err(|error| failed(&error))?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
@@ -89,13 +113,16 @@ impl Server {
             .map_err(|error| failed(&error))?;
         // Ends with the body; its error comes out of the body as well.
         tokio::spawn(connection);
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
-            .header(HOST, &self.authority)
+            .header(HOST, format!("{}:{}", self.host, self.port))
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(body))
             .map_err(|error| failed(&error))?;
+        if let Some(bearer) = &self.bearer {
+            request.headers_mut().insert(AUTHORIZATION, bearer.clone());
+        }
         let response = sender
             .send_request(request)
             .await
@@ -115,6 +142,12 @@ impl Server {
             failure = failure.hint(format!("try again in {seconds} s"));
         }
         Err(failure)
+    }
+}
+
+impl std::fmt::Display for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}://{}:{}", self.scheme, self.host, self.port)
     }
 }
 

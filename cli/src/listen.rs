@@ -7,6 +7,7 @@ use guild_node::serve;
 use tokio::net::TcpListener;
 
 use crate::failure::Failure;
+use crate::security::Protection;
 
 /// Where a node of the same process listens: the system chooses the port.
 pub(crate) const EPHEMERAL: &str = "127.0.0.1:0";
@@ -14,11 +15,11 @@ pub(crate) const EPHEMERAL: &str = "127.0.0.1:0";
 /// Binds `address`, given by `--flag`.
 ///
 /// # Errors
-/// An address that others can reach without `insecure`; one that is taken.
+/// An address that others can reach while protection is lacking; one that is taken.
 pub(crate) async fn bind(
     flag: &str,
     address: &str,
-    insecure: bool,
+    protection: Protection,
 ) -> Result<TcpListener, Failure> {
     let resolved: Vec<SocketAddr> = address
         .to_socket_addrs()
@@ -29,9 +30,11 @@ pub(crate) async fn bind(
             .hint(format!("write HOST:PORT, such as --{flag} 127.0.0.1:0"))
         })?
         .collect();
-    if !insecure && !resolved.iter().all(|a| a.ip().is_loopback()) {
+    if let Protection::Lacks(what) = protection
+        && !resolved.iter().all(|a| a.ip().is_loopback())
+    {
         return Err(Failure::usage(format!(
-            "--{flag}: {address} is reachable from other machines, and Guild has neither TLS nor keys yet"
+            "--{flag}: {address} is reachable from other machines, and this lacks {what}"
         ))
         .hint("listen on 127.0.0.1, or close the network in front of it and say --insecure"));
     }
@@ -61,26 +64,29 @@ pub(crate) fn reachable(address: SocketAddr) -> SocketAddr {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::{bind, reachable};
+    use crate::security::Protection;
+
+    const LACKING: Protection = Protection::Lacks("--tls-cert");
 
     #[tokio::test]
     async fn only_loopback_is_open_by_default() {
         for open in ["0.0.0.0:0", "[::]:0"] {
-            let error = bind("http", open, false).await.unwrap_err();
+            let error = bind("http", open, LACKING).await.unwrap_err();
             assert!(error.message().contains("--http"), "{}", error.message());
             assert!(error.hints().iter().any(|h| h.contains("--insecure")));
         }
-        assert!(bind("http", "127.0.0.1:0", false).await.is_ok());
-        assert!(bind("http", "localhost:0", false).await.is_ok());
-        assert!(bind("http", "0.0.0.0:0", true).await.is_ok());
+        assert!(bind("http", "127.0.0.1:0", LACKING).await.is_ok());
+        assert!(bind("http", "localhost:0", LACKING).await.is_ok());
+        assert!(bind("http", "0.0.0.0:0", Protection::Enough).await.is_ok());
     }
 
     #[tokio::test]
     async fn a_taken_or_malformed_address_is_named() {
-        let first = bind("grpc", "127.0.0.1:0", false).await.unwrap();
+        let first = bind("grpc", "127.0.0.1:0", LACKING).await.unwrap();
         let taken = first.local_addr().unwrap().to_string();
-        let error = bind("grpc", &taken, false).await.unwrap_err();
+        let error = bind("grpc", &taken, LACKING).await.unwrap_err();
         assert!(error.message().contains(&taken), "{}", error.message());
-        let error = bind("grpc", "127.0.0.1", false).await.unwrap_err();
+        let error = bind("grpc", "127.0.0.1", LACKING).await.unwrap_err();
         assert!(error.message().contains("--grpc"), "{}", error.message());
     }
 

@@ -17,6 +17,7 @@ use crate::args::{Compute, Engine, Exposure, FabricKind};
 use crate::command::served_name;
 use crate::failure::Failure;
 use crate::listen::{EPHEMERAL, address_of, bind};
+use crate::security::{Door, Protection};
 use crate::shells;
 
 /// Between two looks at whether the cluster is ready.
@@ -32,6 +33,8 @@ pub(crate) struct Plan {
     pub(crate) compute: Compute,
     pub(crate) exposure: Exposure,
     pub(crate) engine: Engine,
+    /// What protects the front doors.
+    pub(crate) door: Door,
 }
 
 impl Plan {
@@ -52,6 +55,7 @@ impl Plan {
                 max_running: 1,
                 ..Engine::default()
             },
+            door: Door::default(),
         }
     }
 }
@@ -75,7 +79,7 @@ impl Local {
         http: TcpListener,
         grpc: TcpListener,
     ) -> Result<Self, Failure> {
-        let listener = bind("listen", EPHEMERAL, false).await?;
+        let listener = bind("listen", EPHEMERAL, Protection::LOOPBACK).await?;
         let cluster = format!("http://{}", address_of(&listener)?);
         let switchboard = (plan.fabric == FabricKind::Local).then(Switchboard::default);
         let mut local = Self {
@@ -99,6 +103,9 @@ impl Local {
             min_expert_nodes: plan.expert_nodes,
             settle: Some(Duration::ZERO),
             exposure: plan.exposure,
+            // Nothing of it leaves the process.
+            tls: None,
+            door: &plan.door,
         });
         local.coordinator.spawn("coordinator", |end| {
             guild_coordinator::run(config, listeners, end)
@@ -133,12 +140,13 @@ impl Local {
         plan: &Plan,
         name: String,
     ) -> Result<(shells::Place, TcpListener), Failure> {
-        let listener = bind("listen", EPHEMERAL, false).await?;
+        let listener = bind("listen", EPHEMERAL, Protection::LOOPBACK).await?;
         let place = shells::Place {
             model: plan.model.clone(),
             name,
             address: address_of(&listener)?.to_string(),
             coordinator: self.cluster.clone(),
+            tls: None,
         };
         Ok((place, listener))
     }

@@ -15,6 +15,7 @@ mod http;
 mod listen;
 mod loading;
 mod local;
+mod security;
 mod shells;
 mod units;
 

@@ -6,7 +6,9 @@ use guild_attention_node::AttentionNodeConfig;
 use guild_coordinator::CoordinatorConfig;
 use guild_expert_node::ExpertNodeConfig;
 use guild_model::Checkpoint;
+use guild_node::tls::Tls;
 
+use crate::security::Door;
 use crate::args::{Compute, Engine, Exposure};
 
 /// Where a node stands in its cluster.
@@ -17,6 +19,8 @@ pub(crate) struct Place {
     pub(crate) address: String,
     /// URL of the coordinator.
     pub(crate) coordinator: String,
+    /// Its certificate, if it has one.
+    pub(crate) tls: Option<Tls>,
 }
 
 pub(crate) fn attention(
@@ -36,6 +40,7 @@ pub(crate) fn attention(
         max_step_tokens: engine.max_step_tokens as usize,
         max_context: context(engine.max_context),
         drain: drain(exposure),
+        tls: place.tls.clone(),
         ..AttentionNodeConfig::new(
             place.model.clone(),
             &place.name,
@@ -55,6 +60,7 @@ pub(crate) fn expert(
         dtype: compute.dtype,
         capacity_bytes: capacity,
         drain: drain(exposure),
+        tls: place.tls.clone(),
         ..ExpertNodeConfig::new(
             place.model.clone(),
             &place.name,
@@ -75,6 +81,9 @@ pub(crate) struct FrontDesk<'a> {
     /// Wait for further expert nodes; None: as long as usual.
     pub(crate) settle: Option<Duration>,
     pub(crate) exposure: Exposure,
+    /// Its certificate, if it has one.
+    pub(crate) tls: Option<&'a Tls>,
+    pub(crate) door: &'a Door,
 }
 
 pub(crate) fn coordinator(desk: &FrontDesk<'_>) -> CoordinatorConfig {
@@ -85,6 +94,9 @@ pub(crate) fn coordinator(desk: &FrontDesk<'_>) -> CoordinatorConfig {
         min_expert_nodes: usize::from(desk.min_expert_nodes),
         settle: desk.settle.unwrap_or(CoordinatorConfig::SETTLE),
         drain: drain(desk.exposure),
+        tls: desk.tls.cloned(),
+        front_tls: desk.door.tls.clone(),
+        api_keys: desk.door.keys.clone(),
         ..CoordinatorConfig::new(desk.model.clone())
     }
 }

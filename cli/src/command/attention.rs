@@ -1,5 +1,7 @@
 //! `guild attention-node`.
 
+use guild_node::tls::Role;
+
 use super::{block_on, cpu, join, log_role, served_name, signals};
 use crate::args::AttentionNode;
 use crate::banner::Banner;
@@ -13,7 +15,7 @@ pub(crate) fn run(args: &AttentionNode) -> Result<(), Failure> {
 
 async fn serve(args: &AttentionNode) -> Result<(), Failure> {
     let shutdown = signals()?;
-    let (place, listener) = join("attention", &args.joining, args.exposure).await?;
+    let (place, listener) = join(Role::Attention, &args.joining, args.exposure).await?;
     let cpu = cpu(args.compute.threads);
     let name = served_name(None, place.model.dir());
     let mut banner = Banner::new(format!("attention-node {}", place.name));
@@ -24,6 +26,7 @@ async fn serve(args: &AttentionNode) -> Result<(), Failure> {
         .cpu(&cpu)
         .line("cluster", &place.coordinator)
         .line("reached at", &place.address)
+        .tls(place.tls.as_ref())
         .insecure(args.exposure.insecure)
         .show(args.common.log_format);
     let config = shells::attention(&place, &name, args.compute, args.engine, args.exposure);

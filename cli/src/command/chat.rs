@@ -41,7 +41,7 @@ fn lines_of_stdin() -> Result<mpsc::Receiver<String>, Failure> {
 }
 
 async fn talk(args: &Chat) -> Result<(), Failure> {
-    let server = Server::new(&args.endpoint)?;
+    let server = Server::new(&args.endpoint, &args.access)?;
     let models = server.get("/v1/models").await?;
     let Some(model) = models["data"][0]["id"].as_str() else {
         return Err(Failure::network(format!(

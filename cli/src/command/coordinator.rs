@@ -2,12 +2,14 @@
 
 use guild_coordinator::Listeners;
 use guild_model::Checkpoint;
+use guild_node::tls::Role;
 
 use super::{block_on, listening, log_role, served_name, signals};
 use crate::args::Coordinator;
 use crate::banner::Banner;
 use crate::failure::Failure;
 use crate::listen::{address_of, bind, reachable};
+use crate::security::{Door, Protection, node_tls};
 use crate::shells;
 
 pub(crate) fn run(args: &Coordinator) -> Result<(), Failure> {
@@ -18,11 +20,18 @@ pub(crate) fn run(args: &Coordinator) -> Result<(), Failure> {
 async fn serve(args: &Coordinator) -> Result<(), Failure> {
     let shutdown = signals()?;
     let insecure = args.exposure.insecure;
+    let tls = node_tls(&args.tls, Role::Coordinator)?;
+    let door = Door::open(&args.door)?;
+    let (nodes, clients) = (
+        Protection::of_nodes(tls.as_ref(), insecure),
+        door.protection(insecure),
+    );
     let listeners = Listeners {
-        cluster: bind("listen", &args.listen, insecure).await?,
-        http: bind("http", &args.http, insecure).await?,
-        grpc: bind("grpc", &args.grpc, insecure).await?,
+        cluster: bind("listen", &args.listen, nodes).await?,
+        http: bind("http", &args.http, clients).await?,
+        grpc: bind("grpc", &args.grpc, clients).await?,
     };
+    let scheme = door.scheme();
     listening(&address_of(&listeners.cluster)?.to_string())?;
     let checkpoint = Checkpoint::open(&args.model)?;
     let name = served_name(args.served_model_name.as_deref(), &args.model);
@@ -39,11 +48,16 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
         )
         .line(
             "nodes join",
-            format!("http://{}", address_of(&listeners.cluster)?),
+            format!(
+                "{}://{}",
+                if tls.is_some() { "https" } else { "http" },
+                address_of(&listeners.cluster)?
+            ),
         )
-        .line("http", format!("http://{http}/v1"))
-        .line("grpc", format!("http://{}", address_of(&listeners.grpc)?))
-        .try_it(&name, &checkpoint, reachable(http))
+        .line("http", format!("{scheme}://{http}/v1"))
+        .line("grpc", format!("{scheme}://{}", address_of(&listeners.grpc)?))
+        .try_it(&name, &checkpoint, reachable(http), &door)
+        .tls(tls.as_ref())
         .insecure(insecure)
         .show(args.common.log_format);
     let config = shells::coordinator(&shells::FrontDesk {
@@ -54,6 +68,8 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
         min_expert_nodes: args.min_expert_nodes,
         settle: None,
         exposure: args.exposure,
+        tls: tls.as_ref(),
+        door: &door,
     });
     guild_coordinator::run(config, listeners, shutdown)
         .await

@@ -1,5 +1,7 @@
 //! `guild expert-node`.
 
+use guild_node::tls::Role;
+
 use super::{block_on, cpu, join, log_role, served_name, signals};
 use crate::args::ExpertNode;
 use crate::banner::Banner;
@@ -13,7 +15,7 @@ pub(crate) fn run(args: &ExpertNode) -> Result<(), Failure> {
 
 async fn serve(args: &ExpertNode) -> Result<(), Failure> {
     let shutdown = signals()?;
-    let (place, listener) = join("expert", &args.joining, args.exposure).await?;
+    let (place, listener) = join(Role::Expert, &args.joining, args.exposure).await?;
     let checkpoint = &place.model;
     let cpu = cpu(args.compute.threads);
     let config = checkpoint.config();
@@ -44,6 +46,7 @@ async fn serve(args: &ExpertNode) -> Result<(), Failure> {
         .cpu(&cpu)
         .line("cluster", &place.coordinator)
         .line("reached at", &place.address)
+        .tls(place.tls.as_ref())
         .insecure(args.exposure.insecure)
         .show(args.common.log_format);
     let config = shells::expert(&place, args.compute, args.capacity, args.exposure);

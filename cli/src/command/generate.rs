@@ -11,11 +11,12 @@ use guild_proto::inference::v1::{GenerateRequest, SamplingParams, TokenIds};
 
 use super::{block_on, cpu, log_tool};
 use crate::answer::{Answer, Logprobs};
-use crate::args::Generate;
+use crate::args::{Access, Generate};
 use crate::client;
 use crate::failure::Failure;
 use crate::listen::{EPHEMERAL, address_of, bind};
 use crate::local::{Local, Plan};
+use crate::security::Protection;
 
 pub(crate) fn run(args: &Generate, origins: &Origins) -> Result<(), Failure> {
     log_tool(&args.common)?;
@@ -39,7 +40,7 @@ pub(crate) fn run(args: &Generate, origins: &Origins) -> Result<(), Failure> {
     let typed = *origins.of("endpoint") == Origin::CommandLine;
     block_on(async {
         match args.model.as_ref().filter(|_| !typed) {
-            None => ask(args, &args.endpoint, request).await,
+            None => ask(args, &args.access, &args.endpoint, request).await,
             Some(model) => alone(args, model, request).await,
         }
     })
@@ -50,14 +51,15 @@ async fn alone(args: &Generate, model: &Path, request: GenerateRequest) -> Resul
     // Before anything is started: what is wrong with it is the answer.
     let plan = Plan::smallest(Checkpoint::open(model)?, args.compute);
     let (http, grpc) = (
-        bind("http", EPHEMERAL, false).await?,
-        bind("grpc", EPHEMERAL, false).await?,
+        bind("http", EPHEMERAL, Protection::LOOPBACK).await?,
+        bind("grpc", EPHEMERAL, Protection::LOOPBACK).await?,
     );
     let endpoint = format!("http://{}", address_of(&grpc)?);
     let mut local = Local::start(&plan, &cpu(args.compute.threads), http, grpc).await?;
+    let nothing = Access::default();
     let answered = match local.ready().await {
         Ok(()) => tokio::select! {
-            answered = ask(args, &endpoint, request) => answered,
+            answered = ask(args, &nothing, &endpoint, request) => answered,
             failure = local.failed() => Err(failure),
         },
         failed => failed,
@@ -82,8 +84,13 @@ fn sampling(args: &Generate) -> SamplingParams {
 }
 
 /// Sends the request and prints what comes, as it comes unless JSON is wanted.
-async fn ask(args: &Generate, endpoint: &str, request: GenerateRequest) -> Result<(), Failure> {
-    let mut client = client::inference(endpoint)?;
+async fn ask(
+    args: &Generate,
+    access: &Access,
+    endpoint: &str,
+    request: GenerateRequest,
+) -> Result<(), Failure> {
+    let mut client = client::inference(endpoint, access)?;
     let info = client::model_info(&mut client, endpoint).await?;
     let mut stream = client.generate(request).await?.into_inner();
     let mut answer = Answer {

@@ -2,11 +2,13 @@
 //! line to the runtime.
 
 mod attention;
+mod certs;
 mod chat;
 mod coordinator;
 mod expert;
 mod generate;
 mod inspect;
+mod keys;
 mod random;
 mod reference;
 mod up;
@@ -16,13 +18,16 @@ use std::io::Write as _;
 use std::path::Path;
 
 use guild_model::{Checkpoint, Cpu};
-use guild_node::{ExitKind, Shutdown, channel, config, telemetry};
+use guild_node::channel::Dialer;
+use guild_node::tls::Role;
+use guild_node::{ExitKind, Shutdown, config, telemetry};
 use tokio::net::TcpListener;
 
 use crate::args::{Cli, Command, Common, Exposure, Joining};
 use crate::failure::Failure;
 use crate::listen::{address_of, bind};
 use crate::loading::init_log;
+use crate::security::{Protection, node_tls};
 use crate::shells::Place;
 
 /// Runs the command that this process was started with.
@@ -40,6 +45,8 @@ pub(crate) fn run() -> Result<(), Failure> {
         Command::Chat(args) => chat::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::RandomModel(args) => random::run(&args),
+        Command::Certs(args) => certs::run(&args),
+        Command::Keys(args) => keys::run(&args),
     }
 }
 
@@ -109,13 +116,16 @@ fn listening(address: &str) -> Result<(), Failure> {
 
 /// Opens a node's listener and its checkpoint and settles who and where it is.
 async fn join(
-    role: &str,
+    role: Role,
     joining: &Joining,
     exposure: Exposure,
 ) -> Result<(Place, TcpListener), Failure> {
-    channel::lazy(&joining.coordinator)
+    let tls = node_tls(&joining.tls, role)?;
+    Dialer::to(Role::COORDINATING, tls.as_ref())
+        .check(&joining.coordinator)
         .map_err(|error| Failure::usage(format!("--coordinator: {error}")))?;
-    let listener = bind("listen", &joining.listen, exposure.insecure).await?;
+    let protection = Protection::of_nodes(tls.as_ref(), exposure.insecure);
+    let listener = bind("listen", &joining.listen, protection).await?;
     let address = match &joining.advertise {
         Some(address) => address.clone(),
         None => {
@@ -128,14 +138,19 @@ async fn join(
             address.to_string()
         }
     };
+    let name = joining
+        .name
+        .clone()
+        .unwrap_or_else(|| format!("{role}-{address}"));
+    if let Some(tls) = &tls {
+        tls.check_name(&name).map_err(|error| Failure::of(&error))?;
+    }
     listening(&address)?;
     let place = Place {
         model: Checkpoint::open(&joining.model)?,
-        name: joining
-            .name
-            .clone()
-            .unwrap_or_else(|| format!("{role}-{address}")),
+        name,
         address,
+        tls,
         coordinator: joining.coordinator.clone(),
     };
     Ok((place, listener))

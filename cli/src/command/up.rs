@@ -11,6 +11,7 @@ use crate::banner::Banner;
 use crate::failure::Failure;
 use crate::listen::{address_of, bind, reachable};
 use crate::local::{Local, Plan};
+use crate::security::Door;
 
 pub(crate) fn run(args: &Up) -> Result<(), Failure> {
     log_role(&args.common)?;
@@ -20,8 +21,10 @@ pub(crate) fn run(args: &Up) -> Result<(), Failure> {
 async fn serve(args: &Up) -> Result<(), Failure> {
     let shutdown = super::signals()?;
     let insecure = args.exposure.insecure;
-    let http = bind("http", &args.http, insecure).await?;
-    let grpc = bind("grpc", &args.grpc, insecure).await?;
+    let door = Door::open(&args.door)?;
+    let clients = door.protection(insecure);
+    let http = bind("http", &args.http, clients).await?;
+    let grpc = bind("grpc", &args.grpc, clients).await?;
     let doors = (address_of(&http)?, address_of(&grpc)?);
     let checkpoint = Checkpoint::open(&args.model)?;
     let cpu = cpu(args.compute.threads);
@@ -34,6 +37,7 @@ async fn serve(args: &Up) -> Result<(), Failure> {
         compute: args.compute,
         exposure: args.exposure,
         engine: args.engine,
+        door,
     };
     banner(args, &plan, &checkpoint, &cpu, doors)?.show(args.common.log_format);
     let mut local = Local::start(&plan, &cpu, http, grpc).await?;
@@ -83,9 +87,9 @@ fn banner(
         .weights(checkpoint, args.compute.dtype)
         .kv(checkpoint, args.engine)
         .cpu(cpu)
-        .line("http", format!("http://{http}/v1"))
-        .line("grpc", format!("http://{grpc}"))
-        .try_it(&plan.model_name, checkpoint, reachable(http))
+        .line("http", format!("{}://{http}/v1", plan.door.scheme()))
+        .line("grpc", format!("{}://{grpc}", plan.door.scheme()))
+        .try_it(&plan.model_name, checkpoint, reachable(http), &plan.door)
         .insecure(args.exposure.insecure);
     Ok(banner)
 }
