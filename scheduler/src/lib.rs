@@ -6,5 +6,8 @@
 
 pub mod batch;
 pub mod eplb;
+pub mod load;
 pub mod membership;
 pub mod placement;
+pub mod planner;
+pub mod spread;
