@@ -2,7 +2,7 @@
 //! in turn, beside the candle reference on the same weights. Check, then time:
 //! every run's tokens must equal the first run's before its time counts.
 //!
-//! `cargo xtask bench -- MODEL_DIR [PROMPT_TOKENS] [REPEATS]`
+//! `cargo xtask bench MODEL_DIR [PROMPT_TOKENS] [REPEATS]`
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 

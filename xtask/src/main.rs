@@ -37,6 +37,21 @@ enum Recipe {
         #[arg(last = true)]
         flags: Vec<String>,
     },
+    /// The benchmarks that bench/ records, optimised: kernels against the machine, then tokens/s
+    Bench {
+        /// Checkpoint to serve
+        #[arg(default_value = "models/demo")]
+        model: String,
+        /// Tokens of the prefill prompt
+        #[arg(default_value_t = 480)]
+        prompt_tokens: u32,
+        /// Counted runs of each workload
+        #[arg(default_value_t = 5)]
+        repeats: u32,
+        /// Leave the kernels out
+        #[arg(long)]
+        no_kernels: bool,
+    },
     /// Makes the Python environment of the client tests and prints its interpreter
     Clients,
     /// Renders deploy/ with kubectl and validates it against the Kubernetes schemas
@@ -49,6 +64,12 @@ fn main() -> ExitCode {
         Recipe::Lint => recipe::lint(),
         Recipe::Fmt => recipe::fmt(),
         Recipe::Demo { flags } => recipe::demo(&flags),
+        Recipe::Bench {
+            model,
+            prompt_tokens,
+            repeats,
+            no_kernels,
+        } => recipe::bench(&model, prompt_tokens, repeats, no_kernels),
         Recipe::Clients => recipe::clients(),
         Recipe::Manifests => recipe::manifests(),
     };

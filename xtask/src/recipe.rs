@@ -177,6 +177,26 @@ pub(crate) fn demo(flags: &[String]) -> Result<()> {
     Err(error).context("cannot start cargo")
 }
 
+/// Measures the kernels against the machine, and whole clusters serving `model`.
+pub(crate) fn bench(model: &str, prompt_tokens: u32, repeats: u32, no_kernels: bool) -> Result<()> {
+    let mut steps = Steps::new("bench");
+    steps.run("build", &mut cargo(&["build", "--release"]))?;
+    let roofline = ["run", "--release", "-p", "guild-kernels", "--example"];
+    if !no_kernels {
+        steps.run("kernels", cargo(&roofline).arg("roofline"))?;
+    }
+    let whole = ["run", "--release", "-p", "guild-tests", "--example"];
+    steps.run(
+        "throughput",
+        cargo(&whole)
+            .args(["throughput", "--", model])
+            .args([prompt_tokens.to_string(), repeats.to_string()])
+            .env("GUILD_BIN", target_dir()?.join("release").join("guild")),
+    )?;
+    steps.finish();
+    Ok(())
+}
+
 /// Makes the client environment and says where it is.
 pub(crate) fn clients() -> Result<()> {
     let interpreter = python::interpreter(&target_dir()?)?;
