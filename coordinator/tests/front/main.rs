@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod auth;
 mod bad_inputs;
 mod chat;
 mod completions;

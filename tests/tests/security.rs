@@ -1,0 +1,399 @@
+//! A closed cluster of real processes: certificates by `guild certs`, keys by `guild keys`, and
+//! nobody else gets in.
+
+#![allow(clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use guild_node::RECHECK;
+use guild_node::channel::Dialer;
+use guild_node::tls::{Role, Roots, Tls, TlsFiles};
+use guild_proto::cluster::v1::cluster_client::ClusterClient;
+use guild_proto::cluster::v1::{self, RegisterRequest};
+use guild_tests::process::{Guild, START_LIMIT, demo, free_port, guild};
+use serde_json::Value;
+use tempfile::TempDir;
+use tonic::Code;
+use tonic::transport::Channel;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A folder of certificates.
+struct Certs(PathBuf);
+
+impl Certs {
+    fn make(dir: &Path, more: &[&str]) -> Certs {
+        let out = dir.to_str().unwrap();
+        let (code, _, stderr) = guild(&[&["certs", "--out", out], more].concat());
+        assert_eq!(code, 0, "{stderr}");
+        Certs(dir.to_owned())
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_owned()
+    }
+
+    fn flags(&self, stem: &str) -> Vec<String> {
+        let pairs = [
+            ("--tls-cert", format!("{stem}.pem")),
+            ("--tls-key", format!("{stem}.key")),
+            ("--tls-ca", "ca.pem".to_owned()),
+        ];
+        pairs
+            .iter()
+            .flat_map(|(flag, name)| [(*flag).to_owned(), self.path(name)])
+            .collect()
+    }
+
+    fn open(&self, role: Role) -> Tls {
+        let files = TlsFiles {
+            cert: self.path(&format!("{role}.pem")).into(),
+            key: self.path(&format!("{role}.key")).into(),
+            ca: self.path("ca.pem").into(),
+        };
+        Tls::open(files, role).unwrap()
+    }
+
+    /// Trusts the CA and shows nothing.
+    fn anonymous(&self) -> Dialer {
+        Dialer::Server(Roots::open(Path::new(&self.path("ca.pem"))).unwrap())
+    }
+}
+
+/// A cluster where everything is closed.
+struct Closed {
+    _dir: TempDir,
+    certs: Certs,
+    key: String,
+    http: String,
+    grpc: String,
+    /// Where nodes are: role and `host:port`.
+    internal: Vec<(Role, String)>,
+    _processes: Vec<Guild>,
+}
+
+impl Closed {
+    async fn start() -> Closed {
+        let dir = TempDir::new().unwrap();
+        let certs = Certs::make(&dir.path().join("certs"), &[]);
+        let (code, stdout, _) = guild(&["keys", "new", "--name", "tester"]);
+        assert_eq!(code, 0);
+        let (key, line) = stdout.trim().split_once('\n').unwrap();
+        let keys = dir.path().join("keys");
+        std::fs::write(&keys, format!("# who may ask\n{line}\n")).unwrap();
+
+        let model = demo().to_str().unwrap().to_owned();
+        let cluster = format!("127.0.0.1:{}", free_port());
+        let (http, grpc) = (
+            format!("127.0.0.1:{}", free_port()),
+            format!("127.0.0.1:{}", free_port()),
+        );
+        let start = |role: Role, args: &[&str]| {
+            let mut all: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
+            all.extend(["--model".to_owned(), model.clone()]);
+            all.extend(certs.flags(role.as_str()));
+            let mut process = Guild::start(&all);
+            let line = process.wait_for_line("guild: listening on ", START_LIMIT);
+            let address = line.rsplit(' ').next().unwrap().to_owned();
+            (role, address, process)
+        };
+        let url = format!("https://{cluster}");
+        let mut started = vec![start(
+            Role::Coordinator,
+            &[
+                "coordinator",
+                "--listen",
+                &cluster,
+                "--http",
+                &http,
+                "--grpc",
+                &grpc,
+                "--min-expert-nodes",
+                "2",
+                "--api-keys",
+                keys.to_str().unwrap(),
+                "--http-tls-cert",
+                &certs.path("coordinator.pem"),
+                "--http-tls-key",
+                &certs.path("coordinator.key"),
+            ],
+        )];
+        let attention = ["attention-node", "--coordinator", &url];
+        started.push(start(Role::Attention, &attention));
+        for _ in 0..2 {
+            // Without a scheme it is TLS as well.
+            started.push(start(
+                Role::Expert,
+                &["expert-node", "--coordinator", &cluster],
+            ));
+        }
+        let mut internal = Vec::new();
+        let mut processes = Vec::new();
+        for (role, address, process) in started {
+            internal.push((role, address));
+            processes.push(process);
+        }
+        let mut closed = Closed {
+            _dir: dir,
+            certs,
+            key: key.to_owned(),
+            http,
+            grpc,
+            internal,
+            _processes: processes,
+        };
+        closed.wait_ready().await;
+        closed
+    }
+
+    /// Health is open to everybody.
+    async fn wait_ready(&mut self) {
+        let channel = self.certs.anonymous().lazy(&self.grpc).unwrap();
+        let mut health = HealthClient::new(channel);
+        let end = Instant::now() + START_LIMIT;
+        loop {
+            let asked = health.check(HealthCheckRequest::default()).await;
+            if asked.is_ok_and(|answer| answer.get_ref().status() == ServingStatus::Serving) {
+                return;
+            }
+            if Instant::now() > end {
+                let logs: Vec<String> = self._processes.iter().map(Guild::output).collect();
+                panic!("not ready:\n{}", logs.join("\n==\n"));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    fn generate(&self, more: &[&str]) -> (i32, String, String) {
+        let endpoint = format!("https://{}", self.grpc);
+        let ca = self.certs.path("ca.pem");
+        let args = [
+            &["generate", "--endpoint", &endpoint, "--tls-ca", &ca],
+            PROMPT,
+            more,
+        ];
+        guild(&args.concat())
+    }
+}
+
+const PROMPT: &[&str] = &["--token-ids", "0,839,30", "--max-tokens", "12", "--json"];
+
+fn token_ids(stdout: &str) -> Value {
+    serde_json::from_str::<Value>(stdout).unwrap()["token_ids"].clone()
+}
+
+/// Whether the port answers at all: health is on every one.
+async fn answers(channel: Channel) -> bool {
+    let mut health = HealthClient::new(channel);
+    let asked = health.check(HealthCheckRequest::default());
+    matches!(tokio::time::timeout(PATIENCE, asked).await, Ok(Ok(_)))
+}
+
+/// Who may dial a node of this role.
+fn callers(of: Role) -> &'static [Role] {
+    match of {
+        Role::Coordinator => Role::JOINING,
+        Role::Attention => Role::COORDINATING,
+        Role::Expert => Role::SENDING_ROWS,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closed_cluster_serves_its_own_and_refuses_everybody_else() {
+    let cluster = Closed::start().await;
+    let certs = &cluster.certs;
+
+    // It serves, and encryption changes no token.
+    let (code, stdout, stderr) = cluster.generate(&["--api-key", &cluster.key]);
+    assert_eq!(code, 0, "{stderr}");
+    let model = demo();
+    let alone = [&["generate", "--model", model.to_str().unwrap()], PROMPT].concat();
+    assert_eq!(token_ids(&stdout), token_ids(&guild(&alone).1));
+
+    // Keys.
+    for more in [&[][..], &["--api-key", "guild-0000"]] {
+        let (code, _, stderr) = cluster.generate(more);
+        assert!(code == 2 && stderr.contains("API key"), "{code}: {stderr}");
+    }
+    // Without encryption, or with another CA, nothing is said at the front door either.
+    for door in [&cluster.http, &cluster.grpc] {
+        assert!(!answers(Dialer::Plain.lazy(door).unwrap()).await, "{door}");
+        assert!(
+            answers(certs.anonymous().lazy(door).unwrap()).await,
+            "{door}"
+        );
+    }
+
+    // Internal ports: every role, an outsider of another CA, nobody, plaintext.
+    let elsewhere = TempDir::new().unwrap();
+    let others = Certs::make(&elsewhere.path().join("certs"), &[]);
+    let namesake = Certs::make(&elsewhere.path().join("other"), &["--cluster", "other"]);
+    for (of, address) in &cluster.internal {
+        let peers: &'static [Role] = match of {
+            Role::Coordinator => Role::COORDINATING,
+            Role::Attention => Role::ATTENDING,
+            Role::Expert => Role::TAKING_ROWS,
+        };
+        for role in Role::ALL {
+            let asks = async |tls: Tls| {
+                answers(Dialer::Mutual { tls, peers }.lazy(address).unwrap()).await
+            };
+            let may = callers(*of).contains(&role);
+            assert_eq!(asks(certs.open(role)).await, may, "{role} at {of}");
+            assert!(
+                !asks(others.open(role)).await,
+                "{role} of another CA at {of}"
+            );
+            assert!(
+                !asks(namesake.open(role)).await,
+                "{role} of another cluster at {of}"
+            );
+        }
+        assert!(
+            !answers(Dialer::Plain.lazy(address).unwrap()).await,
+            "plaintext at {of}"
+        );
+        let nobody = certs.anonymous().lazy(address).unwrap();
+        assert!(!answers(nobody).await, "nobody at {of}");
+    }
+
+    // A node is what its certificate says.
+    let tls = certs.open(Role::Attention);
+    let dialer = Dialer::to(Role::COORDINATING, Some(&tls));
+    let mut client = ClusterClient::new(dialer.lazy(&cluster.internal[0].1).unwrap());
+    let request = RegisterRequest {
+        role: v1::Role::Expert.into(),
+        name: "intruder".to_owned(),
+        address: "127.0.0.1:1".to_owned(),
+        ..Default::default()
+    };
+    let refused = client.register(request).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
+
+    // New certificates under requests: none of them fails.
+    let renewed = elsewhere.path().join("renewed");
+    std::fs::create_dir(&renewed).unwrap();
+    for file in ["ca.pem", "ca.key"] {
+        std::fs::copy(certs.path(file), renewed.join(file)).unwrap();
+    }
+    let renewed = Certs::make(&renewed, &[]);
+    for file in ["coordinator", "attention", "expert"] {
+        for ending in ["pem", "key"] {
+            let name = format!("{file}.{ending}");
+            std::fs::copy(renewed.path(&name), certs.path(&name)).unwrap();
+        }
+        let (code, again, stderr) = cluster.generate(&["--api-key", &cluster.key]);
+        assert_eq!(code, 0, "{stderr}");
+        assert_eq!(token_ids(&again), token_ids(&stdout));
+    }
+    // And who comes from now on meets the new ones.
+    tokio::time::sleep(RECHECK).await;
+    let newcomer = Dialer::to(Role::COORDINATING, Some(&renewed.open(Role::Expert)));
+    let channel = newcomer.lazy(&cluster.internal[0].1).unwrap();
+    assert!(answers(channel).await);
+    assert_eq!(cluster.generate(&["--api-key", &cluster.key]).0, 0);
+}
+
+#[test]
+fn a_fresh_start_leaves_loopback_only_with_certificates_and_keys() {
+    let dir = TempDir::new().unwrap();
+    let certs = Certs::make(
+        &dir.path().join("certs"),
+        &["--role", "expert", "--name", "e-1"],
+    );
+    let model = demo();
+    let model = model.to_str().unwrap();
+    let anywhere = "0.0.0.0:0";
+    let door = [
+        "--http-tls-cert".to_owned(),
+        certs.path("e-1.pem"),
+        "--http-tls-key".to_owned(),
+        certs.path("e-1.key"),
+    ];
+    let door: Vec<&str> = door.iter().map(String::as_str).collect();
+    let joining = ["--coordinator", "127.0.0.1:1"];
+    let cases: [(&[&str], &str); 5] = [
+        (&["coordinator", "--listen", anywhere], "--tls-cert"),
+        (&["coordinator", "--http", anywhere], "--api-keys"),
+        (&["up", "--grpc", anywhere], "--http-tls-cert"),
+        (&["attention-node", "--listen", anywhere], "--tls-cert"),
+        (&["expert-node", "--listen", anywhere], "--tls-cert"),
+    ];
+    for (args, lacking) in cases {
+        let joining = if args[0].ends_with("node") {
+            &joining[..]
+        } else {
+            &[]
+        };
+        let args = [args, &["--model", model], joining].concat();
+        let (code, _, stderr) = guild(&args);
+        assert!(
+            code == 2 && stderr.contains(lacking),
+            "{args:?}: {code}: {stderr}"
+        );
+    }
+    // A certificate alone opens no front door.
+    let (code, _, stderr) =
+        guild(&[&["up", "--http", anywhere, "--model", model], &door[..]].concat());
+    assert!(
+        code == 2 && stderr.contains("--api-keys"),
+        "{code}: {stderr}"
+    );
+    // One with a name is for that node alone.
+    let tls = certs.flags("e-1");
+    let tls: Vec<&str> = tls.iter().map(String::as_str).collect();
+    let named = ["expert-node", "--model", model, "--name", "e-2"];
+    let (code, _, stderr) = guild(&[&named[..], &joining, &tls].concat());
+    assert!(code == 3 && stderr.contains("e-1"), "{code}: {stderr}");
+}
+
+#[test]
+fn certificates_are_made_once_and_keys_are_for_the_owner_alone() {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    let dir = TempDir::new().unwrap();
+    let certs = Certs::make(dir.path(), &[]);
+    let before = std::fs::read(certs.path("ca.pem")).unwrap();
+    for entry in std::fs::read_dir(dir.path()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|ending| ending == "key") {
+            let mode = path.metadata().unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{}", path.display());
+        }
+    }
+    let out = dir.path().to_str().unwrap();
+    let (code, _, stderr) = guild(&["certs", "--out", out]);
+    assert!(code == 2 && stderr.contains("not overwritten"), "{stderr}");
+    // By another cluster's name the CA that is there cannot sign, and nothing is left behind.
+    let (code, _, _) = guild(&[
+        "certs",
+        "--out",
+        out,
+        "--cluster",
+        "other",
+        "--role",
+        "expert",
+        "--name",
+        "e-9",
+    ]);
+    assert_eq!(code, 3);
+    assert!(!dir.path().join("e-9.pem").exists());
+    assert_eq!(before, std::fs::read(certs.path("ca.pem")).unwrap());
+    for bad in [
+        &["--name", "e-1"][..],
+        &["--role", "admin"],
+        &["--cluster", "a b"],
+        &["--role", "expert", "--name", "../e"],
+        &["--hosts", "ü"],
+    ] {
+        let elsewhere = dir.path().join("elsewhere");
+        let args = [&["certs", "--out", elsewhere.to_str().unwrap()], bad].concat();
+        let (code, _, stderr) = guild(&args);
+        assert_eq!(code, 2, "{bad:?}: {stderr}");
+    }
+}
