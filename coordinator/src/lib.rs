@@ -55,12 +55,17 @@ pub struct CoordinatorConfig {
     pub max_context: Option<usize>,
     /// Expert nodes that must have joined before the first placement.
     pub min_expert_nodes: usize,
+    /// Homes of every expert, each on another node, as far as nodes and their
+    /// memory allow.
+    pub replicas: u32,
     /// How long to wait for further expert nodes after one has joined.
     pub settle: Duration,
     /// A node that is silent for this long is taken for dead.
     pub lease: Duration,
     /// How long running streams may take to end after a request to shut down.
     pub drain: Duration,
+    /// How long a stream that has lost its attention node waits for another.
+    pub resume_wait: Duration,
     /// Certificates for the connections inside the cluster; None: they are not encrypted, and
     /// anybody is let in.
     pub tls: Option<Tls>,
@@ -75,12 +80,16 @@ pub struct CoordinatorConfig {
 impl CoordinatorConfig {
     /// Expert nodes to wait for, by default.
     pub const MIN_EXPERT_NODES: usize = 1;
+    /// Homes of every expert, by default.
+    pub const REPLICAS: u32 = 1;
     /// Settle time, by default.
     pub const SETTLE: Duration = Duration::from_millis(500);
     /// Lease, by default.
     pub const LEASE: Duration = Duration::from_secs(5);
     /// Drain limit, by default.
     pub const DRAIN: Duration = Duration::from_secs(30);
+    /// How long a stream waits for another attention node, by default.
+    pub const RESUME_WAIT: Duration = Duration::from_secs(30);
 
     /// The defaults for a checkpoint, called by the name of its directory.
     pub fn new(model: Checkpoint) -> CoordinatorConfig {
@@ -95,9 +104,11 @@ impl CoordinatorConfig {
             dtype: Dtype::Auto,
             max_context: None,
             min_expert_nodes: CoordinatorConfig::MIN_EXPERT_NODES,
+            replicas: CoordinatorConfig::REPLICAS,
             settle: CoordinatorConfig::SETTLE,
             lease: CoordinatorConfig::LEASE,
             drain: CoordinatorConfig::DRAIN,
+            resume_wait: CoordinatorConfig::RESUME_WAIT,
             tls: None,
             front_tls: None,
             api_keys: None,
@@ -181,14 +192,13 @@ pub async fn run(
     );
 
     let state = ClusterState::new(settings, model.name.clone(), model.digest.clone());
-    let front = FrontDoor::new(
-        model,
-        Arc::new(AttentionNodes::new(
-            Arc::clone(&state),
-            Dialer::to(Role::ATTENDING, config.tls.as_ref()),
-        )),
-        config.limits.clone(),
+    let nodes = AttentionNodes::new(
+        Arc::clone(&state),
+        Dialer::to(Role::ATTENDING, config.tls.as_ref()),
+        &model.config.eos_token_ids,
+        config.resume_wait,
     );
+    let front = FrontDoor::new(model, Arc::new(nodes), config.limits.clone());
 
     let http = Server::on(Routes::from(front.router()), true)
         .await
@@ -260,6 +270,9 @@ fn check(config: &CoordinatorConfig) -> Result<(), CoordinatorError> {
             ),
         );
     }
+    if config.replicas == 0 {
+        return wrong("--replicas", "must be at least 1");
+    }
     if config.max_context == Some(0) {
         return wrong("--max-context", "must be at least 1");
     }
@@ -292,6 +305,7 @@ fn identify(config: &CoordinatorConfig) -> Result<(Settings, ServedModel), Model
         lease: config.lease,
         settle: config.settle,
         min_expert_nodes: config.min_expert_nodes,
+        replicas: config.replicas,
     };
     let made_for = description.max_position_embeddings;
     let max_context = config

@@ -185,7 +185,7 @@ async fn a_request_refused_before_it_began_goes_to_another_node() {
 }
 
 #[tokio::test]
-async fn a_node_that_goes_silent_in_mid_stream_ends_the_stream_with_its_name() {
+async fn a_stream_whose_only_node_stays_silent_ends_with_its_name() {
     let coordinator = Coordinator::start().await;
     let expert = Node::join(&coordinator, Role::Expert, "expert-1").await;
     let mut attention = Attention::join(&coordinator, "attention-1", Script::Hang).await;

@@ -1,5 +1,7 @@
 //! A coordinator on loopback, and nodes without a model.
 
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -37,6 +39,8 @@ use tonic_health::pb::health_client::HealthClient;
 pub(crate) const LEASE: Duration = Duration::from_millis(900);
 /// What all pretended nodes compute in.
 pub(crate) const NUMERICS: &str = "pretended";
+/// How long a stream waits for another attention node, unless a test says so.
+const RESUME_WAIT: Duration = Duration::from_millis(500);
 /// How long anything may take before a test gives up.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -57,21 +61,31 @@ pub(crate) async fn expect<F: Future<Output = bool>>(what: &str, holds: impl Fn(
 }
 
 async fn open(address: &str, ids: &[u32]) -> Result<Streaming<GenerateResponse>, Status> {
-    let mut client = InferenceClient::new(channel::lazy(address).unwrap());
     let request = GenerateRequest {
         input: Some(Input::TokenIds(TokenIds { ids: ids.to_vec() })),
         ..GenerateRequest::default()
     };
+    send(address, request).await
+}
+
+async fn send(
+    address: &str,
+    request: GenerateRequest,
+) -> Result<Streaming<GenerateResponse>, Status> {
+    let mut client = InferenceClient::new(channel::lazy(address).unwrap());
     Ok(client.generate(request).await?.into_inner())
 }
 
 /// A coordinator in this process.
 pub(crate) struct Coordinator {
-    cluster: String,
+    /// Where nodes join.
+    pub(crate) cluster: String,
     grpc: String,
     http: String,
     /// Of the model it serves.
     pub(crate) digest: String,
+    /// End tokens of that model.
+    pub(crate) eos: Vec<u32>,
     experts: usize,
     /// Ends it.
     pub(crate) shutdown: Shutdown,
@@ -82,10 +96,15 @@ pub(crate) struct Coordinator {
 impl Coordinator {
     /// Starts one for a small model.
     pub(crate) async fn start() -> Coordinator {
-        Coordinator::listen_on("127.0.0.1:0").await
+        Coordinator::start_with(RESUME_WAIT).await
     }
 
-    async fn listen_on(address: &str) -> Coordinator {
+    /// One whose streams wait so long for another attention node.
+    pub(crate) async fn start_with(resume_wait: Duration) -> Coordinator {
+        Coordinator::listen_on("127.0.0.1:0", resume_wait).await
+    }
+
+    async fn listen_on(address: &str, resume_wait: Duration) -> Coordinator {
         let listeners = Listeners {
             cluster: bind(address).await.unwrap(),
             http: bind("127.0.0.1:0").await.unwrap(),
@@ -95,6 +114,7 @@ impl Coordinator {
         let config = CoordinatorConfig {
             lease: LEASE,
             settle: Duration::from_millis(150),
+            resume_wait,
             ..CoordinatorConfig::new(checkpoint.clone())
         };
         let shutdown = Shutdown::new();
@@ -104,6 +124,7 @@ impl Coordinator {
             grpc: listeners.grpc.local_addr().unwrap().to_string(),
             http: listeners.http.local_addr().unwrap().to_string(),
             digest: checkpoint.digest().unwrap(),
+            eos: description.eos_token_ids.clone(),
             experts: description.expert_layers().count() * description.n_routed_experts,
             task: tokio::spawn(run(config, listeners, shutdown.clone())),
             shutdown,
@@ -114,7 +135,7 @@ impl Coordinator {
     pub(crate) async fn restart(self) -> Coordinator {
         self.task.abort();
         let _ = self.task.await;
-        Coordinator::listen_on(&self.cluster).await
+        Coordinator::listen_on(&self.cluster, RESUME_WAIT).await
     }
 
     /// (layer, expert) pairs of the model.
@@ -204,15 +225,31 @@ impl Coordinator {
         open(&self.grpc, ids).await
     }
 
-    /// Runs one request to its end.
-    pub(crate) async fn generate(&self, ids: &[u32]) -> Result<Vec<Event>, Status> {
-        let mut stream = self.open(ids).await?;
-        let mut events = Vec::new();
-        while let Some(event) = stream.message().await? {
-            events.extend(event.event);
-        }
-        Ok(events)
+    /// Opens a stream for a request at the front door.
+    pub(crate) async fn send(
+        &self,
+        request: GenerateRequest,
+    ) -> Result<Streaming<GenerateResponse>, Status> {
+        send(&self.grpc, request).await
     }
+
+    /// Runs one prompt to its end.
+    pub(crate) async fn generate(&self, ids: &[u32]) -> Result<Vec<Event>, Status> {
+        all(self.open(ids).await?).await
+    }
+
+    /// Runs one request to its end.
+    pub(crate) async fn run(&self, request: GenerateRequest) -> Result<Vec<Event>, Status> {
+        all(self.send(request).await?).await
+    }
+}
+
+async fn all(mut stream: Streaming<GenerateResponse>) -> Result<Vec<Event>, Status> {
+    let mut events = Vec::new();
+    while let Some(event) = stream.message().await? {
+        events.extend(event.event);
+    }
+    Ok(events)
 }
 
 /// A node that is a member and nothing else. Dropped, it falls silent.
