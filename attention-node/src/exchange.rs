@@ -19,7 +19,7 @@ use guild_transport::{
     Assignment, Batch, ExchangeCode, ExchangeError, Fabric, Handle, NodeId, Returned,
 };
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::peers::{Out, Peers};
 use crate::view::View;
@@ -539,15 +539,21 @@ impl<F: Fabric + 'static> Away<'_, F> {
     /// Nodes whose answer came too late to be used are heard all the same: they are alive.
     fn hear_the_late(&mut self) {
         let mut late = std::mem::take(&mut self.answers);
-        if !late.is_empty() {
-            tokio::spawn(async move {
-                while let Some(answer) = late.next().await {
-                    if answer.returned.is_ok() {
-                        answer.out.answered();
-                    }
-                }
-            });
+        if late.is_empty() {
+            return;
         }
+        let hearing = async move {
+            while let Some(answer) = late.next().await {
+                if answer.returned.is_ok() {
+                    answer.out.answered();
+                }
+            }
+        };
+        // Nobody is waited for beyond the exchange's deadline.
+        let end = self.deadline + SILENCE_GRACE;
+        tokio::spawn(async move {
+            let _ = timeout_at(end, hearing).await;
+        });
     }
 
     fn failure(&self) -> ExchangeFailure {

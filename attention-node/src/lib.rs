@@ -51,6 +51,9 @@ pub struct AttentionNodeConfig {
     /// Certificates for the connections inside the cluster; None: they are not encrypted, and
     /// anybody is let in.
     pub tls: Option<Tls>,
+    /// `host:port` where health alone is answered without TLS, for probes that have no
+    /// certificate; None: nowhere.
+    pub health: Option<String>,
     /// Memory for the latent KV cache.
     pub kv_memory: KvMemory,
     /// Positions of a KV page.
@@ -101,6 +104,7 @@ impl AttentionNodeConfig {
             address: address.into(),
             coordinator: coordinator.into(),
             tls: None,
+            health: None,
             kv_memory: KvMemory::Auto,
             page_tokens: Self::PAGE_TOKENS,
             max_running: Self::MAX_RUNNING,

@@ -61,7 +61,8 @@ pub async fn run(
     let server = Server::new()
         .await
         .add(InferenceServer::new(service))
-        .with_tls(coordinators_only);
+        .with_tls(coordinators_only)
+        .probed_at(cfg.health.clone());
     let health = server.health();
     health.set_serving(SERVICE_NAME, false).await;
     let down = shutdown.child();

@@ -257,7 +257,10 @@ impl Out {
             let mean = |mean: &mut f64, new: f64| *mean += EWMA_WEIGHT * (new - *mean);
             mean(&mut peer.reply, took);
             mean(&mut peer.reply_row, took / self.rows.max(1) as f64);
-            peer.suspicion = None;
+            if peer.suspicion.take().is_some() {
+                // What it did not answer meanwhile it may never answer: a new start.
+                peer.rows = 0;
+            }
         }
     }
 }

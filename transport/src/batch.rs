@@ -208,6 +208,11 @@ pub(crate) enum Reply {
 }
 
 impl Handle {
+    /// The nodes that owe an answer or have given it, each once.
+    pub fn nodes(&self) -> impl Iterator<Item = NodeId> {
+        self.parts.iter().map(|awaited| awaited.part.node)
+    }
+
     /// Waits for every part and puts the rows in the order of the assignments.
     pub(crate) async fn combined(self) -> Result<Returned, ExchangeError> {
         let width = self.width;

@@ -5,11 +5,11 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use guild_attention_node::engine::Engine;
-use guild_attention_node::exchange::Views;
+use guild_attention_node::exchange::{ExchangeCounters, Views};
 use guild_attention_node::sequence::{Event, Events, Request};
 use guild_attention_node::view::View;
 use guild_attention_node::{EngineHandle, Patience};
@@ -88,6 +88,17 @@ impl Model {
                 .collect(),
         };
         Placement::new(epoch, (0..nodes).map(slots).collect()).unwrap()
+    }
+
+    /// The same with two homes for every expert, the second on the next node.
+    pub fn deal_twice(&self, epoch: u64, first: NodeId, nodes: u32, seed: u64) -> Placement {
+        let once = self.deal(epoch, first, nodes, seed);
+        let mut twice = once.nodes().to_vec();
+        let turned = once.nodes().iter().cycle().skip(nodes as usize - 1);
+        for (node, before) in twice.iter_mut().zip(turned) {
+            node.slots.extend(&before.slots);
+        }
+        Placement::new(epoch, twice).unwrap()
     }
 }
 
@@ -186,16 +197,57 @@ pub struct Rig {
     pub trouble: Arc<Trouble>,
     pub views: watch::Sender<Option<Arc<View>>>,
     pub wire: Arc<Wire>,
+    pub counters: Arc<ExchangeCounters>,
 }
 
-/// The links, with a switch that makes answers get lost without a word.
+/// What a network does to one node.
+#[derive(Clone, Copy)]
+pub enum Fate {
+    /// Nothing can be sent there.
+    Dead,
+    /// Answers get lost without a word.
+    Silent,
+    /// Answers take this much longer.
+    Slow(Duration),
+}
+
+/// The links, with a switch that makes answers get lost without a word, and a fate for each node.
 pub struct Wire {
     links: Links,
     pub silent: AtomicBool,
+    pub fates: Mutex<HashMap<NodeId, Fate>>,
+    /// Messages sent to each node.
+    pub sent: Mutex<HashMap<NodeId, usize>>,
+}
+
+impl Wire {
+    pub fn strike(&self, node: NodeId, fate: Fate) {
+        self.fates.lock().unwrap().insert(node, fate);
+    }
+
+    pub fn heal(&self, node: NodeId) {
+        self.fates.lock().unwrap().remove(&node);
+    }
+
+    pub fn sent_to(&self, node: NodeId) -> usize {
+        self.sent.lock().unwrap().get(&node).copied().unwrap_or(0)
+    }
 }
 
 impl Fabric for Wire {
     fn dispatch(&self, batch: Batch<'_>) -> Result<Handle, ExchangeError> {
+        for assignment in batch.assignments.iter().take(1) {
+            let node = assignment.node;
+            if let Some(Fate::Dead) = self.fates.lock().unwrap().get(&node) {
+                let text = "no connection";
+                return Err(ExchangeError::new(
+                    ExchangeCode::Unreachable,
+                    name(node),
+                    text,
+                ));
+            }
+            *self.sent.lock().unwrap().entry(node).or_default() += 1;
+        }
         self.links.dispatch(batch)
     }
 
@@ -206,6 +258,15 @@ impl Fabric for Wire {
     async fn combine(&self, handle: Handle) -> Result<Returned, ExchangeError> {
         if self.silent.load(Ordering::SeqCst) {
             std::future::pending::<()>().await;
+        }
+        let fate = handle.nodes().find_map(|node| {
+            let fates = self.fates.lock().unwrap();
+            fates.get(&node).copied()
+        });
+        match fate {
+            None => {}
+            Some(Fate::Slow(more)) => tokio::time::sleep(more).await,
+            Some(Fate::Dead | Fate::Silent) => std::future::pending::<()>().await,
         }
         self.links.combine(handle).await
     }
@@ -240,6 +301,8 @@ impl Rig {
         let wire = Arc::new(Wire {
             links: Links::new("attention", LinkLimits::default(), runtime),
             silent: AtomicBool::new(false),
+            fates: Mutex::default(),
+            sent: Mutex::default(),
         });
         let (views, newest): (_, Views) = watch::channel(None);
         let (engine, handle) = Engine::new(
@@ -254,6 +317,7 @@ impl Rig {
         let rig = Rig {
             model,
             engine: handle,
+            counters: engine.exchange_counters(),
             ended: engine.spawn("test").unwrap(),
             trouble: Arc::default(),
             views,
