@@ -238,11 +238,12 @@ fn node(
         let bytes = cluster.expert_bytes;
         // The first copy of what no live node has is what the budget is not asked for.
         let lost = reason == Reason::Lost;
-        *(if lost {
+        let sum = if lost {
             &mut plan.lost_bytes
         } else {
             &mut plan.bytes
-        }) += bytes;
+        };
+        *sum = sum.saturating_add(bytes);
         plan.moves.push(at(
             expert,
             bytes,
