@@ -12,6 +12,10 @@ use guild_node::tls::Role;
 use crate::failure::EXIT_CODES;
 use crate::listen::EPHEMERAL;
 
+mod experts;
+
+pub(crate) use experts::{Experts, ExpertsCommand, ExpertsEplb, ExpertsPlan, SplitArg};
+
 /// Serves the DeepSeek-V3 family with its experts spread over ordinary machines.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "guild", version, propagate_version = true, after_help = EXIT_CODES)]
@@ -44,6 +48,8 @@ pub(crate) enum Command {
     Certs(Certs),
     /// API keys for the front door
     Keys(Keys),
+    /// The layout of the experts: EPLB, and the planner on a recorded load
+    Experts(Experts),
 }
 
 /// Flags of every command.

@@ -6,6 +6,7 @@ mod certs;
 mod chat;
 mod coordinator;
 mod expert;
+mod experts;
 mod generate;
 mod inspect;
 mod keys;
@@ -47,6 +48,7 @@ pub(crate) fn run() -> Result<(), Failure> {
         Command::RandomModel(args) => random::run(&args),
         Command::Certs(args) => certs::run(&args),
         Command::Keys(args) => keys::run(&args),
+        Command::Experts(args) => experts::run(&args),
     }
 }
 
