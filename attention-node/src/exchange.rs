@@ -19,10 +19,16 @@ use guild_transport::{
     Assignment, Batch, ExchangeCode, ExchangeError, Fabric, Handle, NodeId, Returned,
 };
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep_until};
 
 use crate::peers::{Out, Peers};
 use crate::view::View;
+
+mod fault;
+mod late;
+
+pub use fault::ExchangeFailure;
+use fault::Fault;
 
 pub use crate::peers::{ExchangeCounters, SUSPECT_AFTER};
 
@@ -34,8 +40,6 @@ pub const BACKOFF_FIRST: Duration = Duration::from_millis(10);
 pub const BACKOFF_MAX: Duration = Duration::from_millis(500);
 /// How much longer than the deadline a fabric may take to say which node was silent.
 const SILENCE_GRACE: Duration = Duration::from_millis(250);
-/// Experts named in a failure; more add nothing for the reader.
-const EXPERTS_NAMED: usize = 8;
 
 /// How long expert nodes are waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,26 +62,6 @@ impl Default for Patience {
 
 /// The newest ACTIVE placement; `None` before the first.
 pub type Views = watch::Receiver<Option<Arc<View>>>;
-
-/// An exchange that did not come to an end in time, or could not.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "layer {layer}, experts {experts:?}: {message} (node {node:?}, placement epoch {epoch}, {attempts} attempts)"
-)]
-pub struct ExchangeFailure {
-    /// Decoder layer.
-    pub layer: usize,
-    /// Logical experts concerned, ascending; the first few when there are many.
-    pub experts: Vec<u32>,
-    /// Placement epoch of the last attempt; 0 when there was no placement.
-    pub epoch: u64,
-    /// Name of the node that refused or was silent; empty when no single node is to blame.
-    pub node: String,
-    /// Attempts made.
-    pub attempts: u32,
-    /// What went wrong at last.
-    pub message: String,
-}
 
 /// Sends rows to experts wherever they are.
 pub(crate) struct Exchange<F> {
@@ -130,14 +114,6 @@ struct Answer {
     part: usize,
     out: Out,
     returned: Result<Returned, ExchangeError>,
-}
-
-/// Why an attempt failed.
-struct Fault {
-    retryable: bool,
-    node: String,
-    experts: Vec<u32>,
-    message: String,
 }
 
 impl<F: Fabric + 'static> Exchange<F> {
@@ -465,160 +441,6 @@ impl<F: Fabric + 'static> Away<'_, F> {
                 };
                 self.close(part);
             }
-        }
-    }
-
-    /// Suspects who is overdue, and asks others as well where there are others.
-    fn hedge(&mut self, now: Instant) {
-        let Some(view) = self.view() else { return };
-        for part in 0..self.parts.len() {
-            let Part {
-                node,
-                open,
-                overdue_at,
-                ..
-            } = self.parts[part];
-            if !open || overdue_at.is_none_or(|at| at > now) {
-                continue;
-            }
-            self.parts[part].overdue_at = None;
-            self.exchange.peers.suspect(node);
-            let targets = self.parts[part].targets.iter().copied();
-            let targets = targets.filter(|&target| !self.state[target as usize].here);
-            let wanted = self.with_experts(&targets.collect::<Vec<_>>());
-            let peers = &self.exchange.peers;
-            let layer = self.layer as u32;
-            let (plan, _) = peers.choose(&view, layer, &wanted, &self.failed, true);
-            if plan.is_empty() {
-                continue;
-            }
-            if !peers.may_hedge(plan.len() as u64) {
-                // The budget grows with what others send.
-                self.parts[part].overdue_at = Some(now + peers.patience(node, wanted.len()));
-                continue;
-            }
-            tracing::warn!(
-                layer = self.layer,
-                epoch = self.epoch,
-                node = self.parts[part].name,
-                rows = wanted.len(),
-                "no answer yet: asking other homes of these experts"
-            );
-            for (other, rows) in plan {
-                if let Err(error) = self.post(&view, other, &rows) {
-                    self.blame(other, error);
-                }
-            }
-        }
-    }
-
-    /// Asks suspected nodes for one row each, beside what is sent elsewhere: whether they are
-    /// back must not cost a request anything.
-    fn probe(&mut self, view: &View) {
-        for node in self.exchange.peers.to_probe() {
-            let known = (0u32..)
-                .zip(&self.routes.experts)
-                .find_map(|(target, &expert)| {
-                    let homes = view.resolve(self.layer as u32, expert);
-                    let home = homes.iter().find(|(home, _)| *home == node);
-                    home.map(|&(_, slot)| (target, slot))
-                });
-            let Some(known) = known else { continue };
-            let out = self.exchange.peers.send(node, 1);
-            if let Ok(handle) = self.hand_over(view, node, &[known]) {
-                let fabric = Arc::clone(&self.exchange.fabric);
-                tokio::spawn(async move {
-                    if fabric.combine(handle).await.is_ok() {
-                        out.answered();
-                    }
-                });
-            }
-        }
-    }
-
-    /// Nodes whose answer came too late to be used are heard all the same: they are alive.
-    fn hear_the_late(&mut self) {
-        let mut late = std::mem::take(&mut self.answers);
-        if late.is_empty() {
-            return;
-        }
-        let hearing = async move {
-            while let Some(answer) = late.next().await {
-                if answer.returned.is_ok() {
-                    answer.out.answered();
-                }
-            }
-        };
-        // Nobody is waited for beyond the exchange's deadline.
-        let end = self.deadline + SILENCE_GRACE;
-        tokio::spawn(async move {
-            let _ = timeout_at(end, hearing).await;
-        });
-    }
-
-    fn failure(&self) -> ExchangeFailure {
-        let mut node = self.fault.node.clone();
-        if node.is_empty()
-            && let Some(silent) = self.parts.iter().find(|part| part.open)
-        {
-            node = silent.name.clone();
-        }
-        ExchangeFailure {
-            layer: self.layer,
-            experts: self.experts(&node),
-            epoch: self.epoch,
-            node,
-            attempts: self.attempts,
-            message: self.fault.message.clone(),
-        }
-    }
-
-    /// The experts concerned: those known, else those at the node that is to blame.
-    fn experts(&self, blamed: &str) -> Vec<u32> {
-        if !self.fault.experts.is_empty() {
-            return self.fault.experts.clone();
-        }
-        let Some(view) = self.view() else {
-            return Vec::new();
-        };
-        let lost = |expert: &u32| {
-            let homes = view.resolve(self.layer as u32, *expert);
-            homes
-                .iter()
-                .any(|&(node, _)| view.name(node) == Some(blamed))
-        };
-        let targets = self.routes.experts.iter().zip(&self.state);
-        let missing = targets.filter(|(_, target)| !target.here);
-        let experts: BTreeSet<u32> = missing.map(|(&expert, _)| expert).filter(lost).collect();
-        experts.into_iter().take(EXPERTS_NAMED).collect()
-    }
-}
-
-impl Fault {
-    fn retryable(message: impl Into<String>) -> Fault {
-        Fault {
-            retryable: true,
-            ..Fault::fatal(message)
-        }
-    }
-
-    fn fatal(message: impl Into<String>) -> Fault {
-        Fault {
-            retryable: false,
-            node: String::new(),
-            experts: Vec::new(),
-            message: message.into(),
-        }
-    }
-}
-
-impl From<ExchangeError> for Fault {
-    fn from(error: ExchangeError) -> Fault {
-        Fault {
-            retryable: error.is_retryable(),
-            node: error.node,
-            experts: Vec::new(),
-            message: error.message,
         }
     }
 }
