@@ -300,6 +300,9 @@ pub(crate) struct Joining {
     /// Unique in the cluster and kept over restarts; default: role and address
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
+    /// Where health alone is answered without TLS, for probes that have no certificate
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) health: Option<String>,
     #[command(flatten)]
     pub(crate) tls: NodeTls,
 }
@@ -532,6 +535,9 @@ pub(crate) struct Certs {
         num_args = 1
     )]
     pub(crate) hosts: Vec<String>,
+    /// Also good wherever else a node of the role is found: for pods, whose addresses change
+    #[arg(long)]
+    pub(crate) anywhere: bool,
     /// Only for this role
     #[arg(long, value_parser = Role::from_str, value_name = "coordinator|attention|expert")]
     pub(crate) role: Option<Role>,

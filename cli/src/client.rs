@@ -48,7 +48,8 @@ pub(crate) fn inference(endpoint: &str, access: &Access) -> Result<Client, Failu
             Failure::usage("--api-key: a key has no blanks, line ends or letters beyond ASCII")
         })?),
     };
-    Ok(InferenceClient::with_interceptor(channel, Bearer(bearer)).max_decoding_message_size(MAX_MESSAGE_BYTES))
+    Ok(InferenceClient::with_interceptor(channel, Bearer(bearer))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES))
 }
 
 /// What is being served there.

@@ -1,9 +1,9 @@
 //! A small HTTP/1.1 client for `guild chat`: one request a connection, bodies read as they come.
 
 use bytes::Bytes;
+use guild_node::channel::Dialer;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
-use guild_node::channel::Dialer;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue};
 use hyper::{Method, Request, Response, Uri};
 use hyper_util::rt::TokioIo;
@@ -73,9 +73,8 @@ impl Server {
     pub(crate) async fn get(&self, path: &str) -> Result<serde_json::Value, Failure> {
         let response = self.send(Method::GET, path, Bytes::new()).await?;
         let whole = whole(response.into_body()).await?;
-        serde_json::from_slice(&whole).map_err(|_| {
-            Failure::network(format!("{self}{path} answered no JSON"))
-        })
+        serde_json::from_slice(&whole)
+            .map_err(|_| Failure::network(format!("{self}{path} answered no JSON")))
     }
 
     /// POST of JSON, answered with server-sent events.

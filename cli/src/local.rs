@@ -147,6 +147,7 @@ impl Local {
             address: address_of(&listener)?.to_string(),
             coordinator: self.cluster.clone(),
             tls: None,
+            health: None,
         };
         Ok((place, listener))
     }

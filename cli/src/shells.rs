@@ -21,6 +21,8 @@ pub(crate) struct Place {
     pub(crate) coordinator: String,
     /// Its certificate, if it has one.
     pub(crate) tls: Option<Tls>,
+    /// Where probes ask for its health.
+    pub(crate) health: Option<String>,
 }
 
 pub(crate) fn attention(
@@ -41,6 +43,7 @@ pub(crate) fn attention(
         max_context: context(engine.max_context),
         drain: drain(exposure),
         tls: place.tls.clone(),
+        health: place.health.clone(),
         ..AttentionNodeConfig::new(
             place.model.clone(),
             &place.name,
@@ -61,6 +64,7 @@ pub(crate) fn expert(
         capacity_bytes: capacity,
         drain: drain(exposure),
         tls: place.tls.clone(),
+        health: place.health.clone(),
         ..ExpertNodeConfig::new(
             place.model.clone(),
             &place.name,

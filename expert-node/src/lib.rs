@@ -37,6 +37,9 @@ pub struct ExpertNodeConfig {
     /// Certificates for the connections inside the cluster; None: they are not encrypted, and
     /// anybody is let in.
     pub tls: Option<Tls>,
+    /// `host:port` where health alone is answered without TLS, for probes that have no
+    /// certificate; None: nowhere.
+    pub health: Option<String>,
     /// Bytes for resident experts; 0 is unlimited.
     pub capacity_bytes: u64,
     /// How long a node that is asked to end goes on serving those that still
@@ -62,6 +65,7 @@ impl ExpertNodeConfig {
             address: address.into(),
             coordinator: coordinator.into(),
             tls: None,
+            health: None,
             capacity_bytes: 0,
             drain: Self::DRAIN,
         }

@@ -72,7 +72,11 @@ pub async fn run(
         .tls
         .as_ref()
         .map(|tls| tls.acceptor(tls::Role::SENDING_ROWS));
-    let server = Server::new().await.add(experts).with_tls(senders_only);
+    let server = Server::new()
+        .await
+        .add(experts)
+        .with_tls(senders_only)
+        .probed_at(cfg.health.clone());
     let health = server.health();
     health.set_serving(SERVICE_NAME, false).await;
     // Not a child of `shutdown`: rows are served while the node drains.

@@ -168,6 +168,7 @@ pub struct Server {
     services: Vec<String>,
     tls: Option<Acceptor>,
     guard: Option<Guard>,
+    probes: Option<String>,
 }
 
 impl Server {
@@ -194,6 +195,7 @@ impl Server {
             services: Vec::new(),
             tls: None,
             guard: None,
+            probes: None,
         };
         server.add(checks)
     }
@@ -202,6 +204,13 @@ impl Server {
     #[must_use]
     pub fn with_tls(mut self, tls: Option<Acceptor>) -> Server {
         self.tls = tls;
+        self
+    }
+
+    /// Answers health, and nothing else, at a second address without TLS, if there is one.
+    #[must_use]
+    pub fn probed_at(mut self, address: Option<String>) -> Server {
+        self.probes = address;
         self
     }
 
@@ -269,9 +278,27 @@ impl Server {
     /// is left is cut.
     ///
     /// # Errors
-    /// The server ended without being asked to, or the descriptor set that this binary was built
-    /// with is unusable.
+    /// The server ended without being asked to, the address for probes is taken, or the
+    /// descriptor set that this binary was built with is unusable.
     pub async fn run(
+        mut self,
+        listener: TcpListener,
+        shutdown: Shutdown,
+        drain: Duration,
+    ) -> Result<(), ServeError> {
+        let Some(address) = self.probes.take() else {
+            return self.run_alone(listener, shutdown, drain).await;
+        };
+        let second = bind(&address).await?;
+        let probes = Server::with_health(Routes::default(), false, self.health());
+        tokio::try_join!(
+            self.run_alone(listener, shutdown.clone(), drain),
+            probes.run_alone(second, shutdown, Duration::ZERO),
+        )?;
+        Ok(())
+    }
+
+    async fn run_alone(
         self,
         listener: TcpListener,
         shutdown: Shutdown,

@@ -330,6 +330,16 @@ async fn a_client_trusts_its_own_cluster_in_the_right_role_and_nobody_else() {
         assert!(connects(shown).await.is_err(), "{who} was trusted");
     }
     assert_eq!(connects(ca.issue(&leaf("expert"))).await, Ok(()));
+    // A role without fixed addresses, and one that only says to be it.
+    let roaming = changed(&|leaf| leaf.hosts = vec!["expert.test.guild.internal"]);
+    assert_eq!(connects(roaming).await, Ok(()));
+    for host in [
+        "attention.test.guild.internal",
+        "expert.other.guild.internal",
+    ] {
+        let shown = changed(&|leaf| leaf.hosts = vec![host]);
+        assert!(connects(shown).await.is_err(), "{host} was trusted");
+    }
 
     // A server without TLS gets nothing either.
     let plain = bind("127.0.0.1:0").await.unwrap();
@@ -388,6 +398,42 @@ async fn silence_in_a_handshake_keeps_nobody_out() {
     let dialer = Dialer::to(Role::TAKING_ROWS, Some(&attention));
     let channel = dialer.lazy(&format!("127.0.0.1:{port}")).unwrap();
     assert_eq!(asks(channel).await, Ok(()));
+}
+
+#[tokio::test]
+async fn probes_find_health_without_a_certificate_and_nothing_else() {
+    let ca = Ca::new();
+    let (_files, expert) = tls(&ca, Role::Expert);
+    let probes = bind("127.0.0.1:0").await.unwrap();
+    let address = probes.local_addr().unwrap().to_string();
+    drop(probes);
+    let closed = bind("127.0.0.1:0").await.unwrap();
+    let inner = closed.local_addr().unwrap().to_string();
+    let server = Server::new()
+        .await
+        .listing("guild.experts.v1.Experts")
+        .with_tls(Some(expert.acceptor(Role::SENDING_ROWS)))
+        .probed_at(Some(address.clone()));
+    let health = server.health();
+    let end = Shutdown::new();
+    let serving = tokio::spawn(server.run(closed, end.clone(), PATIENCE));
+    let ask = async |service: &str| {
+        let mut client = HealthClient::new(Dialer::Plain.lazy(&address).unwrap());
+        let service = service.to_owned();
+        let answer = client.check(HealthCheckRequest { service }).await;
+        answer.map(|answer| answer.get_ref().status).ok()
+    };
+    let not_serving = tokio::time::timeout(PATIENCE, async {
+        while ask("").await != Some(2) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    not_serving.await.unwrap();
+    health.set_serving("", true).await;
+    assert_eq!(ask("").await, Some(1));
+    assert!(asks(Dialer::Plain.lazy(&inner).unwrap()).await.is_err());
+    end.trigger();
+    assert!(serving.await.unwrap().is_ok());
 }
 
 #[tokio::test]

@@ -169,7 +169,11 @@ fn issue(
     ca: &CertificateParams,
     ca_key: &KeyPair,
 ) -> Result<(String, String), rcgen::Error> {
-    let mut params = CertificateParams::new(args.hosts.clone())?;
+    let mut hosts = args.hosts.clone();
+    if args.anywhere {
+        hosts.push(identity.anywhere());
+    }
+    let mut params = CertificateParams::new(hosts)?;
     let uri = SanType::URI(identity.to_string().as_str().try_into()?);
     params.subject_alt_names.push(uri);
     params.distinguished_name = DistinguishedName::new();
@@ -228,10 +232,11 @@ fn explain(args: &Certs, made: &[(TlsFiles, &Identity)]) -> Result<(), Failure> 
     }
     writeln!(
         stdout,
-        "\nThe certificates are good for {} days at {}, in the cluster `{}`.\n\
+        "\nThe certificates are good for {} days at {}{}, in the cluster `{}`.\n\
          {} signs more of them: keep it away from the nodes.",
         args.days,
         args.hosts.join(", "),
+        if args.anywhere { " and elsewhere" } else { "" },
         args.cluster,
         args.out.join("ca.key").display()
     )?;

@@ -154,6 +154,7 @@ async fn join(
         address,
         tls,
         coordinator: joining.coordinator.clone(),
+        health: joining.health.clone(),
     };
     Ok((place, listener))
 }

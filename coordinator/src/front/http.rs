@@ -60,7 +60,9 @@ pub(super) fn router(door: Arc<FrontDoor>) -> Router {
     let limit = door.limits.max_body_bytes;
     routes()
         .into_iter()
-        .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
+        .fold(Router::new(), |router, (path, methods)| {
+            router.route(path, methods)
+        })
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(limit))

@@ -171,13 +171,22 @@ impl ServerCertVerifier for Servers {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let verified = self.chain.verify_server_cert(
-            end_entity,
-            intermediates,
-            server_name,
-            ocsp_response,
-            now,
-        )?;
+        let check = |name: &ServerName<'_>| {
+            self.chain
+                .verify_server_cert(end_entity, intermediates, name, ocsp_response, now)
+        };
+        let verified = match check(server_name) {
+            // A role without a fixed address has a name of its own for all of them.
+            Err(Error::InvalidCertificate(
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+            )) => {
+                let peer = Identity::of(end_entity).map_err(|error| refuse(error.into()))?;
+                let name = ServerName::try_from(peer.anywhere())
+                    .map_err(|_| CertificateError::NotValidForName)?;
+                check(&name)?
+            }
+            verdict => verdict?,
+        };
         admit(end_entity, &self.cluster, self.peers).map_err(refuse)?;
         Ok(verified)
     }

@@ -105,6 +105,12 @@ impl Identity {
         })
     }
 
+    /// The DNS name by which a certificate is good at whatever address its role is found:
+    /// `ROLE.CLUSTER.guild.internal`. Without it, it is good for the hosts it names.
+    pub fn anywhere(&self) -> String {
+        format!("{}.{}.guild.internal", self.role, self.cluster)
+    }
+
     /// What the certificate says. One that speaks for two is taken for neither.
     pub(super) fn of(certificate: &CertificateDer<'_>) -> Result<Identity, IdentityError> {
         let parsed = webpki::EndEntityCert::try_from(certificate)
