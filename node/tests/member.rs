@@ -233,6 +233,68 @@ async fn the_placement_is_followed_through_breaks_and_never_backwards() {
 }
 
 #[tokio::test]
+async fn the_active_placement_stays_while_the_next_one_loads() {
+    let (fake, mut seen) = Fake::new(Duration::from_secs(60));
+    let (address, _) = fake.serve("127.0.0.1:0").await;
+    let member = Member::start(config(&address)).unwrap();
+    let (mut newest, mut active) = (member.placement(), member.active());
+    let stream = next(&mut seen, watch).await;
+    for (epoch, state) in [
+        (4, PlacementState::Active),
+        (5, PlacementState::Loading),
+        // What is left of the active one, and what loads behind it.
+        (6, PlacementState::Active),
+        (7, PlacementState::Loading),
+    ] {
+        stream.send(Ok(placement(epoch, state))).await.unwrap();
+    }
+    let is = |epoch| move |p: &Option<Arc<Placement>>| p.as_ref().is_some_and(|p| p.epoch == epoch);
+    newest.wait_for(is(7)).await.unwrap();
+    assert!(is(6)(&active.borrow_and_update()));
+    // After a break both are told again, and nothing falls back.
+    drop(stream);
+    let stream = next(&mut seen, watch).await;
+    for (epoch, state) in [(6, PlacementState::Active), (7, PlacementState::Active)] {
+        stream.send(Ok(placement(epoch, state))).await.unwrap();
+    }
+    active.wait_for(is(7)).await.unwrap();
+    assert!(is(7)(&newest.borrow_and_update()));
+}
+
+#[tokio::test]
+async fn a_node_without_a_lease_takes_no_placement_until_it_has_one_again() {
+    let (fake, mut seen) = Fake::new(Duration::from_millis(300));
+    let (address, _) = fake.serve("127.0.0.1:0").await;
+    let member = Member::start(config(&address)).unwrap();
+    let stream = next(&mut seen, watch).await;
+    let deaf = std::iter::repeat_with(|| Status::unavailable("deaf")).take(1000);
+    fake.beat.lock().unwrap().extend(deaf);
+    while member.lease().is_held() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // On its way while the node may have been taken for dead.
+    stream
+        .send(Ok(placement(5, PlacementState::Active)))
+        .await
+        .unwrap();
+    let mut stream = next(&mut seen, watch).await;
+    assert!(member.placement().borrow().is_none() && member.active().borrow().is_none());
+
+    fake.beat.lock().unwrap().clear();
+    while !member.lease().is_held() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let mut active = member.active();
+    while active.borrow_and_update().is_none() {
+        let sent = stream.send(Ok(placement(5, PlacementState::Active))).await;
+        if sent.is_err() {
+            stream = next(&mut seen, watch).await;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
 async fn an_unknown_node_registers_again_with_the_newest_epoch_and_the_same_incarnation() {
     let (fake, mut seen) = Fake::new(Duration::from_millis(60));
     let (address, _) = fake.serve("127.0.0.1:0").await;
