@@ -54,9 +54,6 @@ pub struct AttentionNodeConfig {
     /// `host:port` where health alone is answered without TLS, for probes that have no
     /// certificate; None: nowhere.
     pub health: Option<String>,
-    /// `host:port` where health alone is answered without TLS, for probes that have no
-    /// certificate; None: nowhere.
-    pub health: Option<String>,
     /// Memory for the latent KV cache.
     pub kv_memory: KvMemory,
     /// Positions of a KV page.
@@ -107,7 +104,6 @@ impl AttentionNodeConfig {
             address: address.into(),
             coordinator: coordinator.into(),
             tls: None,
-            health: None,
             health: None,
             kv_memory: KvMemory::Auto,
             page_tokens: Self::PAGE_TOKENS,
