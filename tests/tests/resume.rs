@@ -1,0 +1,405 @@
+//! A stream outlives the node that it runs on: whatever becomes of attention
+//! nodes, every client sees the tokens and log-probabilities of an undisturbed
+//! run, once each and in one stream. Every case prints a line of JSON with the
+//! longest stall that a client saw.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use futures::future::join_all;
+use guild_proto::cluster::v1::cluster_client::ClusterClient;
+use guild_proto::cluster::v1::{Role, StatusRequest};
+use guild_proto::inference::v1::generate_response::Event;
+use guild_proto::inference::v1::inference_client::InferenceClient;
+use guild_proto::inference::v1::{GenerateRequest, Usage};
+use guild_tests::client::{Answer, Logprobs, greedy, request};
+use guild_tests::http;
+use guild_tests::process::{Guild, START_LIMIT, demo, free_port};
+
+/// No stall of a test may be longer; what is measured is printed.
+const STALL_LIMIT: Duration = Duration::from_secs(30);
+/// What a draining attention node gives its streams here: less than they need.
+const DRAIN_SECONDS: &str = "1";
+
+/// A cluster whose nodes can be stopped and started again one by one.
+struct House {
+    http: String,
+    grpc: String,
+    cluster: String,
+    attention: Vec<Option<Guild>>,
+    expert: Vec<Option<Guild>>,
+    coordinator: Guild,
+}
+
+impl House {
+    async fn start(attention: usize, expert: usize, coordinator: &[&str]) -> House {
+        let [cluster, http, grpc] = [(); 3].map(|()| format!("127.0.0.1:{}", free_port()));
+        let (model, least) = (demo(), expert.to_string());
+        let mut args = vec![
+            "coordinator",
+            "--model",
+            model.to_str().unwrap(),
+            "--listen",
+            &cluster,
+            "--http",
+            &http,
+            "--grpc",
+            &grpc,
+            "--min-expert-nodes",
+            &least,
+        ];
+        args.extend(coordinator);
+        let mut house = House {
+            coordinator: Guild::start(&args),
+            http,
+            grpc: format!("http://{grpc}"),
+            cluster: format!("http://{cluster}"),
+            attention: Vec::new(),
+            expert: Vec::new(),
+        };
+        for at in 0..expert {
+            house.expert.push(Some(house.node("expert-node", at)));
+        }
+        for at in 0..attention {
+            house.attention.push(Some(house.node("attention-node", at)));
+        }
+        house.all_ready().await;
+        house
+    }
+
+    fn node(&self, role: &str, at: usize) -> Guild {
+        let (model, name) = (demo(), format!("{role}-{at}"));
+        let mut args = vec![
+            role,
+            "--model",
+            model.to_str().unwrap(),
+            "--coordinator",
+            &self.cluster,
+            "--listen",
+            "127.0.0.1:0",
+            "--name",
+            &name,
+            "--threads",
+            "1",
+        ];
+        if role == "attention-node" {
+            args.extend(["--drain", DRAIN_SECONDS]);
+        }
+        Guild::start(&args)
+    }
+
+    /// Waits until the cluster serves and every node of it is ready.
+    async fn all_ready(&self) {
+        let end = Instant::now() + START_LIMIT;
+        let count = |nodes: &[Option<Guild>]| nodes.iter().flatten().count();
+        let expected = (count(&self.attention), count(&self.expert));
+        let mut last = String::new();
+        while Instant::now() < end {
+            if let Ok(mut client) = ClusterClient::connect(self.cluster.clone()).await
+                && let Ok(status) = client.status(StatusRequest {}).await
+            {
+                let status = status.into_inner();
+                let ready = |role| {
+                    let of_role = status.nodes.iter().filter(|node| node.role() == role);
+                    of_role
+                        .filter(|node| node.ready && node.epoch == status.epoch)
+                        .count()
+                };
+                if status.ready && (ready(Role::Attention), ready(Role::Expert)) == expected {
+                    return;
+                }
+                last = format!("{status:?}");
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("not ready within {START_LIMIT:?}: {last}");
+    }
+
+    /// Streams that have gone on at another node so far: without any, a test
+    /// has shown nothing.
+    fn resumed(&self) -> usize {
+        self.coordinator
+            .output()
+            .matches("a stream goes on elsewhere")
+            .count()
+    }
+
+    /// SIGTERM, wait for the end, start again, wait until it is ready.
+    async fn restart(&mut self, role: Role, at: usize) {
+        let (nodes, name) = match role {
+            Role::Attention => (&mut self.attention, "attention-node"),
+            _ => (&mut self.expert, "expert-node"),
+        };
+        let old = nodes[at].take().unwrap();
+        let ended = tokio::task::spawn_blocking(|| old.terminate())
+            .await
+            .unwrap();
+        assert!(ended.success(), "{name} {at} ended with {ended}");
+        let new = Some(self.node(name, at));
+        match role {
+            Role::Attention => self.attention[at] = new,
+            _ => self.expert[at] = new,
+        }
+        self.all_ready().await;
+    }
+}
+
+/// What a client has seen of one stream.
+#[derive(Clone, Debug, PartialEq)]
+struct Seen {
+    answer: Answer,
+    usage: Usage,
+}
+
+/// Tokens that clients have got so far, and the longest time one has waited.
+#[derive(Default)]
+struct Watch {
+    tokens: AtomicUsize,
+    longest_ms: AtomicUsize,
+}
+
+impl Watch {
+    async fn follow(&self, endpoint: &str, request: GenerateRequest) -> Seen {
+        let mut client = InferenceClient::connect(endpoint.to_owned()).await.unwrap();
+        let mut stream = client.generate(request).await.unwrap().into_inner();
+        let (mut prompts, mut usage) = (0, None);
+        let mut answer = Answer {
+            token_ids: vec![],
+            text: String::new(),
+            logprobs: vec![],
+            prompt_logprobs: vec![],
+            finish: Default::default(),
+        };
+        let mut last = None;
+        while let Some(response) = stream.message().await.unwrap() {
+            assert!(usage.is_none(), "something came after Complete");
+            match response.event.unwrap() {
+                Event::Prompt(prompt) => {
+                    prompts += 1;
+                    let logprobs = prompt.logprobs.into_iter().map(Logprobs::from);
+                    answer.prompt_logprobs.extend(logprobs);
+                }
+                Event::Chunk(chunk) => {
+                    self.tokens
+                        .fetch_add(chunk.token_ids.len(), Ordering::SeqCst);
+                    answer.token_ids.extend(chunk.token_ids);
+                    answer.text.push_str(&chunk.text);
+                    let logprobs = chunk.logprobs.into_iter().map(Logprobs::from);
+                    answer.logprobs.extend(logprobs);
+                    let now = Instant::now();
+                    let stall = now - last.replace(now).unwrap_or(now);
+                    let stall = stall.as_millis() as usize;
+                    self.longest_ms.fetch_max(stall, Ordering::SeqCst);
+                }
+                Event::Complete(complete) => {
+                    answer.finish = complete.finish_reason();
+                    usage = complete.usage;
+                }
+            }
+        }
+        assert_eq!(prompts, 1, "one Prompt event");
+        Seen {
+            answer,
+            usage: usage.expect("a stream ends with Complete"),
+        }
+    }
+
+    async fn all(&self, endpoint: &str, requests: &[GenerateRequest]) -> Vec<Seen> {
+        join_all(requests.iter().map(|r| self.follow(endpoint, r.clone()))).await
+    }
+
+    /// Waits until clients have got so many tokens.
+    async fn passed(&self, tokens: usize) {
+        while self.tokens.load(Ordering::SeqCst) < tokens {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    fn report(&self, case: &str, streams: usize, resumed: usize) {
+        let longest = self.longest_ms.load(Ordering::SeqCst);
+        println!(
+            "{}",
+            serde_json::json!({
+                "test": "resume", "case": case, "streams": streams, "failed": 0, "resumed": resumed,
+                "tokens": self.tokens.load(Ordering::SeqCst), "longest_stall_ms": longest,
+            })
+        );
+        assert!(
+            longest < STALL_LIMIT.as_millis() as usize,
+            "{case}: {longest} ms"
+        );
+    }
+}
+
+/// Sixteen streams, every other one sampled by a seed, all with log-probabilities.
+fn workload() -> Vec<GenerateRequest> {
+    (0..16u32)
+        .map(|i| {
+            let token = |p: u32| 3 + (p * 7919 + i * 104_729 + p * p * 31) % 2000;
+            let prompt: Vec<u32> = (0..1 + 5 * i).map(token).collect();
+            let mut sampling = greedy(180 + 7 * i, 3);
+            if i % 2 == 1 {
+                sampling.temperature = Some(0.9);
+                sampling.top_p = Some(0.95);
+                sampling.seed = Some(500 + u64::from(i));
+            }
+            request(&prompt, sampling)
+        })
+        .collect()
+}
+
+fn assert_same(case: &str, want: &[Seen], got: &[Seen]) {
+    assert_eq!(want.len(), got.len());
+    for (i, (want, got)) in want.iter().zip(got).enumerate() {
+        let tokens = (&want.answer.token_ids, &got.answer.token_ids);
+        assert_eq!(tokens.0, tokens.1, "{case}: tokens of stream {i}");
+        assert_eq!(want, got, "{case}: stream {i}");
+    }
+}
+
+/// The text of an OpenAI stream, put together.
+fn text_over_http(address: &str, seed: Option<u64>) -> String {
+    let body = serde_json::json!({
+        "model": "demo", "prompt": "The first thing to know is", "max_tokens": 300, "stream": true,
+        "temperature": if seed.is_some() { 0.8 } else { 0.0 }, "seed": seed, "ignore_eos": true,
+    });
+    let answer = http::post(address, "/v1/completions", body.to_string().as_bytes()).unwrap();
+    let events = answer.text();
+    assert_eq!(answer.status, 200, "{events}");
+    assert!(events.trim_end().ends_with("data: [DONE]"), "{events}");
+    let mut text = String::new();
+    for event in events
+        .lines()
+        .filter_map(|line| line.strip_prefix("data: {"))
+    {
+        let event: serde_json::Value = serde_json::from_str(&format!("{{{event}")).unwrap();
+        assert!(event.get("error").is_none(), "{event}");
+        text.push_str(event["choices"][0]["text"].as_str().unwrap_or_default());
+    }
+    text
+}
+
+async fn texts_over_http(address: &str) -> Vec<String> {
+    let each = [None, Some(1), Some(2), None].map(|seed| {
+        let address = address.to_owned();
+        tokio::task::spawn_blocking(move || text_over_http(&address, seed))
+    });
+    join_all(each)
+        .await
+        .into_iter()
+        .map(Result::unwrap)
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_outlive_a_killed_and_a_stopped_attention_node() {
+    let mut house = House::start(2, 2, &[]).await;
+    let requests = workload();
+    let want = Watch::default().all(&house.grpc, &requests).await;
+    let texts = texts_over_http(&house.http).await;
+    assert!(texts.iter().all(|text| text.len() > 100), "{texts:?}");
+
+    let kill = Watch::default();
+    let fault = async {
+        kill.passed(16 * 30).await;
+        house.attention[0].as_ref().unwrap().signal("KILL");
+    };
+    let (got, on_http, ()) = tokio::join!(
+        kill.all(&house.grpc, &requests),
+        texts_over_http(&house.http),
+        fault
+    );
+    assert_same("kill -9", &want, &got);
+    assert_eq!(texts, on_http, "kill -9: text over HTTP");
+    let killed = house.resumed();
+    assert!(killed > 0);
+    kill.report("attention_node_killed", 20, killed);
+
+    house.attention[0] = Some(house.node("attention-node", 0));
+    house.all_ready().await;
+    let stop = Watch::default();
+    let fault = async {
+        stop.passed(16 * 30).await;
+        house.attention[1].as_ref().unwrap().signal("STOP");
+    };
+    let (got, on_http, ()) = tokio::join!(
+        stop.all(&house.grpc, &requests),
+        texts_over_http(&house.http),
+        fault
+    );
+    assert_same("SIGSTOP", &want, &got);
+    assert_eq!(texts, on_http, "SIGSTOP: text over HTTP");
+    let stopped = house.resumed() - killed;
+    assert!(stopped > 0);
+    stop.report("attention_node_stopped", 20, stopped);
+
+    // It wakes up with streams that are no longer its own, and is of use again.
+    house.attention[1].as_ref().unwrap().signal("CONT");
+    house.all_ready().await;
+    let got = Watch::default().all(&house.grpc, &requests).await;
+    assert_same("after SIGCONT", &want, &got);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_wait_for_the_only_attention_node_to_come_back() {
+    let mut house = House::start(1, 1, &[]).await;
+    let requests = workload();
+    let want = Watch::default().all(&house.grpc, &requests).await;
+    let watch = Watch::default();
+    let grpc = house.grpc.clone();
+    let fault = async {
+        watch.passed(16 * 30).await;
+        house.attention[0].as_ref().unwrap().signal("KILL");
+        house.attention[0] = Some(house.node("attention-node", 0));
+    };
+    let (got, ()) = tokio::join!(watch.all(&grpc, &requests), fault);
+    assert_same("restart of the only node", &want, &got);
+    assert!(house.resumed() > 0);
+    watch.report("only_attention_node_restarted", 16, house.resumed());
+}
+
+/// Restarts every node of a role, one after the other, while clients come back
+/// for more as soon as they are served.
+async fn rolling_restart(case: &str, house: &mut House, role: Role, nodes: usize) {
+    let requests = workload();
+    let want = Watch::default().all(&house.grpc, &requests).await;
+    let (watch, over) = (Watch::default(), AtomicBool::new(false));
+    let (grpc, served) = (house.grpc.clone(), AtomicUsize::new(0));
+    let client = |i: usize| {
+        let (watch, over, served, grpc) = (&watch, &over, &served, &grpc);
+        let (request, want) = (&requests[i], &want[i]);
+        async move {
+            while !over.load(Ordering::SeqCst) {
+                let got = watch.follow(grpc, request.clone()).await;
+                assert_eq!(want, &got, "{case}: stream {i}");
+                served.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+    };
+    let restarts = async {
+        watch.passed(16 * 30).await;
+        for at in 0..nodes {
+            house.restart(role, at).await;
+        }
+        over.store(true, Ordering::SeqCst);
+    };
+    tokio::join!(join_all((0..requests.len()).map(client)), restarts);
+    watch.report(case, served.load(Ordering::SeqCst), house.resumed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rolling_restart_of_the_attention_nodes_fails_no_request() {
+    let mut house = House::start(2, 2, &[]).await;
+    let case = "rolling_restart_of_attention_nodes";
+    rolling_restart(case, &mut house, Role::Attention, 2).await;
+    assert!(house.resumed() > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rolling_restart_of_the_expert_nodes_fails_no_request() {
+    let mut house = House::start(1, 2, &["--replicas", "2"]).await;
+    let case = "rolling_restart_of_expert_nodes";
+    rolling_restart(case, &mut house, Role::Expert, 2).await;
+}
