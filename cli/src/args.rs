@@ -6,6 +6,7 @@ use std::str::FromStr as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use guild_attention_node::{AttentionNodeConfig as Defaults, KvMemory};
 use guild_model::checkpoint::Dtype;
+use guild_node::store::StoreUrl;
 use guild_node::telemetry::LogFormat;
 use guild_node::tls::Role;
 
@@ -264,6 +265,13 @@ pub(crate) struct Coordinator {
     /// gRPC front door
     #[arg(long, default_value = "127.0.0.1:8001", value_name = "HOST:PORT")]
     pub(crate) grpc: String,
+    /// Where nodes reach this coordinator, for other coordinators to name; default: --listen
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) advertise: Option<String>,
+    /// What outlives this process and elects one leader of several coordinators: memory (nothing
+    /// does), embedded:PATH (a file on this machine) or etcd://HOST:PORT[,HOST:PORT...][/PREFIX]
+    #[arg(long, default_value = "memory", value_name = "STORE")]
+    pub(crate) store: StoreUrl,
     /// Expert nodes to wait for before experts are placed
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..), value_name = "N")]
     pub(crate) min_expert_nodes: u16,
@@ -288,8 +296,8 @@ pub(crate) struct Joining {
     /// Folder of the checkpoint, the same one in the whole cluster
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
-    /// Where the coordinator lets nodes join
-    #[arg(long, value_name = "URL")]
+    /// Where the coordinator lets nodes join; a list where several run
+    #[arg(long, value_name = "URL[,URL...]")]
     pub(crate) coordinator: String,
     /// Where this node serves; port 0: a free one
     #[arg(long, default_value = EPHEMERAL, value_name = "HOST:PORT")]

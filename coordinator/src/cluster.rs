@@ -4,7 +4,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::{Stream, StreamExt, stream};
-use guild_node::member::{REASON_DIGEST, REASON_NUMERICS, REASON_UNKNOWN_NODE};
+use guild_node::member::{
+    LEADER_KEY, REASON_DIGEST, REASON_NOT_LEADER, REASON_NUMERICS, REASON_UNKNOWN_NODE,
+};
 use guild_node::tls::{self, Identity};
 use guild_node::{Shutdown, serve, status};
 use guild_proto::cluster::v1::cluster_server::Cluster;
@@ -16,7 +18,7 @@ use guild_scheduler::membership::{self, Refused, Registration, Report, UnknownNo
 use tokio_stream::wrappers::WatchStream;
 use tonic::{Code, Request, Response, Status};
 
-use crate::state::{ClusterState, Placements};
+use crate::state::{ClusterState, NotLeading, Placements};
 
 /// ErrorInfo reason when a name is in use by a node of another role.
 const REASON_NAME: &str = "NAME_TAKEN";
@@ -69,7 +71,8 @@ impl Cluster for ClusterService {
         };
         let node_id = self
             .state
-            .with(|membership, now| membership.register(now, registration))
+            .lead(|membership, now| membership.register(now, registration))
+            .map_err(follower)?
             .map_err(|refused| {
                 tracing::warn!("refused a node: {refused}");
                 refusal(&refused)
@@ -94,9 +97,14 @@ impl Cluster for ClusterService {
             draining: beat.draining,
         };
         self.state
-            .with(|membership, now| {
+            .lead(|membership, now| {
+                // Requests may come to it through other coordinators.
+                if report.running > 0 {
+                    membership.mark_served();
+                }
                 membership.heartbeat(now, beat.node_id, beat.incarnation, report)
             })
+            .map_err(follower)?
             .map_err(unknown)?;
         Ok(Response::new(HeartbeatResponse {}))
     }
@@ -107,7 +115,8 @@ impl Cluster for ClusterService {
     ) -> Result<Response<LeaveResponse>, Status> {
         let leave = request.into_inner();
         self.state
-            .with(|membership, now| membership.leave(now, leave.node_id, leave.incarnation))
+            .lead(|membership, now| membership.leave(now, leave.node_id, leave.incarnation))
+            .map_err(follower)?
             .map_err(unknown)?;
         Ok(Response::new(LeaveResponse {}))
     }
@@ -121,7 +130,8 @@ impl Cluster for ClusterService {
         let node = request.into_inner().node_id;
         if self
             .state
-            .with(|membership, _| membership.node(node).is_none())
+            .lead(|membership, _| membership.node(node).is_none())
+            .map_err(follower)?
         {
             return Err(unknown(UnknownNode(node)));
         }
@@ -132,6 +142,7 @@ impl Cluster for ClusterService {
             tokio::select! {
                 () = end.requested() => {}
                 () = state.lost(node) => {}
+                () = state.follows() => {}
             }
         };
         let mut told = Placements::default();
@@ -211,6 +222,17 @@ fn agree(identity: &Identity, request: &RegisterRequest) -> Result<(), Status> {
         message,
         [],
     ))
+}
+
+/// What a node hears from a coordinator that does not lead: who does.
+fn follower(refused: NotLeading) -> Status {
+    let leader = refused.leader.map(|leader| leader.candidate.address);
+    let message = match &leader {
+        Some(leader) => format!("this coordinator does not lead, the one at {leader} does"),
+        None => "no coordinator leads at present".to_owned(),
+    };
+    let leader = leader.map(|leader| (LEADER_KEY, leader));
+    status::with_reason(Code::Unavailable, REASON_NOT_LEADER, message, leader)
 }
 
 fn unknown(error: UnknownNode) -> Status {

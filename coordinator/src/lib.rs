@@ -22,11 +22,13 @@ use guild_model::{Checkpoint, ModelError};
 use guild_node::channel::Dialer;
 use guild_node::keys::ApiKeys;
 use guild_node::serve::{Health, ServeError, Server};
+use guild_node::store::{self, Candidate, StoreError, StoreUrl};
 use guild_node::tls::{FrontTls, Role, Tls};
 use guild_node::{ExitKind, HasExitKind, Shutdown};
 use guild_proto::cluster::v1::cluster_server::ClusterServer;
 use guild_scheduler::membership::Settings;
 use tokio::net::TcpListener;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::service::Routes;
 
 use backend::AttentionNodes;
@@ -39,6 +41,9 @@ const INFERENCE: &str = "guild.inference.v1.Inference";
 const CLUSTER: &str = "guild.cluster.v1.Cluster";
 /// Time the cluster service gets to end its streams once the front door is shut.
 const CLUSTER_DRAIN: Duration = Duration::from_secs(1);
+
+/// Time that resigning the leadership may take.
+const RESIGNING: Duration = Duration::from_secs(1);
 
 /// What a coordinator is told.
 #[derive(Clone, Debug)]
@@ -75,6 +80,13 @@ pub struct CoordinatorConfig {
     pub api_keys: Option<ApiKeys>,
     /// What clients may ask for.
     pub limits: FrontLimits,
+    /// Where the state of the cluster is kept and a leader elected.
+    pub store: StoreUrl,
+    /// `host:port` where nodes reach this coordinator, for others to name when
+    /// it leads; None: where it listens.
+    pub advertise: Option<String>,
+    /// A leader that the store has not heard of for so long is deposed.
+    pub leader_ttl: Duration,
 }
 
 impl CoordinatorConfig {
@@ -88,6 +100,8 @@ impl CoordinatorConfig {
     pub const LEASE: Duration = Duration::from_secs(5);
     /// Drain limit, by default.
     pub const DRAIN: Duration = Duration::from_secs(30);
+    /// Time to live of a leader's lease, by default.
+    pub const LEADER_TTL: Duration = Duration::from_secs(3);
     /// How long a stream waits for another attention node, by default.
     pub const RESUME_WAIT: Duration = Duration::from_secs(30);
 
@@ -113,6 +127,9 @@ impl CoordinatorConfig {
             front_tls: None,
             api_keys: None,
             limits: FrontLimits::default(),
+            store: StoreUrl::Memory,
+            advertise: None,
+            leader_ttl: CoordinatorConfig::LEADER_TTL,
         }
     }
 }
@@ -137,6 +154,9 @@ pub enum CoordinatorError {
     /// A listener cannot be served.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// The store is damaged.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// A setting makes no sense.
     #[error("{field}: {problem}")]
     Setting {
@@ -155,6 +175,7 @@ impl HasExitKind for CoordinatorError {
         match self {
             CoordinatorError::Model(_) => ExitKind::Model,
             CoordinatorError::Serve(error) => error.exit_kind(),
+            CoordinatorError::Store(error) => error.exit_kind(),
             CoordinatorError::Setting { .. } => ExitKind::Usage,
             CoordinatorError::Ended(_) => ExitKind::Internal,
         }
@@ -192,6 +213,8 @@ pub async fn run(
     );
 
     let state = ClusterState::new(settings, model.name.clone(), model.digest.clone());
+    let election_end = Shutdown::new();
+    let mut election = Election::begin(&config, &listeners, &state, election_end.clone()).await?;
     let nodes = AttentionNodes::new(
         Arc::clone(&state),
         Dialer::to(Role::ATTENDING, config.tls.as_ref()),
@@ -242,12 +265,59 @@ pub async fn run(
     };
     tokio::select! {
         result = serving => { result?; }
+        ended = &mut election.task => {
+            ended.map_err(|_| CoordinatorError::Ended("the election"))??;
+        }
         () = state.keep_time() => return Err(CoordinatorError::Ended("the clock")),
         () = report_health(&state, &health) => return Err(CoordinatorError::Ended("health")),
         () = drain_begins => {}
     }
+    election_end.trigger();
+    // Otherwise its lease runs out.
+    let _ = tokio::time::timeout(RESIGNING, &mut election.task).await;
     tracing::info!("the coordinator has ended");
     Ok(())
+}
+
+/// This coordinator's part in the election, until dropped.
+struct Election {
+    task: AbortOnDropHandle<Result<(), StoreError>>,
+}
+
+impl Election {
+    /// Takes part from now on; in a store of its own it leads already.
+    async fn begin(
+        config: &CoordinatorConfig,
+        listeners: &Listeners,
+        state: &Arc<ClusterState>,
+        end: Shutdown,
+    ) -> Result<Election, StoreError> {
+        let store = store::open(&config.store);
+        let listening = listeners.cluster.local_addr();
+        let listening = listening.map_or_else(|_| "unknown".to_owned(), |at| at.to_string());
+        let candidate = Candidate {
+            id: uuid::Uuid::new_v4().to_string(),
+            address: config.advertise.clone().unwrap_or(listening),
+        };
+        let ttl = config.leader_ttl;
+        // Nobody else can lead by a store of this process's own.
+        let first = match config.store {
+            StoreUrl::Memory => Some(store.campaign(&candidate, ttl).await?),
+            _ => None,
+        };
+        let leads = first.is_some();
+        let taking_part = Arc::clone(state);
+        let task = tokio::spawn(async move {
+            let state = taking_part;
+            state.take_part(store, candidate, ttl, first, end).await
+        });
+        if leads {
+            state.leads().await;
+        }
+        Ok(Election {
+            task: AbortOnDropHandle::new(task),
+        })
+    }
 }
 
 fn check(config: &CoordinatorConfig) -> Result<(), CoordinatorError> {

@@ -1,13 +1,18 @@
 //! The one place where the membership meets the clock: every event goes through
 //! [`ClusterState::with`], which carries out what follows from it.
 
+mod leading;
+
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use guild_node::store::Leader;
 use guild_proto::cluster::v1::{Placement, PlacementNode, PlacementState, Slot};
 use guild_scheduler::membership::{Action, Loss, Membership, Published, Settings};
 use guild_scheduler::placement::NodeId;
 use tokio::sync::{broadcast, watch};
+
+pub(crate) use leading::NotLeading;
 
 /// Shortest lease: heartbeats cannot be kept much below a third of it.
 pub(crate) const MIN_LEASE: Duration = Duration::from_millis(100);
@@ -17,6 +22,8 @@ pub(crate) const MAX_LEASE: Duration = Duration::from_secs(600);
 const TICK: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(200));
 /// Losses that a slow listener may miss; it then looks at the membership itself.
 const LOSSES: usize = 256;
+/// What the cluster waits for while nobody has ever led it.
+const LEADERLESS: &str = "waiting for a coordinator to lead";
 /// What the cluster waits for once it is shutting down.
 const DRAINING: &str = "the coordinator is shutting down";
 
@@ -28,7 +35,10 @@ pub(crate) struct ClusterState {
     pub(crate) lease: Duration,
     pub(crate) model: String,
     pub(crate) digest: String,
+    /// What nodes are told: written to the store before.
     placements: watch::Sender<Placements>,
+    proposal: watch::Sender<Option<leading::Proposal>>,
+    leads: watch::Sender<bool>,
     /// What is being waited for; None: ready.
     waiting_for: watch::Sender<Option<String>>,
     lost: broadcast::Sender<NodeId>,
@@ -44,6 +54,13 @@ pub(crate) struct Placements {
 }
 
 impl Placements {
+    fn of(membership: &Membership) -> Placements {
+        Placements {
+            active: membership.active().map(to_wire).map(Arc::new),
+            next: membership.next().map(to_wire).map(Arc::new),
+        }
+    }
+
     /// What differs from `told`, oldest first; `told` is brought up to it.
     pub(crate) fn news(self, told: &mut Placements) -> Vec<Arc<Placement>> {
         let news = [(&self.active, &told.active), (&self.next, &told.next)];
@@ -55,8 +72,12 @@ impl Placements {
 }
 
 struct Inner {
+    /// The leader's own; what it has written, with the others.
     membership: Membership,
     draining: bool,
+    leading: bool,
+    /// Whom this coordinator follows.
+    leader: Option<Leader>,
 }
 
 impl ClusterState {
@@ -73,8 +94,12 @@ impl ClusterState {
             inner: Mutex::new(Inner {
                 membership: Membership::new(settings, Duration::ZERO),
                 draining: false,
+                leading: false,
+                leader: None,
             }),
             placements: watch::Sender::new(Placements::default()),
+            proposal: watch::Sender::new(None),
+            leads: watch::Sender::new(false),
             waiting_for: watch::Sender::new(Some("starting".to_owned())),
             lost: broadcast::Sender::new(LOSSES),
         };
@@ -85,15 +110,21 @@ impl ClusterState {
     /// Runs `event` on the membership at the present time and carries out what
     /// follows.
     pub(crate) fn with<R>(&self, event: impl FnOnce(&mut Membership, Duration) -> R) -> R {
+        self.with_inner(|inner, now| event(&mut inner.membership, now))
+    }
+
+    fn with_inner<R>(&self, event: impl FnOnce(&mut Inner, Duration) -> R) -> R {
         // A panic elsewhere must not take the cluster down with it: the
         // membership is consistent between its own calls.
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = event(&mut inner.membership, self.start.elapsed());
+        let result = event(&mut inner, self.start.elapsed());
         for action in inner.membership.take_actions() {
-            self.carry_out(&inner.membership, action);
+            self.carry_out(&inner, action);
         }
+        let unled = !inner.leading && inner.leader.is_none();
         let waiting = match inner.draining {
             true => Some(DRAINING.to_owned()),
+            false if unled && inner.membership.active().is_none() => Some(LEADERLESS.to_owned()),
             false => inner.membership.waiting_for(),
         };
         // Still under the lock, so that the last word is the newest.
@@ -114,9 +145,10 @@ impl ClusterState {
         result
     }
 
-    fn carry_out(&self, membership: &Membership, action: Action) {
+    fn carry_out(&self, inner: &Inner, action: Action) {
         match action {
             Action::Publish => {
+                let membership = &inner.membership;
                 for published in [membership.active(), membership.next()]
                     .into_iter()
                     .flatten()
@@ -137,10 +169,7 @@ impl ClusterState {
                         "experts have fewer copies than --replicas asks for: more expert nodes or memory would help"
                     );
                 }
-                self.placements.send_replace(Placements {
-                    active: membership.active().map(to_wire).map(Arc::new),
-                    next: membership.next().map(to_wire).map(Arc::new),
-                });
+                self.propose(inner);
             }
             Action::Joined { node, name } => tracing::info!(node, name, "a node has joined"),
             Action::Lost { node, name, how } => {
@@ -196,13 +225,19 @@ impl ClusterState {
         self.with(|_, _| ());
     }
 
-    /// Tells the membership the time, for ever.
+    /// Tells the membership of the leader the time, for ever, and notes what has
+    /// changed of its nodes.
     pub(crate) async fn keep_time(&self) {
         let mut interval = tokio::time::interval(self.tick);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             interval.tick().await;
-            self.with(|membership, now| membership.tick(now));
+            self.with_inner(|inner, now| {
+                if inner.leading {
+                    inner.membership.tick(now);
+                    self.propose(inner);
+                }
+            });
         }
     }
 }

@@ -6,6 +6,7 @@
 //! reached is retried for ever; one that refuses this node for good ends the
 //! membership with an error.
 
+mod coordinators;
 mod lease;
 mod session;
 
@@ -17,19 +18,28 @@ use tokio::sync::watch;
 use crate::channel::{AddressError, Dialer};
 use crate::exit::{ExitKind, HasExitKind};
 
+pub use coordinators::check_coordinators;
 pub use lease::Lease;
 
 /// ErrorInfo reason of a refusal because config or weights differ.
 pub const REASON_DIGEST: &str = "MODEL_DIGEST_MISMATCH";
 /// ErrorInfo reason of a refusal because the node would compute other bits.
 pub const REASON_NUMERICS: &str = "NUMERICS_CLASS_MISMATCH";
+/// ErrorInfo reason of a coordinator that does not lead; its metadata may say
+/// who does.
+pub const REASON_NOT_LEADER: &str = "NOT_LEADER";
+/// ErrorInfo metadata: address of the coordinator that leads.
+pub const LEADER_KEY: &str = "leader";
+/// Bytes of one placement message: 2^20 slots of up to 8 bytes, and names.
+const MAX_PLACEMENT_BYTES: usize = 32 << 20;
 /// ErrorInfo reason of an answer to a node that is not (or no longer) known.
 pub const REASON_UNKNOWN_NODE: &str = "UNKNOWN_NODE";
 
 /// Who this node is.
 #[derive(Clone, Debug)]
 pub struct MemberConfig {
-    /// `http://host:port` of the coordinator's cluster service.
+    /// `http://host:port` of the coordinator's cluster service; several,
+    /// separated by commas, where several coordinators run.
     pub coordinator: String,
     /// What the node does.
     pub role: Role,
@@ -149,7 +159,7 @@ impl Member {
     pub fn start_by(config: MemberConfig, dialer: Dialer) -> Result<Member, MemberError> {
         // Judged here, because the thread has nobody to tell. The channel
         // itself has to be made in the runtime that drives it.
-        dialer.check(&config.coordinator)?;
+        check_coordinators(&config.coordinator, &dialer)?;
         let (said, said_rx) = watch::channel(Said::default());
         let (placement_tx, placement) = watch::channel(None);
         let (active_tx, active) = watch::channel(None);

@@ -45,14 +45,15 @@ fn ready(epoch: u64) -> Report {
     }
 }
 
-/// A serving cluster: attention node 1, expert nodes 2 and 3, at the given time.
+/// A serving cluster: attention node 1, expert nodes 2 and 3 (whose names are
+/// the other way round), at the given time.
 fn serving() -> (Membership, Duration) {
     let mut m = Membership::new(settings("digest"), Duration::ZERO);
     let mut now = Duration::ZERO;
     for (role, name) in [
         (Role::Attention, "a"),
-        (Role::Expert, "x"),
         (Role::Expert, "y"),
+        (Role::Expert, "x"),
     ] {
         m.register(now, registration(role, name, name.len() as u64))
             .unwrap();
@@ -89,7 +90,7 @@ fn the_next_leader_serves_at_once_by_the_same_placement_and_ids() {
     // Nodes go on with the id they have, or register and get the same one.
     let now = now + LEASE;
     new.heartbeat(now, 2, 1, ready(1)).unwrap();
-    assert_eq!(new.register(now, registration(Role::Expert, "y", 1)), Ok(3));
+    assert_eq!(new.register(now, registration(Role::Expert, "x", 1)), Ok(3));
     assert_eq!(
         new.register(now, registration(Role::Attention, "b", 9)),
         Ok(4)

@@ -1,6 +1,6 @@
 //! `guild coordinator`.
 
-use guild_coordinator::Listeners;
+use guild_coordinator::{CoordinatorConfig, Listeners};
 use guild_model::Checkpoint;
 use guild_node::tls::Role;
 
@@ -54,6 +54,7 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
                 address_of(&listeners.cluster)?
             ),
         )
+        .line("store", args.store.to_string())
         .line("http", format!("{scheme}://{http}/v1"))
         .line("grpc", format!("{scheme}://{}", address_of(&listeners.grpc)?))
         .try_it(&name, &checkpoint, reachable(http), &door)
@@ -71,6 +72,11 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
         tls: tls.as_ref(),
         door: &door,
     });
+    let config = CoordinatorConfig {
+        store: args.store.clone(),
+        advertise: args.advertise.clone(),
+        ..config
+    };
     guild_coordinator::run(config, listeners, shutdown)
         .await
         .map_err(|error| Failure::of(&error))

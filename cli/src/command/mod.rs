@@ -20,6 +20,7 @@ use std::path::Path;
 
 use guild_model::{Checkpoint, Cpu};
 use guild_node::channel::Dialer;
+use guild_node::member::check_coordinators;
 use guild_node::tls::Role;
 use guild_node::{ExitKind, Shutdown, config, telemetry};
 use tokio::net::TcpListener;
@@ -123,8 +124,8 @@ async fn join(
     exposure: Exposure,
 ) -> Result<(Place, TcpListener), Failure> {
     let tls = node_tls(&joining.tls, role)?;
-    Dialer::to(Role::COORDINATING, tls.as_ref())
-        .check(&joining.coordinator)
+    let dialer = Dialer::to(Role::COORDINATING, tls.as_ref());
+    check_coordinators(&joining.coordinator, &dialer)
         .map_err(|error| Failure::usage(format!("--coordinator: {error}")))?;
     let protection = Protection::of_nodes(tls.as_ref(), exposure.insecure);
     let listener = bind("listen", &joining.listen, protection).await?;

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
+use super::coordinators::Coordinators;
 use super::{Lease, MemberConfig, MemberError, Said};
 use crate::channel::Dialer;
 use crate::serve::chain;
@@ -32,8 +33,6 @@ const BEAT_MIN: Duration = Duration::from_millis(20);
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 /// What saying goodbye may take: the lease does the same, only later.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Bytes of one placement message: 2^20 slots of up to 8 bytes, and names.
-const MAX_PLACEMENT_BYTES: usize = 32 << 20;
 
 /// Tells a restarted process from a reconnect; not a secret.
 fn draw_incarnation() -> u64 {
@@ -64,7 +63,7 @@ pub(super) struct Told {
 
 /// The state of the membership thread.
 pub(super) struct Session {
-    client: ClusterClient<Channel>,
+    coordinators: Coordinators,
     config: MemberConfig,
     incarnation: u64,
     said: watch::Receiver<Said>,
@@ -81,10 +80,8 @@ impl Session {
         told: Told,
         node_id: watch::Sender<Option<u32>>,
     ) -> Result<Session, MemberError> {
-        let client = ClusterClient::new(dialer.lazy(&config.coordinator)?)
-            .max_decoding_message_size(MAX_PLACEMENT_BYTES);
         Ok(Session {
-            client,
+            coordinators: Coordinators::new(&config.coordinator, dialer)?,
             config,
             incarnation: draw_incarnation(),
             said,
@@ -143,14 +140,15 @@ impl Session {
                 incarnation: self.incarnation,
             };
             let asked = Instant::now();
-            match self.client.clone().register(timed(request)).await {
+            let (at, coordinator, mut client) = self.coordinators.current();
+            match client.register(timed(request)).await {
                 Ok(response) => {
                     let response = response.into_inner();
                     let lease = Duration::from_millis(response.lease_ms.into());
                     self.told.lease.renew(asked + lease);
                     tracing::info!(
                         name = self.config.name,
-                        coordinator = self.config.coordinator,
+                        coordinator,
                         node_id = response.node_id,
                         "joined the cluster"
                     );
@@ -159,17 +157,17 @@ impl Session {
                 }
                 Err(status) if is_final(&status) => {
                     return Err(MemberError::Refused {
-                        coordinator: self.config.coordinator.clone(),
+                        coordinator: coordinator.to_owned(),
                         message: status.message().to_owned(),
                         reason: reason_of(&status),
                     });
                 }
                 Err(status) => {
                     complaint.say(&format!(
-                        "waiting for the coordinator at {}: {}",
-                        self.config.coordinator,
+                        "waiting for the coordinator at {coordinator}: {}",
                         in_words(&status)
                     ));
+                    self.coordinators.turn_from(at, &status);
                     backoff.wait().await;
                 }
             }
@@ -181,7 +179,9 @@ impl Session {
         let interval = (lease / BEATS_PER_LEASE).max(BEAT_MIN);
         let mut said = self.said.clone();
         let mut complaint = Complaint::default();
+        let mut backoff = Backoff::default();
         loop {
+            let mut pause = interval;
             let now = said.borrow_and_update().clone();
             let request = HeartbeatRequest {
                 node_id,
@@ -198,20 +198,25 @@ impl Session {
                 draining: now.draining,
             };
             let sent = Instant::now();
-            match self.client.clone().heartbeat(timed(request)).await {
+            let (at, coordinator, mut client) = self.coordinators.current();
+            match client.heartbeat(timed(request)).await {
                 Ok(_) => {
                     self.told.lease.renew(sent + lease);
                     complaint.settle();
+                    backoff.reset();
                 }
                 Err(status) if status.code() == Code::NotFound => return Lost::Unknown,
-                Err(status) => complaint.say(&format!(
-                    "heartbeat to {} failed: {}",
-                    self.config.coordinator,
-                    in_words(&status)
-                )),
+                Err(status) => {
+                    complaint.say(&format!(
+                        "heartbeat to {coordinator} failed: {}",
+                        in_words(&status)
+                    ));
+                    self.coordinators.turn_from(at, &status);
+                    pause = interval.min(backoff.next());
+                }
             }
             // News goes out at once, silence is broken once an interval.
-            let news = tokio::time::timeout(interval, said.changed()).await;
+            let news = tokio::time::timeout(pause, said.changed()).await;
             if matches!(news, Ok(Err(_))) {
                 return Lost::Abandoned;
             }
@@ -223,27 +228,33 @@ impl Session {
         let mut complaint = Complaint::default();
         let mut backoff = Backoff::default();
         loop {
-            let end = self.follow(node_id, &mut complaint, &mut backoff).await;
+            let (at, coordinator, client) = self.coordinators.current();
+            let end = tokio::select! {
+                end = self.follow(client, node_id, &mut complaint, &mut backoff) => end,
+                // The heartbeats have found a reason.
+                () = self.coordinators.turned(at) => continue,
+            };
             if end.code() == Code::NotFound {
                 return Lost::Unknown;
             }
             complaint.say(&format!(
-                "no placement from {}: {}",
-                self.config.coordinator,
+                "no placement from {coordinator}: {}",
                 in_words(&end)
             ));
+            self.coordinators.turn_from(at, &end);
             backoff.wait().await;
         }
     }
 
     async fn follow(
         &self,
+        mut client: ClusterClient<Channel>,
         node_id: u32,
         complaint: &mut Complaint,
         backoff: &mut Backoff,
     ) -> Status {
         let request = WatchPlacementRequest { node_id };
-        let mut stream = match self.client.clone().watch_placement(request).await {
+        let mut stream = match client.watch_placement(request).await {
             Ok(response) => response.into_inner(),
             Err(status) => return status,
         };
@@ -291,7 +302,7 @@ impl Session {
     }
 
     async fn say_goodbye(&self, node_id: u32) {
-        let mut client = self.client.clone();
+        let (_, _, mut client) = self.coordinators.current();
         let request = LeaveRequest {
             node_id,
             incarnation: self.incarnation,
@@ -349,12 +360,16 @@ struct Backoff {
 }
 
 impl Backoff {
-    async fn wait(&mut self) {
+    fn next(&mut self) -> Duration {
         let pause = self
             .last
             .map_or(BACKOFF_MIN, |last| (last * 2).min(BACKOFF_MAX));
         self.last = Some(pause);
-        tokio::time::sleep(pause).await;
+        pause
+    }
+
+    async fn wait(&mut self) {
+        tokio::time::sleep(self.next()).await;
     }
 
     fn reset(&mut self) {

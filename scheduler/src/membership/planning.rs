@@ -45,7 +45,7 @@ impl Membership {
                 }
                 // A node without experts has nothing to load and is not waited for.
                 slots.retain(|node| !node.slots.is_empty());
-                let news = newest.is_none_or(|newest| newest.nodes() != slots);
+                let news = newest.is_none_or(|newest| !same_homes(newest.nodes(), &slots));
                 if news || self.renew {
                     self.publish(slots);
                 }
@@ -163,4 +163,9 @@ impl Membership {
             bytes => bytes / self.settings.slot_bytes.max(1),
         }
     }
+}
+
+/// Whether both give the same slots to the same nodes, in whatever order of nodes.
+fn same_homes(a: &[NodeSlots], b: &[NodeSlots]) -> bool {
+    a.len() == b.len() && a.iter().all(|node| b.contains(node))
 }

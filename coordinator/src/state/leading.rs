@@ -1,0 +1,252 @@
+//! Leading and following: of several coordinators one decides, and what it
+//! decides is in the store before any node hears of it.
+//!
+//! The leader writes a snapshot of the membership under its term of leadership;
+//! a leader that has been deposed without noticing cannot, and so no node ever
+//! sees an epoch of two makers. The others read it and serve the front door by
+//! it. Whoever leads next goes on from it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use guild_node::Shutdown;
+use guild_node::store::{
+    Candidate, ClusterStore, Leader, Leadership, Observation, State, StoreError, follow,
+};
+use guild_scheduler::membership::{Membership, Snapshot};
+use tokio::sync::watch;
+
+use super::{ClusterState, Inner, Placements};
+
+/// How often a follower looks at the store even without a hint.
+const RELIST: Duration = Duration::from_secs(2);
+/// Pause before a write that the store could not take is tried again.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// What the leader wants to be known, and has not been written yet.
+#[derive(Clone, Debug)]
+pub(super) struct Proposal {
+    placements: Placements,
+    snapshot: Arc<Snapshot>,
+}
+
+/// This coordinator does not lead.
+#[derive(Clone, Debug)]
+pub(crate) struct NotLeading {
+    /// Who does, as far as is known.
+    pub(crate) leader: Option<Leader>,
+}
+
+impl ClusterState {
+    /// Like [`with`](ClusterState::with), for what only the leader may do.
+    pub(crate) fn lead<R>(
+        &self,
+        event: impl FnOnce(&mut Membership, Duration) -> R,
+    ) -> Result<R, NotLeading> {
+        self.with_inner(|inner, now| match inner.leading {
+            true => Ok(event(&mut inner.membership, now)),
+            false => Err(NotLeading {
+                leader: inner.leader.clone(),
+            }),
+        })
+    }
+
+    /// Completes when this coordinator leads.
+    pub(crate) async fn leads(&self) {
+        let mut leads = self.leads.subscribe();
+        // The sender lives as long as this state.
+        let _ = leads.wait_for(|leads| *leads).await;
+    }
+
+    /// Completes when this coordinator does not lead.
+    pub(crate) async fn follows(&self) {
+        let mut leads = self.leads.subscribe();
+        // The sender lives as long as this state.
+        let _ = leads.wait_for(|leads| !leads).await;
+    }
+
+    /// Takes part in the election until `end`: follows whoever leads, leads when
+    /// elected, follows again when deposed; resigns at the end. `first` is a
+    /// leadership already won.
+    ///
+    /// # Errors
+    /// The store is damaged.
+    pub(crate) async fn take_part(
+        &self,
+        store: Arc<dyn ClusterStore>,
+        candidate: Candidate,
+        ttl: Duration,
+        mut first: Option<Leadership>,
+        end: Shutdown,
+    ) -> Result<(), StoreError> {
+        let mut seen = follow(Arc::clone(&store), RELIST);
+        loop {
+            let leadership = match first.take() {
+                Some(leadership) => leadership,
+                None => tokio::select! {
+                    won = store.campaign(&candidate, ttl) => won?,
+                    () = self.mirror_all(&mut seen) => continue,
+                    () = end.requested() => return Ok(()),
+                },
+            };
+            let term = leadership.term();
+            tracing::info!(term, "this coordinator leads");
+            self.take_over(&leadership);
+            let why = tokio::select! {
+                why = self.publish(&leadership) => why,
+                why = leadership.lost() => why,
+                () = end.requested() => {
+                    leadership.resign().await;
+                    return Ok(());
+                }
+            };
+            tracing::warn!(term, "this coordinator no longer leads: {why}");
+            self.step_down();
+        }
+    }
+
+    async fn mirror_all(&self, seen: &mut watch::Receiver<Option<Observation>>) {
+        seen.mark_changed();
+        while seen.changed().await.is_ok() {
+            let now = seen.borrow_and_update().clone();
+            if let Some(now) = now {
+                self.mirror(&now);
+            }
+        }
+    }
+
+    /// Makes what the leader has written the membership that is seen here.
+    fn mirror(&self, seen: &Observation) {
+        self.with_inner(|inner, now| {
+            inner.leader.clone_from(&seen.leader);
+            if inner.leading {
+                return;
+            }
+            if let Some(state) = &seen.state {
+                self.resume(inner, now, state);
+            }
+            // What follows from it is the leader's business.
+            inner.membership.take_actions();
+        });
+    }
+
+    fn resume(&self, inner: &mut Inner, now: Duration, state: &State) {
+        let snapshot: Snapshot = match serde_json::from_slice(&state.placement) {
+            Ok(snapshot) => snapshot,
+            Err(error) => {
+                tracing::error!("what the store holds of the cluster cannot be read: {error}");
+                return;
+            }
+        };
+        let ours = inner.membership.snapshot();
+        if ours == snapshot {
+            return;
+        }
+        if ours.newest_epoch() > snapshot.newest_epoch() {
+            tracing::warn!(
+                ours = ours.newest_epoch(),
+                store = snapshot.newest_epoch(),
+                "the store holds an older epoch than is known here: it is ignored"
+            );
+            return;
+        }
+        if let Err(error) = inner.membership.resume(now, &snapshot) {
+            tracing::error!("what the store holds of the cluster is of no use: {error}");
+            return;
+        }
+        let stay: BTreeSet<_> = snapshot.nodes().collect();
+        for gone in ours.nodes().filter(|id| !stay.contains(id)) {
+            // Nobody listening is fine: nothing is running there then.
+            let _ = self.lost.send(gone);
+        }
+    }
+
+    /// Goes on from what the leader before has left, or from what is known here
+    /// if that is newer. Every node gets a whole lease to find the new leader.
+    fn take_over(&self, leadership: &Leadership) {
+        self.with_inner(|inner, now| {
+            if let Some(state) = leadership.inherited() {
+                self.resume(inner, now, state);
+            }
+            let known = inner.membership.snapshot();
+            if known.nodes().next().is_some()
+                && let Err(error) = inner.membership.resume(now, &known)
+            {
+                tracing::error!("cannot go on from what is known here: {error}");
+            }
+            inner.membership.take_actions();
+            inner.leading = true;
+            self.propose(inner);
+        });
+        self.leads.send_replace(true);
+    }
+
+    fn step_down(&self) {
+        self.with_inner(|inner, _| {
+            inner.leading = false;
+            inner.leader = None;
+        });
+        self.proposal.send_replace(None);
+        self.leads.send_replace(false);
+    }
+
+    /// Notes what is to be written now. Told under the lock, so that the last is
+    /// the newest.
+    pub(super) fn propose(&self, inner: &Inner) {
+        if !inner.leading {
+            return;
+        }
+        let snapshot = inner.membership.snapshot();
+        self.proposal.send_if_modified(|known| {
+            let news = known
+                .as_ref()
+                .is_none_or(|known| *known.snapshot != snapshot);
+            if news {
+                *known = Some(Proposal {
+                    placements: Placements::of(&inner.membership),
+                    snapshot: Arc::new(snapshot),
+                });
+            }
+            news
+        });
+    }
+
+    /// Writes each proposal, and only then lets nodes know. Ends when this
+    /// leader may not write any more.
+    async fn publish(&self, leadership: &Leadership) -> String {
+        let mut proposals = self.proposal.subscribe();
+        proposals.mark_changed();
+        let mut complained = false;
+        while proposals.changed().await.is_ok() {
+            let Some(proposal) = proposals.borrow_and_update().clone() else {
+                continue;
+            };
+            let state = State {
+                epoch: proposal.snapshot.newest_epoch(),
+                served: proposal.snapshot.served(),
+                placement: match serde_json::to_vec(&*proposal.snapshot) {
+                    Ok(bytes) => bytes,
+                    Err(error) => return format!("the membership cannot be written: {error}"),
+                },
+            };
+            match leadership.save(&state).await {
+                Ok(_) => {
+                    complained = false;
+                    self.placements.send_replace(proposal.placements);
+                }
+                Err(StoreError::Fenced { reason, .. }) => return reason,
+                Err(error) => {
+                    if !complained {
+                        tracing::error!("nodes are not told of changes: {error}");
+                    }
+                    complained = true;
+                    tokio::time::sleep(RETRY).await;
+                    // The newest of them, which may still be this one.
+                    proposals.mark_changed();
+                }
+            }
+        }
+        "the coordinator ends".to_owned()
+    }
+}

@@ -1,0 +1,257 @@
+//! Promise: a lost coordinator costs nothing that is being served. Several of
+//! them as real processes over one store: one leads, all serve the front door,
+//! and whoever leads next goes on where the last one stopped.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use guild_proto::cluster::v1::cluster_client::ClusterClient;
+use guild_proto::cluster::v1::{RegisterRequest, StatusRequest, StatusResponse};
+use guild_tests::client::{Answer, generate_all, generate_each, mixed_workload};
+use guild_tests::process::{Cluster, Guild, START_LIMIT, Shape, demo, free_port};
+
+/// Time to live of a leader, as in the coordinator.
+const LEADER_TTL: Duration = Duration::from_secs(3);
+/// On top of the two that a takeover may take: the machine is busy.
+const SLACK: Duration = Duration::from_secs(10);
+
+struct Coordinator {
+    process: Guild,
+    cluster: String,
+    http: String,
+    grpc: String,
+}
+
+impl Coordinator {
+    fn start(store: &str, cluster: &str) -> Coordinator {
+        let model = demo();
+        let (http, grpc) = (free_port(), free_port());
+        let (http, grpc) = (format!("127.0.0.1:{http}"), format!("127.0.0.1:{grpc}"));
+        let process = Guild::start(&[
+            "coordinator",
+            "--model",
+            model.to_str().unwrap(),
+            "--store",
+            store,
+            "--listen",
+            cluster,
+            "--http",
+            &http,
+            "--grpc",
+            &grpc,
+            "--min-expert-nodes",
+            "2",
+            "--insecure",
+        ]);
+        Coordinator {
+            process,
+            cluster: cluster.to_owned(),
+            http,
+            grpc: format!("http://{grpc}"),
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        guild_tests::http::get(&self.http, "/health").is_ok_and(|answer| answer.status == 200)
+    }
+
+    fn wait_ready(&self) {
+        let end = Instant::now() + START_LIMIT;
+        while !self.is_ready() {
+            let log = self.process.output();
+            assert!(Instant::now() < end, "{}: not ready:\n{log}", self.cluster);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    async fn client(&self) -> Option<ClusterClient<tonic::transport::Channel>> {
+        ClusterClient::connect(format!("http://{}", self.cluster))
+            .await
+            .ok()
+    }
+
+    async fn status(&self) -> Option<StatusResponse> {
+        let status = self.client().await?.status(StatusRequest {}).await;
+        status.ok().map(tonic::Response::into_inner)
+    }
+
+    /// Waits until it knows of `epoch`, and of nothing newer.
+    async fn reaches(&self, epoch: u64) {
+        let end = Instant::now() + SLACK;
+        loop {
+            let known = self.status().await.unwrap().epoch;
+            if known == epoch {
+                return;
+            }
+            assert!(known < epoch && Instant::now() < end, "{known} for {epoch}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Whether it takes registrations: an empty one is refused as such by a
+    /// leader only.
+    async fn leads(&self) -> bool {
+        let Some(mut client) = self.client().await else {
+            return false;
+        };
+        let request = RegisterRequest {
+            role: 1,
+            ..RegisterRequest::default()
+        };
+        let refused = client.register(request).await.unwrap_err();
+        refused.code() == tonic::Code::InvalidArgument
+    }
+}
+
+/// Several coordinators on one store, one attention and two expert nodes.
+struct House {
+    store: String,
+    coordinators: Vec<Coordinator>,
+    _nodes: Vec<Guild>,
+}
+
+impl House {
+    fn start(store: &Path, coordinators: usize) -> House {
+        let store = format!("embedded:{}", store.display());
+        let addresses: Vec<String> = (0..coordinators)
+            .map(|_| format!("127.0.0.1:{}", free_port()))
+            .collect();
+        let urls: Vec<String> = addresses.iter().map(|a| format!("http://{a}")).collect();
+        let urls = urls.join(",");
+        let model = demo();
+        let node = |role: &str, name: &str| {
+            Guild::start(&[
+                role,
+                "--model",
+                model.to_str().unwrap(),
+                "--coordinator",
+                &urls,
+                "--name",
+                name,
+                "--threads",
+                "1",
+                "--insecure",
+            ])
+        };
+        let nodes = vec![
+            node("expert-node", "expert-0"),
+            node("expert-node", "expert-1"),
+            node("attention-node", "attention-0"),
+        ];
+        let coordinators = addresses
+            .iter()
+            .map(|address| Coordinator::start(&store, address))
+            .collect();
+        let house = House {
+            store,
+            coordinators,
+            _nodes: nodes,
+        };
+        house.coordinators.iter().for_each(Coordinator::wait_ready);
+        house
+    }
+
+    /// The one that leads; waits for it.
+    async fn leader(&self, limit: Duration) -> usize {
+        let end = Instant::now() + limit;
+        loop {
+            let mut leaders = Vec::new();
+            for (index, coordinator) in self.coordinators.iter().enumerate() {
+                if coordinator.leads().await {
+                    leaders.push(index);
+                }
+            }
+            match leaders.as_slice() {
+                [leader] => return *leader,
+                [] => assert!(Instant::now() < end, "nobody leads within {limit:?}"),
+                many => panic!("coordinators {many:?} lead at the same time"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+async fn undisturbed() -> Vec<Answer> {
+    let cluster = Cluster::start(Shape::Local, &demo(), 1, 1, &["--threads", "1"]);
+    generate_each(&cluster.grpc, &mixed_workload(2048)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_the_leader_is_killed_another_leads_and_nothing_is_interrupted() {
+    let want = undisturbed().await;
+    let folder = tempfile::tempdir().unwrap();
+    let mut house = House::start(&folder.path().join("store"), 3);
+    for round in 0..2 {
+        let leader = house.leader(SLACK).await;
+        let before = house.coordinators[leader].status().await.unwrap();
+        // Every front door serves, whoever leads.
+        for coordinator in &house.coordinators {
+            coordinator.wait_ready();
+            coordinator.reaches(before.epoch).await;
+        }
+        let follower = (leader + 1) % house.coordinators.len();
+        let grpc = house.coordinators[follower].grpc.clone();
+        let running = tokio::spawn(async move {
+            let mut answers = Vec::new();
+            for _ in 0..3 {
+                answers.push(generate_all(&grpc, &mixed_workload(2048)).await);
+            }
+            answers
+        });
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        house.coordinators[leader].process.signal("KILL");
+        let killed = Instant::now();
+        house.coordinators.remove(leader);
+        house.leader(2 * LEADER_TTL + SLACK).await;
+        println!("round {round}: another leads after {:?}", killed.elapsed());
+        for answers in running.await.unwrap() {
+            assert_eq!(want, answers, "round {round}: streams through a follower");
+        }
+        for coordinator in &house.coordinators {
+            assert!(
+                coordinator.is_ready(),
+                "round {round}: never out of service"
+            );
+            let status = coordinator.status().await.unwrap();
+            assert_eq!(status.epoch, before.epoch, "nothing had to move");
+            let ids = |status: &StatusResponse| {
+                let mut ids: Vec<u32> = status.nodes.iter().map(|n| n.node_id).collect();
+                ids.sort_unstable();
+                ids
+            };
+            assert_eq!(
+                ids(&status),
+                ids(&before),
+                "the nodes are known by the same ids"
+            );
+            let answers = generate_all(&coordinator.grpc, &mixed_workload(2048)).await;
+            assert_eq!(want, answers, "round {round}");
+        }
+    }
+    // Nodes beat to the leader that is left: otherwise they would be gone by now.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert!(house.coordinators[0].is_ready());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_that_is_restarted_goes_on_and_forgets_no_epoch() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut house = House::start(&folder.path().join("store"), 1);
+    let want = generate_all(&house.coordinators[0].grpc, &mixed_workload(2048)).await;
+    let before = house.coordinators[0].status().await.unwrap();
+    for signal in ["KILL", "TERM"] {
+        let mut old = house.coordinators.remove(0);
+        old.process.signal(signal);
+        old.process.wait(Duration::from_secs(40));
+        let new = Coordinator::start(&house.store, &old.cluster);
+        new.wait_ready();
+        let after = new.status().await.unwrap();
+        assert!(after.epoch >= before.epoch, "{signal}: epochs only grow");
+        assert_eq!(after.nodes.len(), 3, "{signal}: {after:?}");
+        let answers = generate_all(&new.grpc, &mixed_workload(2048)).await;
+        assert_eq!(want, answers, "{signal}");
+        house.coordinators.push(new);
+    }
+}
