@@ -317,7 +317,10 @@ async fn streams_outlive_a_killed_and_a_stopped_attention_node() {
     assert!(killed > 0);
     kill.report("attention_node_killed", 20, killed);
 
-    house.attention[0] = Some(house.node("attention-node", 0));
+    let mut again = house.node("attention-node", 0);
+    // Until then the one that was killed may still count as a member.
+    again.wait_for_line("joined the cluster", START_LIMIT);
+    house.attention[0] = Some(again);
     house.all_ready().await;
     let stop = Watch::default();
     let fault = async {
