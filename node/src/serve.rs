@@ -403,7 +403,13 @@ fn accept(
                     Some(tls) => match tls.accept(stream).await {
                         Ok((stream, identity)) => (Bytes::Tls(Box::new(stream)), identity),
                         Err(error) => {
-                            tracing::warn!(?local, ?remote, %error, "refused a connection");
+                            let remote = remote.map(tracing::field::display);
+                            // Probes open a connection and leave; that is no news.
+                            if error.kind() == io::ErrorKind::UnexpectedEof {
+                                tracing::debug!(remote, %error, "no handshake");
+                            } else {
+                                tracing::warn!(remote, %error, "refused a connection");
+                            }
                             return None;
                         }
                     },
