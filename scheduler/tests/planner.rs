@@ -343,6 +343,7 @@ fn assert_homes(cluster: &Cluster) {
 fn assert_moves(cluster: &Cluster, next: &Plan) {
     let mut layers = cluster.layers.clone();
     let (mut bytes, mut lost_bytes) = (0, 0);
+    let mut lost = BTreeSet::new();
     for layer in &mut layers {
         for (held, node) in layer.slots.iter_mut().zip(&cluster.nodes) {
             held.resize(if node.live { node.slots as usize } else { 0 }, None);
@@ -380,6 +381,7 @@ fn assert_moves(cluster: &Cluster, next: &Plan) {
                 assert_eq!(source.is_some(), !live.is_empty());
                 assert!(source.is_none_or(|s| live.contains(&s)));
                 assert!(reason != Reason::Lost || live.is_empty());
+                assert!(reason != Reason::Lost || lost.insert((m.layer, m.expert)));
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The plan as the caller gets it: what moves where, why, and what it brings.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use super::board::Board;
@@ -168,8 +169,9 @@ pub(super) fn explain(
     };
     for ((board, layer), &before) in boards.iter().zip(&cluster.layers).zip(before) {
         let first = plan.moves.len();
+        let mut lost = lost(cluster, layer);
         let slots = (0..cluster.nodes.len())
-            .map(|n| node(cluster, board, layer, n, &mut plan))
+            .map(|n| node(cluster, board, layer, n, &mut lost, &mut plan))
             .collect();
         let copies = plan.moves[first..]
             .iter()
@@ -189,12 +191,26 @@ pub(super) fn explain(
     plan
 }
 
+/// The experts of a layer that no live node holds.
+fn lost(cluster: &Cluster, layer: &Layer) -> BTreeSet<u32> {
+    let live = cluster
+        .nodes
+        .iter()
+        .zip(&layer.slots)
+        .filter(|(n, _)| n.live);
+    let held: BTreeSet<u32> = live
+        .flat_map(|(_, held)| held.iter().flatten().copied())
+        .collect();
+    (0..cluster.experts).filter(|e| !held.contains(e)).collect()
+}
+
 /// The slots of a node after the plan; what stays, stays in its slot.
 fn node(
     cluster: &Cluster,
     board: &Board,
     layer: &Layer,
     n: usize,
+    lost: &mut BTreeSet<u32>,
     plan: &mut Plan,
 ) -> Vec<Option<u32>> {
     let node = &cluster.nodes[n];
@@ -233,12 +249,16 @@ fn node(
         let holders = (cluster.nodes.iter().zip(&layer.slots))
             .filter(|(other, held)| other.live && held.contains(&Some(expert)));
         let source = holders.map(|(other, _)| other.id).next();
-        let why = board.why.get(&(n as u32, expert));
-        let (reason, gain) = why.copied().unwrap_or((Reason::Balance, 0.0));
+        // The search may have taken what was lost on to another node, or copied it
+        // and dropped the first copy: one copy is outside the budget, whichever.
+        let why = board.why.get(&(n as u32, expert)).copied();
+        let (reason, gain) = match why {
+            _ if lost.remove(&expert) => (Reason::Lost, 0.0),
+            Some((Reason::Lost, _)) | None => (Reason::Balance, 0.0),
+            Some(why) => why,
+        };
         let bytes = cluster.expert_bytes;
-        // The first copy of what no live node has is what the budget is not asked for.
-        let lost = reason == Reason::Lost;
-        let sum = if lost {
+        let sum = if reason == Reason::Lost {
             &mut plan.lost_bytes
         } else {
             &mut plan.bytes

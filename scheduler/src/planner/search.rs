@@ -1,7 +1,5 @@
 //! Descent from the present placement, and which layers' steps are worth it.
 
-use std::collections::BTreeSet;
-
 use super::board::{Board, Edit, Step};
 use super::{Cluster, Layer, Policy, Reason, fresh, secure};
 
@@ -373,24 +371,15 @@ fn afresh(
     (safe && objective < below && cost <= budget).then_some((layout, cost, objective))
 }
 
-/// Lays a board out anew. What had no live home is still brought for that.
+/// Lays a board out anew.
 fn relay(board: &mut Board, layout: &Layer, gain: f64) {
-    let why = std::mem::take(&mut board.why).into_iter();
-    let mut lost: BTreeSet<u32> = why
-        .filter(|(_, (reason, _))| *reason == Reason::Lost)
-        .map(|((_, expert), _)| expert)
-        .collect();
     board.homes.iter_mut().for_each(Vec::clear);
+    board.why.clear();
     for (node, slots) in (0u32..).zip(&layout.slots) {
         let held: Vec<u32> = slots.iter().flatten().copied().collect();
         for &expert in &held {
-            let reason = if lost.remove(&expert) {
-                Reason::Lost
-            } else {
-                Reason::Fresh
-            };
             board.homes[expert as usize].push(node);
-            board.why.insert((node, expert), (reason, gain));
+            board.why.insert((node, expert), (Reason::Fresh, gain));
         }
         board.held[node as usize] = held;
     }

@@ -207,15 +207,11 @@ fn best(board: &mut Board, steps: Vec<Step>) -> Option<Step> {
 pub(super) fn take(board: &mut Board, step: &Step, reason: Reason, gain: f64) {
     board.apply(step);
     for edit in step.edits() {
-        let was = edit
-            .from
-            .and_then(|from| board.why.remove(&(from, edit.expert)));
+        if let Some(from) = edit.from {
+            board.why.remove(&(from, edit.expert));
+        }
         if let Some(to) = edit.to {
-            // What was brought because it was lost is still brought for that.
-            let lost = was.filter(|(reason, _)| *reason == Reason::Lost);
-            board
-                .why
-                .insert((to, edit.expert), lost.unwrap_or((reason, gain)));
+            board.why.insert((to, edit.expert), (reason, gain));
         }
     }
 }
