@@ -66,7 +66,7 @@ struct Home {
 
 /// Why a node does not give what it was asked for.
 enum Fault {
-    /// It could not even be asked.
+    /// It could not even be asked, or does not say a word.
     Unreached(Status),
     /// It is gone, or as good as gone, and may have gone for this very request.
     Lost(Status),
@@ -253,7 +253,7 @@ impl Relay {
                 gone,
             }),
             Ok(Err(status)) => Err(judge(&ticket, status)),
-            Err(_) => Err(Fault::Lost(lost(&ticket, "it does not answer"))),
+            Err(_) => Err(Fault::Unreached(lost(&ticket, "it does not answer"))),
         }
     }
 }
