@@ -4,7 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
-use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use guild_proto::cluster::v1::cluster_client::ClusterClient;
@@ -113,8 +113,7 @@ struct House {
 }
 
 impl House {
-    fn start(store: &Path, coordinators: usize) -> House {
-        let store = format!("embedded:{}", store.display());
+    fn start(store: String, coordinators: usize) -> House {
         let addresses: Vec<String> = (0..coordinators)
             .map(|_| format!("127.0.0.1:{}", free_port()))
             .collect();
@@ -173,6 +172,76 @@ impl House {
     }
 }
 
+fn file(folder: &tempfile::TempDir) -> String {
+    format!("embedded:{}", folder.path().join("store").display())
+}
+
+/// An etcd of one member; killed when dropped.
+struct Etcd {
+    process: Child,
+    data: tempfile::TempDir,
+    client: String,
+    peer: String,
+}
+
+impl Etcd {
+    /// None where it is not installed.
+    fn start() -> Option<Etcd> {
+        let installed = Command::new("etcd")
+            .arg("--version")
+            .stdout(Stdio::null())
+            .status();
+        if installed.is_err() {
+            assert!(
+                std::env::var_os("CI").is_none(),
+                "etcd is not installed: cargo xtask test installs it"
+            );
+            println!("SKIPPED: etcd is not installed (apt-get install etcd-server)");
+            return None;
+        }
+        let data = tempfile::tempdir().unwrap();
+        let client = format!("127.0.0.1:{}", free_port());
+        let peer = format!("127.0.0.1:{}", free_port());
+        Some(Etcd {
+            process: Etcd::run(&data, &client, &peer),
+            data,
+            client,
+            peer,
+        })
+    }
+
+    fn run(data: &tempfile::TempDir, client: &str, peer: &str) -> Child {
+        let (client, peer) = (format!("http://{client}"), format!("http://{peer}"));
+        Command::new("etcd")
+            .arg("--data-dir")
+            .arg(data.path().join("data"))
+            .args(["--listen-client-urls", &client])
+            .args(["--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", &peer])
+            .args(["--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &format!("default={peer}")])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    }
+
+    fn kill(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+
+    fn restart(&mut self) {
+        self.process = Etcd::run(&self.data, &self.client, &self.peer);
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
 async fn undisturbed() -> Vec<Answer> {
     let cluster = Cluster::start(Shape::Local, &demo(), 1, 1, &["--threads", "1"]);
     generate_each(&cluster.grpc, &mixed_workload(2048)).await
@@ -182,7 +251,7 @@ async fn undisturbed() -> Vec<Answer> {
 async fn when_the_leader_is_killed_another_leads_and_nothing_is_interrupted() {
     let want = undisturbed().await;
     let folder = tempfile::tempdir().unwrap();
-    let mut house = House::start(&folder.path().join("store"), 3);
+    let mut house = House::start(file(&folder), 3);
     for round in 0..2 {
         let leader = house.leader(SLACK).await;
         let before = house.coordinators[leader].status().await.unwrap();
@@ -238,7 +307,7 @@ async fn when_the_leader_is_killed_another_leads_and_nothing_is_interrupted() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_coordinator_that_is_restarted_goes_on_and_forgets_no_epoch() {
     let folder = tempfile::tempdir().unwrap();
-    let mut house = House::start(&folder.path().join("store"), 1);
+    let mut house = House::start(file(&folder), 1);
     let want = generate_all(&house.coordinators[0].grpc, &mixed_workload(2048)).await;
     let before = house.coordinators[0].status().await.unwrap();
     for signal in ["KILL", "TERM"] {
@@ -253,5 +322,60 @@ async fn a_coordinator_that_is_restarted_goes_on_and_forgets_no_epoch() {
         let answers = generate_all(&new.grpc, &mixed_workload(2048)).await;
         assert_eq!(want, answers, "{signal}");
         house.coordinators.push(new);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_leader_is_replaced_and_etcd_may_be_away_while_the_cluster_serves() {
+    let Some(mut etcd) = Etcd::start() else {
+        return;
+    };
+    let want = undisturbed().await;
+    let house = House::start(format!("etcd://{}/test", etcd.client), 2);
+    let serves = async |coordinator: &Coordinator, when: &str| {
+        let answers = generate_all(&coordinator.grpc, &mixed_workload(2048)).await;
+        assert_eq!(want, answers, "{when}");
+    };
+    let old = house.leader(SLACK).await;
+    let new = 1 - old;
+    let epoch = house.coordinators[old].status().await.unwrap().epoch;
+    house.coordinators[new].reaches(epoch).await;
+
+    // Silent, with every connection open.
+    house.coordinators[old].process.signal("STOP");
+    let frozen = Instant::now();
+    serves(&house.coordinators[new], "while the leader is frozen").await;
+    while !house.coordinators[new].leads().await {
+        let log = house.coordinators[new].process.output();
+        assert!(frozen.elapsed() < 2 * LEADER_TTL + SLACK, "{log}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    println!("another leads after {:?}", frozen.elapsed());
+    serves(&house.coordinators[new], "by the new leader").await;
+
+    // Awake again, it finds that it has been deposed.
+    house.coordinators[old].process.signal("CONT");
+    assert_eq!(house.leader(SLACK).await, new);
+    serves(&house.coordinators[old], "through the old leader").await;
+
+    // Without etcd nobody leads for long, and everything is served.
+    etcd.kill();
+    let away = Instant::now();
+    while away.elapsed() < 3 * LEADER_TTL {
+        for coordinator in &house.coordinators {
+            assert!(coordinator.is_ready(), "{}", coordinator.process.output());
+            serves(coordinator, "without etcd").await;
+        }
+    }
+    etcd.restart();
+    let leader = house.leader(2 * LEADER_TTL + SLACK).await;
+    let after = house.coordinators[leader].status().await.unwrap();
+    assert!(after.epoch >= epoch, "epochs only grow");
+    // Long enough for nodes to be lost that have not come back.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    for coordinator in &house.coordinators {
+        coordinator.wait_ready();
+        serves(coordinator, "with etcd again").await;
+        assert_eq!(coordinator.status().await.unwrap().nodes.len(), 3);
     }
 }
