@@ -309,6 +309,8 @@ async fn a_placement_that_cannot_be_loaded_is_told_and_the_last_one_serves_on() 
     // No experts at all is a placement like any other.
     stage.publish(4, PlacementState::Loading, &[]);
     stage.ready(4).await;
+    stage.publish(5, PlacementState::Loading, &[]);
+    stage.ready(5).await;
     assert_eq!(
         exchange(&links, 1).await.unwrap_err().code,
         ExchangeCode::UnknownEpoch

@@ -636,9 +636,10 @@ proptest! {
         let mut reports = std::collections::HashMap::new();
         let mut last_epoch = 0;
         let mut told = (None, None);
-        // Newest epoch that a node has said it holds; whom attention nodes are served by.
+        // Newest epoch that a node has said it holds.
         let mut resident: std::collections::HashMap<NodeId, u64> = Default::default();
-        let mut since = 0;
+        let mut emptied = std::collections::HashSet::new();
+        let (mut since, mut loaded_as, mut was_next) = (0, 0, None);
         let mut was_active: Option<Placement> = None;
         let mut served = false;
         let mut before: Option<Placement> = None;
@@ -660,7 +661,12 @@ proptest! {
                     let incarnation = incarnations.get(&id).copied().unwrap_or(0);
                     if m.heartbeat(now, id, incarnation, report.clone()).is_ok() {
                         let had = resident.get(&id).copied().unwrap_or(0);
-                        resident.insert(id, if ready { epoch } else { had.min(epoch) });
+                        let has = if ready { epoch } else { had.min(epoch) };
+                        resident.insert(id, has);
+                        // It says that it has lost what it had.
+                        if has < had {
+                            emptied.insert(id);
+                        }
                         reports.insert(id, report);
                     }
                 }
@@ -689,10 +695,12 @@ proptest! {
                 if let Some(old) = &before {
                     if old.epoch() == epoch {
                         prop_assert_eq!(old, &p.placement);
-                    } else if served {
-                        // Once serving, what is live stays where it is.
+                    } else if served && (m.next().is_some() || was_next != Some(old.epoch())) {
+                        // Once serving, what is live stays where it is. (One that was being
+                        // loaded may be withdrawn for want of room.)
                         for node in old.nodes() {
-                            let stays = m.node(node.node).is_some_and(|n| !n.report.draining);
+                            let stays = m.node(node.node).is_some_and(|n| !n.report.draining)
+                                && !emptied.contains(&node.node);
                             if stays {
                                 let now_holds = p.placement.nodes().iter().find(|n| n.node == node.node);
                                 prop_assert!(now_holds.is_some_and(|n| n.slots.starts_with(&node.slots)));
@@ -722,14 +730,22 @@ proptest! {
                 m.node(*id).is_some() && resident.get(id).is_some_and(|&r| r >= epoch)
             };
             if let Some(was) = &was_active {
-                let left = was.reduced(1, |id| has(&id, since));
+                let left = was.reduced(1, |id| has(&id, loaded_as));
                 let whole = left.covers(&LAYERS, EXPERTS);
                 prop_assert!(!whole || m.active().is_some(), "unready with every expert at home");
             }
             if m.active().is_none() || was_active.is_none() {
                 since = m.active_epoch().unwrap_or(0);
             }
+            // A placement was loaded under its own epoch, or is what is left of one that was.
+            if let Some(active) = m.active().map(|p| &p.placement) {
+                let rest = was_active.as_ref().is_some_and(|was| {
+                    was_next != Some(active.epoch()) && active.nodes().iter().all(|n| was.nodes().contains(n))
+                });
+                loaded_as = if rest { loaded_as } else { active.epoch() };
+            }
             was_active = m.active().map(|p| p.placement.clone());
+            was_next = m.next().map(|p| p.placement.epoch());
             if let Some(epoch) = m.next().or(m.active()).map(|p| p.placement.epoch()) {
                 prop_assert_eq!(epoch, last_epoch);
             }
