@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::str::FromStr as _;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use guild_attention_node::exchange::SUSPECT_AFTER;
 use guild_attention_node::{AttentionNodeConfig as Defaults, KvMemory};
+use guild_coordinator::CoordinatorConfig as CoordinatorDefaults;
 use guild_model::checkpoint::Dtype;
 use guild_node::store::StoreUrl;
 use guild_node::telemetry::LogFormat;
@@ -166,6 +168,10 @@ pub(crate) struct Engine {
     /// Tokens of one page of the KV cache
     #[arg(long, default_value_t = Defaults::PAGE_TOKENS as u32, value_name = "N", help_heading = "Engine")]
     pub(crate) page_tokens: u32,
+    /// Milliseconds an expert node may owe an answer before other homes of its experts are
+    /// asked as well; more where its answers usually take long
+    #[arg(long, default_value_t = SUSPECT_AFTER.as_millis() as u32, value_parser = clap::value_parser!(u32).range(1..), value_name = "MS", help_heading = "Engine")]
+    pub(crate) suspect_after: u32,
 }
 
 impl Default for Engine {
@@ -177,6 +183,32 @@ impl Default for Engine {
             max_waiting: Defaults::MAX_WAITING as u32,
             max_step_tokens: Defaults::MAX_STEP_TOKENS as u32,
             page_tokens: Defaults::PAGE_TOKENS as u32,
+            suspect_after: SUSPECT_AFTER.as_millis() as u32,
+        }
+    }
+}
+
+/// What a coordinator does about nodes that are lost.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Redundancy {
+    /// Homes of every expert, each on another node, as far as nodes and their memory allow
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64), value_name = "N")]
+    pub(crate) replicas: u16,
+    /// Seconds of silence after which a node is taken for dead
+    #[arg(
+        long,
+        default_value_t = CoordinatorDefaults::LEASE.as_secs_f64(),
+        value_parser = crate::units::parse_seconds,
+        value_name = "SECONDS"
+    )]
+    pub(crate) lease: f64,
+}
+
+impl Default for Redundancy {
+    fn default() -> Self {
+        Self {
+            replicas: CoordinatorDefaults::REPLICAS as u16,
+            lease: CoordinatorDefaults::LEASE.as_secs_f64(),
         }
     }
 }
@@ -230,6 +262,8 @@ pub(crate) struct Up {
     #[arg(long, default_value = "127.0.0.1:8001", value_name = "HOST:PORT")]
     pub(crate) grpc: String,
     #[command(flatten)]
+    pub(crate) redundancy: Redundancy,
+    #[command(flatten)]
     pub(crate) compute: Compute,
     #[command(flatten)]
     pub(crate) exposure: Exposure,
@@ -278,6 +312,8 @@ pub(crate) struct Coordinator {
     /// Tokens of prompt and output together; 0: as many as the model was made for
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) max_context: u32,
+    #[command(flatten)]
+    pub(crate) redundancy: Redundancy,
     #[command(flatten)]
     pub(crate) compute: Compute,
     #[command(flatten)]

@@ -13,7 +13,7 @@ use guild_transport::Switchboard;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use crate::args::{Compute, Engine, Exposure, FabricKind};
+use crate::args::{Compute, Engine, Exposure, FabricKind, Redundancy};
 use crate::command::served_name;
 use crate::failure::Failure;
 use crate::listen::{EPHEMERAL, address_of, bind};
@@ -35,6 +35,7 @@ pub(crate) struct Plan {
     pub(crate) engine: Engine,
     /// What protects the front doors.
     pub(crate) door: Door,
+    pub(crate) redundancy: Redundancy,
 }
 
 impl Plan {
@@ -56,6 +57,7 @@ impl Plan {
                 ..Engine::default()
             },
             door: Door::default(),
+            redundancy: Redundancy::default(),
         }
     }
 }
@@ -101,6 +103,7 @@ impl Local {
             max_context: plan.engine.max_context,
             // All that will ever join are known: nothing is to be waited for after them.
             min_expert_nodes: plan.expert_nodes,
+            redundancy: plan.redundancy,
             settle: Some(Duration::ZERO),
             exposure: plan.exposure,
             // Nothing of it leaves the process.

@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use guild_attention_node::AttentionNodeConfig;
+use guild_attention_node::{AttentionNodeConfig, Patience};
 use guild_coordinator::CoordinatorConfig;
 use guild_expert_node::ExpertNodeConfig;
 use guild_model::Checkpoint;
 use guild_node::tls::Tls;
 
+use crate::args::{Compute, Engine, Exposure, Redundancy};
 use crate::security::Door;
-use crate::args::{Compute, Engine, Exposure};
 
 /// Where a node stands in its cluster.
 pub(crate) struct Place {
@@ -41,6 +41,10 @@ pub(crate) fn attention(
         max_waiting: engine.max_waiting as usize,
         max_step_tokens: engine.max_step_tokens as usize,
         max_context: context(engine.max_context),
+        patience: Patience {
+            suspect_after: Duration::from_millis(engine.suspect_after.into()),
+            ..Patience::default()
+        },
         drain: drain(exposure),
         tls: place.tls.clone(),
         health: place.health.clone(),
@@ -82,6 +86,7 @@ pub(crate) struct FrontDesk<'a> {
     /// 0: what the model was made for.
     pub(crate) max_context: u32,
     pub(crate) min_expert_nodes: u16,
+    pub(crate) redundancy: Redundancy,
     /// Wait for further expert nodes; None: as long as usual.
     pub(crate) settle: Option<Duration>,
     pub(crate) exposure: Exposure,
@@ -96,6 +101,8 @@ pub(crate) fn coordinator(desk: &FrontDesk<'_>) -> CoordinatorConfig {
         dtype: desk.compute.dtype,
         max_context: context(desk.max_context),
         min_expert_nodes: usize::from(desk.min_expert_nodes),
+        replicas: desk.redundancy.replicas.into(),
+        lease: Duration::from_secs_f64(desk.redundancy.lease),
         settle: desk.settle.unwrap_or(CoordinatorConfig::SETTLE),
         drain: drain(desk.exposure),
         tls: desk.tls.cloned(),

@@ -45,6 +45,14 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
         .ok_or_else(wrong)
 }
 
+/// Seconds, whole or not: `5`, `0.5`.
+pub(crate) fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse::<f64>().ok();
+    seconds
+        .filter(|seconds| (0.0..=1e6).contains(seconds))
+        .ok_or_else(|| format!("{text:?} is not a number of seconds such as 5 or 0.5"))
+}
+
 /// A count with thousands apart.
 pub(crate) fn count(n: u64) -> String {
     let digits = n.to_string();

@@ -56,7 +56,10 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
         )
         .line("store", args.store.to_string())
         .line("http", format!("{scheme}://{http}/v1"))
-        .line("grpc", format!("{scheme}://{}", address_of(&listeners.grpc)?))
+        .line(
+            "grpc",
+            format!("{scheme}://{}", address_of(&listeners.grpc)?),
+        )
         .try_it(&name, &checkpoint, reachable(http), &door)
         .tls(tls.as_ref())
         .insecure(insecure)
@@ -67,6 +70,7 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
         compute: args.compute,
         max_context: args.max_context,
         min_expert_nodes: args.min_expert_nodes,
+        redundancy: args.redundancy,
         settle: None,
         exposure: args.exposure,
         tls: tls.as_ref(),

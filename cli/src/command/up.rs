@@ -38,6 +38,7 @@ async fn serve(args: &Up) -> Result<(), Failure> {
         exposure: args.exposure,
         engine: args.engine,
         door,
+        redundancy: args.redundancy,
     };
     banner(args, &plan, &checkpoint, &cpu, doors)?.show(args.common.log_format);
     let mut local = Local::start(&plan, &cpu, http, grpc).await?;
