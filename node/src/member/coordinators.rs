@@ -98,3 +98,59 @@ fn authority(url: &str) -> &str {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
     rest.trim_end_matches('/')
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use tonic::Code;
+
+    use super::super::REASON_NOT_LEADER;
+    use super::*;
+    use crate::status;
+
+    fn not_leader(leader: &str) -> Status {
+        let leader = (!leader.is_empty()).then(|| (LEADER_KEY, leader.to_owned()));
+        status::with_reason(Code::Unavailable, REASON_NOT_LEADER, "", leader)
+    }
+
+    #[tokio::test]
+    async fn a_node_turns_to_the_leader_it_is_told_of_and_else_to_the_next() {
+        let dialer = Dialer::Plain;
+        let list = "http://a:1, b:2,http://c:3/";
+        let coordinators = Coordinators::new(list, &dialer).unwrap();
+        let at = || coordinators.current().0;
+        assert_eq!(at(), 0);
+        coordinators.turn_from(0, &not_leader("c:3"));
+        assert_eq!(at(), 2);
+        // Somebody else has turned away from there already.
+        coordinators.turn_from(0, &not_leader(""));
+        assert_eq!(at(), 2);
+        coordinators.turn_from(2, &Status::unavailable("dead"));
+        assert_eq!(at(), 0);
+        // One that is not in the list, and itself, are no help.
+        coordinators.turn_from(0, &not_leader("d:4"));
+        assert_eq!(at(), 1);
+        coordinators.turn_from(1, &not_leader("b:2"));
+        assert_eq!(at(), 2);
+
+        let waiting = coordinators.turned(2);
+        coordinators.turn_from(2, &not_leader("a:1"));
+        waiting.await;
+
+        let one = Coordinators::new("a:1", &dialer).unwrap();
+        one.turn_from(0, &Status::unavailable("dead"));
+        assert_eq!(one.current().0, 0);
+    }
+
+    #[test]
+    fn every_url_of_a_list_is_judged() {
+        let dialer = Dialer::Plain;
+        check_coordinators("http://a:1,b:2", &dialer).unwrap();
+        for bad in ["", "a:1,", "a:1,,b:2", "a:1,b", "a:1,ftp://b:2"] {
+            assert!(check_coordinators(bad, &dialer).is_err(), "{bad}");
+        }
+        let many = vec!["a:1"; MAX_COORDINATORS + 1].join(",");
+        let error = check_coordinators(&many, &dialer).unwrap_err();
+        assert!(error.to_string().contains("more than"));
+    }
+}
