@@ -303,7 +303,7 @@ pub(crate) struct Coordinator {
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) advertise: Option<String>,
     /// What outlives this process and elects one leader of several coordinators: memory (nothing
-    /// does), embedded:PATH (a file on this machine) or etcd://HOST:PORT[,HOST:PORT...][/PREFIX]
+    /// does), embedded:PATH (a file on this machine) or `etcd://HOST:PORT[,HOST:PORT...][/PREFIX]`
     #[arg(long, default_value = "memory", value_name = "STORE")]
     pub(crate) store: StoreUrl,
     /// Expert nodes to wait for before experts are placed
