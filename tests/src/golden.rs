@@ -1,7 +1,7 @@
 //! The golden references: what an independent implementation computed, in f32,
 //! for the checkpoints in `tests/golden`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
 
@@ -34,6 +34,33 @@ pub struct Prompt {
 /// All prompts of a case.
 pub fn prompts(case: &str) -> Vec<Prompt> {
     read(&golden_dir(case).join("golden.safetensors"))
+}
+
+/// One prompt of a variant: what its `expect.json` says.
+#[derive(serde::Deserialize)]
+pub struct Expected {
+    /// The prompt.
+    pub ids: Vec<u32>,
+    /// Greedy continuation, EOS ignored.
+    pub greedy: Vec<u32>,
+    /// Log-probability of each prompt token from the second on.
+    pub logprobs: Vec<f32>,
+}
+
+/// The variants: (folder, prompts).
+pub fn variants() -> Vec<(PathBuf, Vec<Expected>)> {
+    let mut dirs: Vec<PathBuf> = std::fs::read_dir(golden_dir("variants"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    dirs.sort();
+    dirs.into_iter()
+        .map(|dir| {
+            let text = std::fs::read(dir.join("expect.json")).unwrap();
+            let expected = serde_json::from_slice(&text).unwrap();
+            (dir, expected)
+        })
+        .collect()
 }
 
 fn read(path: &Path) -> Vec<Prompt> {

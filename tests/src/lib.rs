@@ -7,4 +7,6 @@
 pub mod client;
 pub mod golden;
 pub mod http;
+pub mod load;
 pub mod process;
+pub mod proxy;

@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use guild_tests::golden::{CASES, LOGPROB_BOUND_F32, Prompt, prompts};
+use guild_tests::golden::{CASES, Expected, LOGPROB_BOUND_F32, Prompt, prompts, variants};
 use guild_tests::process::{Cluster, demo, golden_dir, guild, root};
 use serde_json::Value;
 
@@ -102,6 +102,54 @@ fn every_golden_checkpoint_is_served_as_the_reference_computed_it() {
         let cluster = Cluster::up(&golden_dir(case));
         for prompt in prompts(case) {
             check_prompt(case, &cluster.grpc, &prompt);
+        }
+    }
+}
+
+/// Runs a command that prints one JSON answer and holds it to what was expected.
+fn check_expected(what: &str, args: &[&str], expected: &Expected) {
+    let (prompt, tokens) = (ids(&expected.ids), expected.greedy.len().to_string());
+    let asked = ["--token-ids", &prompt, "--max-tokens", &tokens, "--json"];
+    let (code, stdout, stderr) = guild(&[args, &asked].concat());
+    assert_eq!(code, 0, "{what}: {stderr}");
+    let out: Value = serde_json::from_str(stdout.trim()).unwrap();
+    let length = expected.ids.len();
+    assert_eq!(
+        numbers(&out["token_ids"]),
+        expected.greedy,
+        "{what}: after {length} tokens"
+    );
+    let reported = out["prompt_logprobs"].as_array().unwrap();
+    assert_eq!(reported.len(), expected.logprobs.len(), "{what}");
+    for (at, (reported, want)) in reported.iter().zip(&expected.logprobs).enumerate() {
+        let got = reported["logprob"].as_f64().unwrap() as f32;
+        assert!(
+            (got - want).abs() <= LOGPROB_BOUND_F32,
+            "{what}: prompt token {at}: {got}, expected {want}"
+        );
+    }
+}
+
+#[test]
+fn every_variant_of_the_family_is_served_as_transformers_computed_it() {
+    let variants = variants();
+    assert!(variants.len() >= 13);
+    for (dir, prompts) in variants {
+        let what = dir.file_name().unwrap().to_string_lossy().into_owned();
+        let cluster = Cluster::up(&dir);
+        let model = dir.to_str().unwrap();
+        for expected in &prompts {
+            let served = [
+                "generate",
+                "--endpoint",
+                &cluster.grpc,
+                "--ignore-eos",
+                "--prompt-logprobs",
+                "0",
+            ];
+            check_expected(&what, &served, expected);
+            let reference = ["inspect", "--model", model, "--reference"];
+            check_expected(&format!("{what}, reference"), &reference, expected);
         }
     }
 }

@@ -1,0 +1,139 @@
+//! A steady load whose every token is compared with an undisturbed run.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use guild_proto::inference::v1::GenerateRequest;
+use guild_proto::inference::v1::generate_response::Event;
+use guild_proto::inference::v1::inference_client::InferenceClient;
+use tokio::task::JoinSet;
+use tonic::Status;
+
+use crate::client::Answer;
+
+/// Streams that run at the same time.
+pub const STREAMS: usize = 6;
+/// A stream that takes longer hangs.
+const HANGS: Duration = Duration::from_secs(60);
+/// Pause of a stream whose request has failed.
+const AFTER_FAILURE: Duration = Duration::from_millis(100);
+
+/// What a load has seen.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// Requests that were answered as they should be.
+    pub whole: usize,
+    /// Requests that were not answered.
+    pub failed: Vec<Status>,
+    /// Times between two events of a stream, in no order.
+    pub gaps: Vec<Duration>,
+}
+
+impl Seen {
+    /// The longest time between two events of a stream.
+    pub fn stall(&self) -> Duration {
+        self.gaps.iter().max().copied().unwrap_or_default()
+    }
+
+    /// 99 of 100 gaps are no longer.
+    pub fn p99(&self) -> Duration {
+        let mut gaps = self.gaps.clone();
+        gaps.sort_unstable();
+        let at = (gaps.len() * 99).div_ceil(100).saturating_sub(1);
+        gaps.get(at).copied().unwrap_or_default()
+    }
+
+    fn add(&mut self, other: Seen) {
+        self.whole += other.whole;
+        self.failed.extend(other.failed);
+        self.gaps.extend(other.gaps);
+    }
+}
+
+/// [`STREAMS`] streams that run until told to stop.
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    streams: JoinSet<Seen>,
+}
+
+impl Load {
+    /// Begins; `want` has the answer to each of `requests`.
+    pub fn start(
+        endpoint: &str,
+        requests: &Arc<Vec<GenerateRequest>>,
+        want: &Arc<Vec<Answer>>,
+    ) -> Load {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut streams = JoinSet::new();
+        for first in 0..STREAMS {
+            let (requests, want) = (Arc::clone(requests), Arc::clone(want));
+            let (endpoint, stop) = (endpoint.to_owned(), Arc::clone(&stop));
+            streams.spawn(async move {
+                let mut seen = Seen::default();
+                let mut at = first;
+                while !stop.load(Ordering::SeqCst) {
+                    let which = at % requests.len();
+                    at += STREAMS + 1;
+                    let following =
+                        follow(&endpoint, &requests[which], &want[which], &mut seen.gaps);
+                    let followed = tokio::time::timeout(HANGS, following).await;
+                    match followed.expect("a stream hangs") {
+                        Ok(()) => seen.whole += 1,
+                        Err(status) => {
+                            seen.failed.push(status);
+                            tokio::time::sleep(AFTER_FAILURE).await;
+                        }
+                    }
+                }
+                seen
+            });
+        }
+        Load { stop, streams }
+    }
+
+    /// Lets what runs come to its end. Panics when an answer was not the expected one.
+    pub async fn stop(mut self) -> Seen {
+        self.stop.store(true, Ordering::SeqCst);
+        let mut all = Seen::default();
+        while let Some(seen) = self.streams.join_next().await {
+            all.add(seen.expect("an answer differed"));
+        }
+        all
+    }
+}
+
+/// One stream; panics at the first token or log-probability that is not the expected one.
+async fn follow(
+    endpoint: &str,
+    request: &GenerateRequest,
+    want: &Answer,
+    gaps: &mut Vec<Duration>,
+) -> Result<(), Status> {
+    let mut client = InferenceClient::connect(endpoint.to_owned())
+        .await
+        .map_err(|error| Status::unavailable(error.to_string()))?;
+    let mut last = Instant::now();
+    let mut stream = client.generate(request.clone()).await?.into_inner();
+    let mut tokens = 0;
+    let mut complete = false;
+    while let Some(response) = stream.message().await? {
+        gaps.push(last.elapsed());
+        last = Instant::now();
+        match response.event.unwrap() {
+            Event::Chunk(chunk) => {
+                for (token, logprobs) in chunk.token_ids.iter().zip(chunk.logprobs) {
+                    assert_eq!(*token, want.token_ids[tokens], "a wrong token");
+                    let wanted = &want.logprobs[tokens];
+                    assert_eq!(*wanted, logprobs.into(), "other log-probabilities");
+                    tokens += 1;
+                }
+            }
+            Event::Prompt(_) => {}
+            Event::Complete(_) => complete = true,
+        }
+    }
+    let all = want.token_ids.len();
+    assert!(complete && tokens == all, "an answer was cut short");
+    Ok(())
+}

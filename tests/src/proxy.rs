@@ -1,0 +1,163 @@
+//! A TCP proxy that does to connections what a bad network does: flipped bits, delay, silence.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Pieces of a direction that may be under way at the same time; then the sender is held up.
+const UNDER_WAY: usize = 256;
+/// How often a silent proxy looks whether it may go on.
+const SILENT_CHECK: Duration = Duration::from_millis(5);
+
+/// A proxy to one address; without faults at first. It runs until the test process ends.
+pub struct Proxy {
+    address: String,
+    faults: Arc<Faults>,
+}
+
+#[derive(Default)]
+struct Faults {
+    /// Bytes between two flipped bits in the mean; 0: none is flipped.
+    flip_every: AtomicU64,
+    delay_ms: AtomicU64,
+    silent: AtomicBool,
+    /// Over both directions and all connections, so that every part of a connection gets its share.
+    next_flip: Mutex<NextFlip>,
+    flips: AtomicU64,
+    connections: AtomicU64,
+    bytes: AtomicU64,
+}
+
+#[derive(Default)]
+struct NextFlip {
+    /// Bytes until then.
+    left: u64,
+    random: u64,
+}
+
+impl Proxy {
+    /// Listens on a free loopback port for connections to `target`, which need not be there yet.
+    pub fn to(target: String) -> Proxy {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let faults = Arc::new(Faults::default());
+        let shared = Arc::clone(&faults);
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                // A client whose server is not there sees its connection closed.
+                if let Ok(server) = TcpStream::connect(&target) {
+                    shared.connections.fetch_add(1, Ordering::SeqCst);
+                    join(&shared, client, server);
+                }
+            }
+        });
+        Proxy { address, faults }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Flips one bit in so many bytes in the mean, in both directions; 0: none.
+    pub fn flip_a_bit_every(&self, bytes: u64) {
+        self.faults.flip_every.store(bytes, Ordering::SeqCst);
+    }
+
+    /// Holds every byte up for so long, in each direction.
+    pub fn delay(&self, by: Duration) {
+        let ms = by.as_millis() as u64;
+        self.faults.delay_ms.store(ms, Ordering::SeqCst);
+    }
+
+    /// Forwards nothing, not even the end of a connection, until told to go on.
+    pub fn black_hole(&self, on: bool) {
+        self.faults.silent.store(on, Ordering::SeqCst);
+    }
+
+    /// Bits flipped so far.
+    pub fn flips(&self) -> u64 {
+        self.faults.flips.load(Ordering::SeqCst)
+    }
+
+    /// Connections so far.
+    pub fn connections(&self) -> u64 {
+        self.faults.connections.load(Ordering::SeqCst)
+    }
+
+    /// Bytes forwarded so far, both directions together.
+    pub fn bytes(&self) -> u64 {
+        self.faults.bytes.load(Ordering::SeqCst)
+    }
+}
+
+/// Forwards between two ends of a connection, each direction on its own.
+fn join(faults: &Arc<Faults>, client: TcpStream, server: TcpStream) {
+    for end in [&client, &server] {
+        end.set_nodelay(true).unwrap();
+    }
+    let back = (server.try_clone().unwrap(), client.try_clone().unwrap());
+    for (from, to) in [(client, server), back] {
+        let (pieces, arriving) = sync_channel(UNDER_WAY);
+        let (reading, writing) = (Arc::clone(faults), Arc::clone(faults));
+        thread::spawn(move || reading.read(from, &pieces));
+        thread::spawn(move || writing.write(to, &arriving));
+    }
+}
+
+impl Faults {
+    fn read(&self, mut from: TcpStream, pieces: &SyncSender<(Instant, Vec<u8>)>) {
+        let mut buffer = vec![0; 1 << 16];
+        while let Ok(n @ 1..) = from.read(&mut buffer) {
+            let delay = Duration::from_millis(self.delay_ms.load(Ordering::SeqCst));
+            let mut piece = buffer[..n].to_vec();
+            self.corrupt(&mut piece);
+            if pieces.send((Instant::now() + delay, piece)).is_err() {
+                break;
+            }
+        }
+    }
+
+    fn write(&self, mut to: TcpStream, arriving: &Receiver<(Instant, Vec<u8>)>) {
+        let silence = || {
+            while self.silent.load(Ordering::SeqCst) {
+                thread::sleep(SILENT_CHECK);
+            }
+        };
+        for (due, piece) in arriving {
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            silence();
+            if to.write_all(&piece).is_err() {
+                break;
+            }
+            self.bytes.fetch_add(piece.len() as u64, Ordering::SeqCst);
+        }
+        silence();
+        // One that is gone already needs no farewell.
+        let _ = to.shutdown(Shutdown::Both);
+    }
+
+    fn corrupt(&self, piece: &mut [u8]) {
+        let every = self.flip_every.load(Ordering::SeqCst);
+        if every == 0 {
+            return;
+        }
+        let mut next = self.next_flip.lock().unwrap();
+        while next.left < piece.len() as u64 {
+            // A linear congruential generator; its upper bits are the good ones.
+            next.random = next
+                .random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            let random = next.random >> 33;
+            piece[next.left as usize] ^= 1 << (random % 8);
+            self.flips.fetch_add(1, Ordering::SeqCst);
+            next.left += 1 + (random >> 3) % (2 * every);
+        }
+        next.left -= piece.len() as u64;
+    }
+}
