@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 
 use crate::desk::{Desk, EngineHandle, Turn};
 use crate::exchange::{Exchange, ExchangeCounters, ExchangeFailure, Patience, Views};
+use crate::routed::RoutedRows;
 use crate::sequence::{Failure, Sequence};
 
 /// Rows whose logits `[rows, vocab]` are held at the same time.
@@ -30,6 +31,7 @@ pub struct Engine<F> {
     cache: LatentCache,
     desk: Arc<Desk>,
     sequences: HashMap<u64, Sequence>,
+    routed: Arc<RoutedRows>,
 }
 
 impl<F: Fabric + 'static> Engine<F> {
@@ -52,6 +54,7 @@ impl<F: Fabric + 'static> Engine<F> {
         let engine = Engine {
             cache: LatentCache::new(trunk.config(), layers, pages, page_tokens),
             exchange: Exchange::new(fabric, views, patience),
+            routed: Arc::new(RoutedRows::new(trunk.config())),
             trunk,
             cpu,
             desk: Arc::clone(&desk),
@@ -63,6 +66,11 @@ impl<F: Fabric + 'static> Engine<F> {
     /// What the exchange with expert nodes has come to so far.
     pub fn exchange_counters(&self) -> Arc<ExchangeCounters> {
         Arc::clone(self.exchange.counters())
+    }
+
+    /// What the gates have chosen.
+    pub fn routed_rows(&self) -> Arc<RoutedRows> {
+        Arc::clone(&self.routed)
     }
 
     /// The step loop. Returns when the handle has closed and nobody is left.
@@ -88,6 +96,7 @@ impl<F: Fabric + 'static> Engine<F> {
     async fn step(&mut self, step: &Step) -> Result<Vec<(u64, bool)>, ExchangeFailure> {
         let (tokens, seqs) = gather(step, &self.sequences);
         let mut hidden = self.trunk.embed(&tokens);
+        let mut moe_layers = 0;
         for layer in self.trunk.layers() {
             layer.attend(&mut hidden, &seqs, &mut self.cache);
             match layer.ffn() {
@@ -95,6 +104,8 @@ impl<F: Fabric + 'static> Engine<F> {
                 Ffn::Moe(moe) => {
                     let x = moe.norm(&hidden);
                     let routes = moe.route(&x);
+                    self.routed.count(moe_layers, &routes);
+                    moe_layers += 1;
                     let away = self.exchange.dispatch(layer.index(), &x, &routes);
                     let shared = moe.shared(&x);
                     let rows = away.combine().await?;

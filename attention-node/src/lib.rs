@@ -13,6 +13,7 @@ pub mod exchange;
 mod live;
 mod memory;
 mod peers;
+mod routed;
 pub mod sequence;
 pub mod service;
 pub mod view;
@@ -32,6 +33,7 @@ pub use desk::{EngineHandle, READERS_PER_PLACE, SubmitError};
 pub use exchange::Patience;
 pub use live::run;
 pub use memory::KvMemory;
+pub use routed::RoutedRows;
 
 /// What an attention node is told.
 #[derive(Clone, Debug)]

@@ -170,6 +170,7 @@ impl Node {
             limits,
             self.cfg.patience,
         )?;
+        member.count_routed(engine.routed_rows());
         let ended = engine.spawn(&self.cfg.name);
         let mut ended = ended.map_err(|source| Error::Thread {
             name: "engine".to_owned(),

@@ -11,6 +11,7 @@ use common::{DEADLINE, Model, Random, Rig, bits, limits, read_all, repository, r
 use guild_attention_node::sequence::{Event, Events, Failure, Finish, Request};
 use guild_attention_node::{READERS_PER_PLACE, SubmitError};
 use guild_model::sampler::Sampling;
+use guild_node::member::RoutedSource as _;
 use guild_scheduler::batch::{Limits, Refusal};
 
 /// Sixteen different requests: greedy and sampled, long and short, with and without
@@ -423,4 +424,48 @@ async fn a_panic_in_a_step_surfaces() {
         SubmitError::Draining
     );
     rig.settle().await;
+}
+
+/// Rows that a request takes through every layer: its last token is never an input.
+fn rows_of(request: &Request) -> u64 {
+    (request.prompt.len() + request.max_tokens - 1) as u64
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_row_is_counted_once_for_each_expert_that_the_gate_chose() {
+    let model = Model::v3_basic();
+    let config = model.trunk.config();
+    let mut random = Random(5);
+    let requests: Vec<Request> = (0..6)
+        .map(|_| {
+            let prompt = (0..1 + random.below(30)).map(|_| random.below(config.vocab_size) as u32);
+            request(prompt.collect(), 1 + random.below(10))
+        })
+        .collect();
+    let rows: u64 = requests.iter().map(rows_of).sum();
+    let chosen = rows * config.num_experts_per_tok as u64;
+
+    let rig = Rig::new(model);
+    for request in &requests {
+        rig.run(request).await;
+    }
+    let alone = rig.routed.take();
+    let layers: Vec<u32> = config.moe_layers().map(|layer| layer as u32).collect();
+    assert_eq!(alone.layers, layers);
+    assert_eq!(alone.experts as usize, config.n_routed_experts);
+    for layer in alone.rows.chunks_exact(config.n_routed_experts) {
+        assert_eq!(layer.iter().sum::<u64>(), chosen);
+        assert!(
+            layer.iter().all(|&n| n <= rows),
+            "an expert twice for a row"
+        );
+    }
+    assert!(rig.routed.take().rows.iter().all(|&n| n == 0), "taken once");
+
+    // In one batch the gate chooses the same.
+    let readers: Vec<Events> = requests.iter().map(|request| rig.submit(request)).collect();
+    for reader in readers {
+        read_all(reader).await;
+    }
+    assert_eq!(rig.routed.take(), alone);
 }

@@ -17,7 +17,10 @@ use crate::listen::EPHEMERAL;
 
 mod experts;
 
-pub(crate) use experts::{Experts, ExpertsCommand, ExpertsEplb, ExpertsPlan, SplitArg};
+pub(crate) use experts::{
+    Experts, ExpertsCommand, ExpertsEplb, ExpertsLoad, ExpertsLs, ExpertsPlan, ExpertsRecord,
+    Leader, SplitArg,
+};
 
 /// Serves the DeepSeek-V3 family with its experts spread over ordinary machines.
 #[derive(Clone, Debug, Parser)]
@@ -51,7 +54,7 @@ pub(crate) enum Command {
     Certs(Certs),
     /// API keys for the front door
     Keys(Keys),
-    /// The layout of the experts: EPLB, and the planner on a recorded load
+    /// Experts: who holds them, how they are loaded, EPLB, and the planner on a recorded load
     Experts(Experts),
 }
 

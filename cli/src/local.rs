@@ -71,18 +71,16 @@ pub(crate) struct Local {
 }
 
 impl Local {
-    /// Starts every role; `http` and `grpc` are the front doors.
+    /// Starts every role; `listeners` are the coordinator's.
     ///
     /// # Errors
     /// No port is free.
     pub(crate) async fn start(
         plan: &Plan,
         cpu: &Cpu,
-        http: TcpListener,
-        grpc: TcpListener,
+        listeners: Listeners,
     ) -> Result<Self, Failure> {
-        let listener = bind("listen", EPHEMERAL, Protection::LOOPBACK).await?;
-        let cluster = format!("http://{}", address_of(&listener)?);
+        let cluster = format!("http://{}", address_of(&listeners.cluster)?);
         let switchboard = (plan.fabric == FabricKind::Local).then(Switchboard::default);
         let mut local = Self {
             coordinator: Tier::default(),
@@ -91,11 +89,6 @@ impl Local {
             cluster,
         };
 
-        let listeners = Listeners {
-            cluster: listener,
-            http,
-            grpc,
-        };
         let config = shells::coordinator(&shells::FrontDesk {
             model: &plan.model,
             model_name: &plan.model_name,

@@ -11,8 +11,9 @@ use guild_node::tls::{self, Identity};
 use guild_node::{Shutdown, serve, status};
 use guild_proto::cluster::v1::cluster_server::Cluster;
 use guild_proto::cluster::v1::{
-    HeartbeatRequest, HeartbeatResponse, LeaveRequest, LeaveResponse, NodeStatus, Placement,
-    RegisterRequest, RegisterResponse, Role, StatusRequest, StatusResponse, WatchPlacementRequest,
+    ExpertLoadRequest, ExpertLoadResponse, HeartbeatRequest, HeartbeatResponse, LeaveRequest,
+    LeaveResponse, NodeStatus, Placement, RegisterRequest, RegisterResponse, ReportLoadRequest,
+    ReportLoadResponse, Role, StatusRequest, StatusResponse, WatchPlacementRequest,
 };
 use guild_scheduler::membership::{self, Refused, Registration, Report, UnknownNode};
 use tokio_stream::wrappers::WatchStream;
@@ -193,6 +194,38 @@ impl Cluster for ClusterService {
             model_digest: self.state.digest.clone(),
             nodes,
         }))
+    }
+
+    async fn report_load(
+        &self,
+        request: Request<ReportLoadRequest>,
+    ) -> Result<Response<ReportLoadResponse>, Status> {
+        let report = request.into_inner();
+        // Under one lock with the membership: nobody who has left is counted.
+        self.state
+            .lead(|membership, _| match membership.node(report.node_id) {
+                None => Err(unknown(UnknownNode(report.node_id))),
+                Some(node) if node.role != membership::Role::Attention => {
+                    Err(status::invalid("node_id", "must be an attention node"))
+                }
+                Some(_) => (self.state.load.count(&report))
+                    .map_err(|error| status::invalid("rows", error.to_string())),
+            })
+            .map_err(follower)??;
+        Ok(Response::new(ReportLoadResponse {}))
+    }
+
+    async fn expert_load(
+        &self,
+        request: Request<ExpertLoadRequest>,
+    ) -> Result<Response<ExpertLoadResponse>, Status> {
+        let shots_after = request.into_inner().shots_after;
+        let active = self
+            .state
+            .lead(|membership, _| membership.active().cloned())
+            .map_err(follower)?;
+        let answer = self.state.load.answer(active.as_ref(), shots_after);
+        Ok(Response::new(answer))
     }
 }
 

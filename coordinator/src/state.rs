@@ -2,6 +2,7 @@
 //! [`ClusterState::with`], which carries out what follows from it.
 
 mod leading;
+mod load;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use guild_scheduler::placement::NodeId;
 use tokio::sync::{broadcast, watch};
 
 pub(crate) use leading::NotLeading;
+use load::LoadBook;
 
 /// Shortest lease: heartbeats cannot be kept much below a third of it.
 pub(crate) const MIN_LEASE: Duration = Duration::from_millis(100);
@@ -42,6 +44,8 @@ pub(crate) struct ClusterState {
     /// What is being waited for; None: ready.
     waiting_for: watch::Sender<Option<String>>,
     lost: broadcast::Sender<NodeId>,
+    /// What attention nodes report to this coordinator while it leads.
+    pub(crate) load: LoadBook,
 }
 
 /// What nodes are told of: both may hold at the same time.
@@ -85,6 +89,7 @@ impl ClusterState {
         let tick = (settings.lease / 8)
             .min(settings.settle / 4)
             .clamp(TICK.0, TICK.1);
+        let load = LoadBook::new(&settings.layers, settings.experts);
         let state = ClusterState {
             start: Instant::now(),
             tick,
@@ -102,6 +107,7 @@ impl ClusterState {
             leads: watch::Sender::new(false),
             waiting_for: watch::Sender::new(Some("starting".to_owned())),
             lost: broadcast::Sender::new(LOSSES),
+            load,
         };
         state.with(|_, _| ());
         Arc::new(state)
@@ -184,6 +190,7 @@ impl ClusterState {
                         tracing::info!(node, name, "a new process has taken a node's name");
                     }
                 }
+                self.load.forget(node);
                 // Nobody listening is fine: nothing is running then.
                 let _ = self.lost.send(node);
             }
@@ -234,6 +241,7 @@ impl ClusterState {
             interval.tick().await;
             self.with_inner(|inner, now| {
                 if inner.leading {
+                    self.load.tick(now);
                     inner.membership.tick(now);
                     self.propose(inner);
                 }

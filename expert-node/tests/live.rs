@@ -12,8 +12,9 @@ use guild_expert_node::{Error, ExpertNodeConfig, run};
 use guild_model::{Checkpoint, Cpu, checkpoint::Dtype, expert::Expert};
 use guild_node::{ExitKind, HasExitKind, Shutdown};
 use guild_proto::cluster::v1::{
-    HeartbeatRequest, HeartbeatResponse, LeaveRequest, LeaveResponse, Placement, PlacementNode,
-    PlacementState, RegisterRequest, RegisterResponse, Role, Slot, StatusRequest, StatusResponse,
+    ExpertLoadRequest, ExpertLoadResponse, HeartbeatRequest, HeartbeatResponse, LeaveRequest,
+    LeaveResponse, Placement, PlacementNode, PlacementState, RegisterRequest, RegisterResponse,
+    ReportLoadRequest, ReportLoadResponse, Role, Slot, StatusRequest, StatusResponse,
     WatchPlacementRequest,
     cluster_server::{Cluster, ClusterServer},
 };
@@ -90,6 +91,20 @@ impl Cluster for Coordinator {
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         Ok(Response::new(StatusResponse::default()))
+    }
+
+    async fn report_load(
+        &self,
+        _: Request<ReportLoadRequest>,
+    ) -> Result<Response<ReportLoadResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+
+    async fn expert_load(
+        &self,
+        _: Request<ExpertLoadRequest>,
+    ) -> Result<Response<ExpertLoadResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
     }
 }
 

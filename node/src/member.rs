@@ -8,6 +8,7 @@
 
 mod coordinators;
 mod lease;
+mod routed;
 mod session;
 
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use crate::exit::{ExitKind, HasExitKind};
 
 pub use coordinators::check_coordinators;
 pub use lease::Lease;
+pub use routed::{Routed, RoutedSource};
 
 /// ErrorInfo reason of a refusal because config or weights differ.
 pub const REASON_DIGEST: &str = "MODEL_DIGEST_MISMATCH";
@@ -129,6 +131,7 @@ struct Shared {
     active: watch::Receiver<Option<Arc<Placement>>>,
     lease: Lease,
     node_id: watch::Receiver<Option<u32>>,
+    routed: routed::Slot,
     ended: watch::Receiver<Option<Result<(), MemberError>>>,
 }
 
@@ -169,6 +172,8 @@ impl Member {
             active: active_tx,
             lease: lease.clone(),
         };
+        let routed = routed::Slot::default();
+        let counted = Arc::clone(&routed);
         let (node_id_tx, node_id) = watch::channel(None);
         let (ended_tx, ended) = watch::channel(None);
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -179,7 +184,7 @@ impl Member {
             .name("guild-member".to_owned())
             .spawn(move || {
                 let end = runtime.block_on(async {
-                    session::Session::new(config, &dialer, said_rx, told, node_id_tx)?
+                    session::Session::new(config, &dialer, said_rx, told, node_id_tx, counted)?
                         .run()
                         .await
                 });
@@ -193,6 +198,7 @@ impl Member {
                 active,
                 lease,
                 node_id,
+                routed,
                 ended,
             }),
         })
@@ -247,6 +253,13 @@ impl Member {
             said.load = load;
             false
         });
+    }
+
+    /// From now on the coordinator is told every second what the gates of this
+    /// node have chosen. The first source stays.
+    pub fn count_routed(&self, source: Arc<dyn RoutedSource>) {
+        // A membership belongs to one engine.
+        let _ = self.shared.routed.set(source);
     }
 
     /// Tells the coordinator to send nothing new here.

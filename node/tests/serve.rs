@@ -50,6 +50,20 @@ impl Cluster for Streams {
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         Err(Status::unimplemented("not in this test"))
     }
+
+    async fn report_load(
+        &self,
+        _: Request<ReportLoadRequest>,
+    ) -> Result<Response<ReportLoadResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+
+    async fn expert_load(
+        &self,
+        _: Request<ExpertLoadRequest>,
+    ) -> Result<Response<ExpertLoadResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
 }
 
 struct Running {

@@ -133,6 +133,7 @@ pub struct Meter {
     experts: u32,
     open: Shot,
     window: VecDeque<Shot>,
+    closed: u64,
     ewma: Option<Vec<Vec<f64>>>,
     seen: BTreeMap<u32, u64>,
 }
@@ -150,6 +151,7 @@ impl Meter {
             experts,
             open,
             window: VecDeque::new(),
+            closed: 0,
             ewma: None,
             seen: BTreeMap::new(),
         })
@@ -209,6 +211,7 @@ impl Meter {
             self.window.pop_front();
         }
         self.window.push_back(shot);
+        self.closed += 1;
     }
 
     /// Forgets a source that has left, so that its successor may count from 0.
@@ -230,6 +233,16 @@ impl Meter {
     /// The last closed shots, oldest first, at most [`WINDOW_SHOTS`].
     pub fn window(&self) -> impl ExactSizeIterator<Item = &Shot> {
         self.window.iter()
+    }
+
+    /// Shots closed so far: the number of the newest in the window, counted from 1.
+    pub fn closed(&self) -> u64 {
+        self.closed
+    }
+
+    /// Logical experts of a layer.
+    pub fn experts(&self) -> u32 {
+        self.experts
     }
 
     /// The window as a trace.

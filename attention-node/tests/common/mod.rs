@@ -12,7 +12,7 @@ use guild_attention_node::engine::Engine;
 use guild_attention_node::exchange::{ExchangeCounters, Views};
 use guild_attention_node::sequence::{Event, Events, Request};
 use guild_attention_node::view::View;
-use guild_attention_node::{EngineHandle, Patience};
+use guild_attention_node::{EngineHandle, Patience, RoutedRows};
 use guild_model::checkpoint::Dtype;
 use guild_model::expert::Expert;
 use guild_model::sampler::Sampling;
@@ -198,6 +198,7 @@ pub struct Rig {
     pub views: watch::Sender<Option<Arc<View>>>,
     pub wire: Arc<Wire>,
     pub counters: Arc<ExchangeCounters>,
+    pub routed: Arc<RoutedRows>,
 }
 
 /// What a network does to one node.
@@ -318,6 +319,7 @@ impl Rig {
             model,
             engine: handle,
             counters: engine.exchange_counters(),
+            routed: engine.routed_rows(),
             ended: engine.spawn("test").unwrap(),
             trouble: Arc::default(),
             views,

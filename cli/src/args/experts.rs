@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::Common;
+use super::{Common, NodeTls};
 use crate::failure::EXIT_CODES;
 use crate::units;
 
@@ -18,10 +18,81 @@ pub(crate) struct Experts {
 /// What to do about experts.
 #[derive(Clone, Debug, Subcommand)]
 pub(crate) enum ExpertsCommand {
+    /// Who holds which experts
+    Ls(ExpertsLs),
+    /// What has been routed to which expert of late: a heat map
+    Load(ExpertsLoad),
+    /// Writes the load as a trace for `guild experts plan`
+    Record(ExpertsRecord),
     /// Lays experts out by EPLB as published
     Eplb(ExpertsEplb),
     /// Plays a recorded load against the planner, EPLB and no planner: a dry run
     Plan(ExpertsPlan),
+}
+
+/// The coordinator that is asked.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Leader {
+    /// The cluster address of the coordinator that leads; `guild up` prints its own
+    #[arg(long, default_value = "http://127.0.0.1:7000", value_name = "URL")]
+    pub(crate) coordinator: String,
+    /// Where nodes have certificates: that of an attention or expert node
+    #[command(flatten)]
+    pub(crate) tls: NodeTls,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct ExpertsLs {
+    #[command(flatten)]
+    pub(crate) leader: Leader,
+    /// One JSON object instead of words
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Example:
+  guild experts load --coordinator http://127.0.0.1:7000 --watch
+
+A row is a layer, a column an expert, or the hottest of several where there are many.
+Shades compare with the mean of the layer.
+
+{EXIT_CODES}"))]
+pub(crate) struct ExpertsLoad {
+    #[command(flatten)]
+    pub(crate) leader: Leader,
+    /// Again every second, until interrupted
+    #[arg(long)]
+    pub(crate) watch: bool,
+    /// One JSON object a look instead of a map
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Example:
+  guild experts record --seconds 60 --out load.jsonl
+  guild experts plan --trace load.jsonl --nodes 4
+
+A line is a shot: a second in which something was routed.
+
+{EXIT_CODES}"))]
+pub(crate) struct ExpertsRecord {
+    #[command(flatten)]
+    pub(crate) leader: Leader,
+    /// File to write; what is there is replaced
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// How long to record
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
+    pub(crate) seconds: u32,
+    #[command(flatten)]
+    pub(crate) common: Common,
 }
 
 #[derive(Clone, Debug, Args)]

@@ -1,4 +1,4 @@
-//! `guild experts`: the layout of the experts, from files alone.
+//! `guild experts`: the layout and the load of the experts, of a cluster and from files.
 
 use std::io::{Read as _, Write as _};
 use std::path::Path;
@@ -12,13 +12,20 @@ use super::log_tool;
 use crate::args::{Experts, ExpertsCommand, ExpertsEplb};
 use crate::failure::Failure;
 
+mod heat;
+mod leader;
+mod ls;
 mod plan;
+mod record;
 
 /// Bytes of an input file, at most.
 const MAX_INPUT_BYTES: u64 = 256 << 20;
 
 pub(crate) fn run(args: &Experts) -> Result<(), Failure> {
     match &args.command {
+        ExpertsCommand::Ls(args) => ls::run(args),
+        ExpertsCommand::Load(args) => heat::run(args),
+        ExpertsCommand::Record(args) => record::run(args),
         ExpertsCommand::Eplb(args) => by_eplb(args),
         ExpertsCommand::Plan(args) => plan::run(args),
     }

@@ -3,6 +3,7 @@
 use std::io::Write as _;
 use std::path::Path;
 
+use guild_coordinator::Listeners;
 use guild_model::Checkpoint;
 use guild_node::config::{Origin, Origins};
 use guild_proto::inference::v1::generate_request::Input;
@@ -50,12 +51,13 @@ pub(crate) fn run(args: &Generate, origins: &Origins) -> Result<(), Failure> {
 async fn alone(args: &Generate, model: &Path, request: GenerateRequest) -> Result<(), Failure> {
     // Before anything is started: what is wrong with it is the answer.
     let plan = Plan::smallest(Checkpoint::open(model)?, args.compute);
-    let (http, grpc) = (
-        bind("http", EPHEMERAL, Protection::LOOPBACK).await?,
-        bind("grpc", EPHEMERAL, Protection::LOOPBACK).await?,
-    );
-    let endpoint = format!("http://{}", address_of(&grpc)?);
-    let mut local = Local::start(&plan, &cpu(args.compute.threads), http, grpc).await?;
+    let listeners = Listeners {
+        cluster: bind("listen", EPHEMERAL, Protection::LOOPBACK).await?,
+        http: bind("http", EPHEMERAL, Protection::LOOPBACK).await?,
+        grpc: bind("grpc", EPHEMERAL, Protection::LOOPBACK).await?,
+    };
+    let endpoint = format!("http://{}", address_of(&listeners.grpc)?);
+    let mut local = Local::start(&plan, &cpu(args.compute.threads), listeners).await?;
     let nothing = Access::default();
     let answered = match local.ready().await {
         Ok(()) => tokio::select! {

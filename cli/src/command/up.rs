@@ -3,15 +3,16 @@
 use std::io::Write as _;
 use std::net::SocketAddr;
 
+use guild_coordinator::Listeners;
 use guild_model::{Checkpoint, Cpu};
 
 use super::{block_on, cpu, log_role, served_name};
 use crate::args::{FabricKind, Up};
 use crate::banner::Banner;
 use crate::failure::Failure;
-use crate::listen::{address_of, bind, reachable};
+use crate::listen::{EPHEMERAL, address_of, bind, reachable};
 use crate::local::{Local, Plan};
-use crate::security::Door;
+use crate::security::{Door, Protection};
 
 pub(crate) fn run(args: &Up) -> Result<(), Failure> {
     log_role(&args.common)?;
@@ -27,6 +28,7 @@ async fn serve(args: &Up) -> Result<(), Failure> {
     let grpc = bind("grpc", &args.grpc, clients).await?;
     let doors = (address_of(&http)?, address_of(&grpc)?);
     let checkpoint = Checkpoint::open(&args.model)?;
+    let cluster = bind("listen", EPHEMERAL, Protection::LOOPBACK).await?;
     let cpu = cpu(args.compute.threads);
     let plan = Plan {
         model: checkpoint.clone(),
@@ -40,8 +42,16 @@ async fn serve(args: &Up) -> Result<(), Failure> {
         door,
         redundancy: args.redundancy,
     };
-    banner(args, &plan, &checkpoint, &cpu, doors)?.show(args.common.log_format);
-    let mut local = Local::start(&plan, &cpu, http, grpc).await?;
+    let mut banner = banner(args, &plan, &checkpoint, &cpu, doors)?;
+    banner
+        .line("cluster", format!("http://{}", address_of(&cluster)?))
+        .show(args.common.log_format);
+    let listeners = Listeners {
+        cluster,
+        http,
+        grpc,
+    };
+    let mut local = Local::start(&plan, &cpu, listeners).await?;
     let ended = tokio::select! {
         ended = announce(&mut local, doors) => ended,
         () = shutdown.requested() => Ok(()),

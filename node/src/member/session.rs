@@ -15,6 +15,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use super::coordinators::Coordinators;
+use super::routed::{self, Outbox};
 use super::{Lease, MemberConfig, MemberError, Said};
 use crate::channel::Dialer;
 use crate::serve::chain;
@@ -29,6 +30,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(2);
 const BEATS_PER_LEASE: u32 = 3;
 /// Fastest heartbeat, whatever the lease says.
 const BEAT_MIN: Duration = Duration::from_millis(20);
+/// How often load is reported.
+const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// What a call may take before it counts as failed.
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 /// What saying goodbye may take: the lease does the same, only later.
@@ -69,6 +72,7 @@ pub(super) struct Session {
     said: watch::Receiver<Said>,
     told: Told,
     node_id: watch::Sender<Option<u32>>,
+    routed: routed::Slot,
 }
 
 impl Session {
@@ -79,6 +83,7 @@ impl Session {
         said: watch::Receiver<Said>,
         told: Told,
         node_id: watch::Sender<Option<u32>>,
+        routed: routed::Slot,
     ) -> Result<Session, MemberError> {
         Ok(Session {
             coordinators: Coordinators::new(&config.coordinator, dialer)?,
@@ -87,6 +92,7 @@ impl Session {
             said,
             told,
             node_id,
+            routed,
         })
     }
 
@@ -94,6 +100,7 @@ impl Session {
     /// refuses this node for good.
     pub(super) async fn run(self) -> Result<(), MemberError> {
         let mut complaint = Complaint::default();
+        let mut outbox = Outbox::default();
         loop {
             let registered = tokio::select! {
                 _ = left(self.said.clone()) => return Ok(()),
@@ -105,6 +112,7 @@ impl Session {
                 lost = left(self.said.clone()) => lost,
                 lost = self.beat(node_id, lease) => lost,
                 lost = self.watch(node_id) => lost,
+                () = self.report_load(node_id, &mut outbox) => continue,
             };
             self.node_id.send_replace(None);
             self.told.lease.end();
@@ -219,6 +227,36 @@ impl Session {
             let news = tokio::time::timeout(pause, said.changed()).await;
             if matches!(news, Ok(Err(_))) {
                 return Lost::Abandoned;
+            }
+        }
+    }
+
+    /// Reports what the gates choose, for ever. Whether the coordinator knows
+    /// this node is for the heartbeats to find out.
+    async fn report_load(&self, node_id: u32, outbox: &mut Outbox) {
+        let mut ticks = tokio::time::interval(REPORT_EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut complaint = Complaint::default();
+        loop {
+            ticks.tick().await;
+            let Some(report) = outbox.next(&self.routed, node_id) else {
+                continue;
+            };
+            let (_, coordinator, mut client) = self.coordinators.current();
+            match client.report_load(timed(report)).await {
+                Ok(_) => {
+                    outbox.counted();
+                    complaint.settle();
+                }
+                Err(status) => {
+                    complaint.say(&format!(
+                        "load report to {coordinator} failed: {}",
+                        in_words(&status)
+                    ));
+                    if is_final(&status) {
+                        outbox.counted();
+                    }
+                }
             }
         }
     }

@@ -1,0 +1,199 @@
+//! The load of the experts, as attention nodes report it to the leader.
+//!
+//! Secret: when a shot ends, and how much of it all one answer holds.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use guild_proto::cluster::v1::{
+    ExpertLoadResponse, ExpertNodeLoad, LoadShot, ReportLoadRequest, Slot,
+};
+use guild_scheduler::load::{Delta, LoadError, MAX_CELLS, Meter, Shot, balancedness};
+use guild_scheduler::membership::Published;
+use guild_scheduler::placement::NodeId;
+
+/// Span of a shot.
+const SHOT: Duration = Duration::from_secs(1);
+/// Cells (layers by experts) of all shots that one answer lists, at most; one
+/// shot is always listed.
+const MAX_LISTED_CELLS: usize = 1 << 20;
+
+/// The meter and its clock. None: the model has no experts.
+pub(crate) struct LoadBook(Option<Mutex<Inner>>);
+
+struct Inner {
+    meter: Meter,
+    /// When the open shot closes.
+    closes: Duration,
+}
+
+impl LoadBook {
+    /// For these layers (ascending indices) of `experts` experts each.
+    pub(super) fn new(layers: &[u32], experts: u32) -> LoadBook {
+        let meter = Meter::new(layers.to_vec(), experts).ok();
+        LoadBook(meter.map(|meter| {
+            Mutex::new(Inner {
+                meter,
+                closes: SHOT,
+            })
+        }))
+    }
+
+    fn with<R>(&self, work: impl FnOnce(&mut Inner) -> R) -> Option<R> {
+        let inner = self.0.as_ref()?;
+        // Counts are whole between two calls.
+        Some(work(
+            &mut inner.lock().unwrap_or_else(PoisonError::into_inner),
+        ))
+    }
+
+    /// Counts a report, unless it was counted before.
+    ///
+    /// # Errors
+    /// It counts what the model does not have; nothing of it is counted.
+    pub(crate) fn count(&self, report: &ReportLoadRequest) -> Result<(), ReportError> {
+        let cells = report.layers.len().saturating_mul(report.experts as usize);
+        if cells != report.rows.len() || cells > MAX_CELLS {
+            return Err(ReportError::Shape);
+        }
+        let experts = report.experts.max(1) as usize;
+        let listed = report
+            .rows
+            .iter()
+            .enumerate()
+            .filter(|(_, rows)| **rows > 0);
+        let delta = Delta {
+            source: report.node_id,
+            sequence: report.sequence,
+            rows: listed
+                .map(|(cell, &rows)| (report.layers[cell / experts], (cell % experts) as u32, rows))
+                .collect(),
+        };
+        let merged = self.with(|inner| inner.meter.merge(&delta));
+        merged.unwrap_or(Ok(false)).map(|_| ())?;
+        Ok(())
+    }
+
+    /// A node that has left does not report any more.
+    pub(super) fn forget(&self, node: NodeId) {
+        self.with(|inner| inner.meter.forget(node));
+    }
+
+    /// Closes the shot whose time has come.
+    pub(super) fn tick(&self, now: Duration) {
+        self.with(|inner| {
+            if now >= inner.closes {
+                inner.meter.close();
+                inner.closes = now + SHOT;
+            }
+        });
+    }
+
+    /// All that is known, over the homes of `active`; shots after number
+    /// `shots_after`, if asked for.
+    pub(crate) fn answer(
+        &self,
+        active: Option<&Published>,
+        shots_after: Option<u64>,
+    ) -> ExpertLoadResponse {
+        let answer = self.with(|inner| of_meter(&inner.meter, active, shots_after));
+        answer.unwrap_or_default()
+    }
+}
+
+/// Why a report is not counted.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReportError {
+    /// The lists do not belong together.
+    #[error("rows: not layers times experts")]
+    Shape,
+    /// It counts something else.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+}
+
+fn of_meter(
+    meter: &Meter,
+    active: Option<&Published>,
+    shots_after: Option<u64>,
+) -> ExpertLoadResponse {
+    let experts = meter.experts() as usize;
+    let layers = meter.layers();
+    let mut rows = vec![0u64; layers.len() * experts];
+    for shot in meter.window() {
+        for (sum, &n) in rows.iter_mut().zip(shot.rows.iter().flatten()) {
+            *sum = sum.saturating_add(n);
+        }
+    }
+    let nodes = active.map_or_else(Vec::new, |active| nodes(layers, experts, &rows, active));
+    let loads: Vec<Vec<f64>> = (0..layers.len())
+        .map(|at| nodes.iter().map(|node| node.rows[at]).collect())
+        .collect();
+    ExpertLoadResponse {
+        epoch: active.map_or(0, |active| active.placement.epoch()),
+        layers: layers.to_vec(),
+        experts: meter.experts(),
+        shot_ms: SHOT.as_millis() as u32,
+        closed: meter.closed(),
+        window: meter.window().len() as u32,
+        rows,
+        ewma: meter.ewma().map_or_else(Vec::new, |ewma| ewma.concat()),
+        balancedness: (loads.iter())
+            .map(|nodes| balancedness(&[nodes]).unwrap_or(1.0))
+            .collect(),
+        nodes,
+        shots: shots_after.map_or_else(Vec::new, |after| listed(meter, after)),
+    }
+}
+
+fn nodes(layers: &[u32], experts: usize, rows: &[u64], active: &Published) -> Vec<ExpertNodeLoad> {
+    let placement = &active.placement;
+    let mut homes: HashMap<(u32, u32), u64> = HashMap::new();
+    for slot in placement.nodes().iter().flat_map(|node| &node.slots) {
+        *homes.entry(*slot).or_default() += 1;
+    }
+    let share = |&(layer, expert): &(u32, u32)| {
+        let at = layers.binary_search(&layer).ok()?;
+        let rows = *rows.get(at * experts + expert as usize)?;
+        let homes = homes.get(&(layer, expert)).copied().unwrap_or(1);
+        Some((at, rows as f64 / homes as f64))
+    };
+    let one = |(node, (name, _)): (&guild_scheduler::placement::NodeSlots, &(String, String))| {
+        let mut sums = vec![0.0; layers.len()];
+        for (at, rows) in node.slots.iter().filter_map(share) {
+            sums[at] += rows;
+        }
+        let slot = |&(layer, expert): &(u32, u32)| Slot { layer, expert };
+        ExpertNodeLoad {
+            node_id: node.node,
+            name: name.clone(),
+            slots: node.slots.iter().map(slot).collect(),
+            rows: sums,
+        }
+    };
+    placement
+        .nodes()
+        .iter()
+        .zip(&active.nodes)
+        .map(one)
+        .collect()
+}
+
+/// The shots after `after` that are still in the window, oldest first, as many
+/// as one answer holds.
+fn listed(meter: &Meter, after: u64) -> Vec<LoadShot> {
+    let window = meter.window();
+    let first = meter.closed() - window.len() as u64 + 1;
+    let cells = meter.layers().len() * meter.experts() as usize;
+    let shot = |(number, shot): (u64, &Shot)| LoadShot {
+        number,
+        rows: shot.rows.concat(),
+    };
+    (first..)
+        .zip(window)
+        .filter(|(number, _)| *number > after)
+        .take((MAX_LISTED_CELLS / cells).max(1))
+        .map(shot)
+        .collect()
+}
