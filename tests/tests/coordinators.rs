@@ -353,8 +353,13 @@ async fn a_frozen_leader_is_replaced_and_etcd_may_be_away_while_the_cluster_serv
     println!("another leads after {:?}", frozen.elapsed());
     serves(&house.coordinators[new], "by the new leader").await;
 
-    // Awake again, it finds that it has been deposed.
+    // Awake again, it finds that it has been deposed; what it believes until then is fenced by the store.
     house.coordinators[old].process.signal("CONT");
+    let awake = Instant::now();
+    while house.coordinators[old].leads().await {
+        assert!(awake.elapsed() < SLACK, "it never finds out");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     assert_eq!(house.leader(SLACK).await, new);
     serves(&house.coordinators[old], "through the old leader").await;
 
