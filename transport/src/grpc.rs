@@ -338,7 +338,7 @@ impl Shared {
                 answer = answers.message() => match answer {
                     Ok(Some(frame)) => match self.deliver(frame) {
                         Ok(()) => served = true,
-                        Err((code, reason)) => return end(code, reason, false),
+                        Err((code, reason)) => return end(code, reason, served),
                     },
                     Ok(None) => return end(
                         ExchangeCode::Unreachable,
@@ -385,8 +385,10 @@ impl Shared {
             (error.code().into(), reason)
         })?;
         let Some(pending) = self.state().remove(id) else {
+            // An id that was damaged on its way there comes back like this: nothing on this
+            // connection can be matched any more, and all of it may be asked again.
             let reason = format!("{} answered dispatch {id}, which is not open", self.address);
-            return Err((ExchangeCode::Malformed, reason));
+            return Err((ExchangeCode::Unreachable, reason));
         };
         let answer = match combine.outcome {
             Err(fault) => Err(ExchangeError::from_fault(fault, &self.peer)),

@@ -497,7 +497,7 @@ async fn an_answer_that_cannot_be_trusted_ends_the_connection() {
             answer.format = 9;
             vec![answer.sealed()]
         }),
-        (ExchangeCode::Malformed, |frame| {
+        (ExchangeCode::Unreachable, |frame| {
             let mut answer = answer(frame);
             answer.id += 1;
             vec![answer.sealed()]
