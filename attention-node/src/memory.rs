@@ -29,31 +29,11 @@ impl std::str::FromStr for KvMemory {
         if text.eq_ignore_ascii_case("auto") {
             return Ok(KvMemory::Auto);
         }
-        let wrong = || format!("{text:?} is neither `auto` nor a size like 8GiB or 500MB");
-        let digits = text
-            .find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(text.len());
-        let (number, unit) = text.split_at(digits);
-        let scale: u64 = match unit.trim().to_ascii_lowercase().as_str() {
-            "" | "b" => 1,
-            "kb" => 1_000,
-            "mb" => 1_000_000,
-            "gb" => 1_000_000_000,
-            "tb" => 1_000_000_000_000,
-            "kib" | "k" => 1 << 10,
-            "mib" | "m" => 1 << 20,
-            "gib" | "g" => 1 << 30,
-            "tib" | "t" => 1 << 40,
-            _ => return Err(wrong()),
-        };
-        let bytes = number
-            .parse::<u64>()
+        guild_node::size::parse_bytes(text)
             .ok()
-            .and_then(|n| n.checked_mul(scale));
-        bytes
             .filter(|&b| b > 0)
             .map(KvMemory::Bytes)
-            .ok_or_else(wrong)
+            .ok_or_else(|| format!("{text:?} is neither `auto` nor a size like 8GiB or 500MB"))
     }
 }
 

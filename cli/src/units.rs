@@ -1,5 +1,7 @@
 //! Numbers for people.
 
+pub(crate) use guild_node::size::parse_bytes;
+
 /// Bytes in powers of 1024 with three digits.
 pub(crate) fn bytes(n: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -17,32 +19,6 @@ pub(crate) fn bytes(n: u64) -> String {
         2
     };
     format!("{value:.digits$} {}", UNITS[unit])
-}
-
-/// Bytes with an optional unit: `32GiB`, `500MB`, `1073741824`.
-pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
-    let wrong = || format!("{text:?} is not a size like 32GiB or 500MB");
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let scale: u64 = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1,
-        "kb" => 1_000,
-        "mb" => 1_000_000,
-        "gb" => 1_000_000_000,
-        "tb" => 1_000_000_000_000,
-        "kib" | "k" => 1 << 10,
-        "mib" | "m" => 1 << 20,
-        "gib" | "g" => 1 << 30,
-        "tib" | "t" => 1 << 40,
-        _ => return Err(wrong()),
-    };
-    number
-        .parse::<u64>()
-        .ok()
-        .and_then(|n| n.checked_mul(scale))
-        .ok_or_else(wrong)
 }
 
 /// Seconds, whole or not: `5`, `0.5`.

@@ -14,6 +14,7 @@ pub mod keys;
 pub mod member;
 pub mod serve;
 pub mod shutdown;
+pub mod size;
 pub mod status;
 pub mod store;
 pub mod telemetry;
