@@ -4,7 +4,6 @@
 //! checked here, again, whoever sent it; the engine behind sees only requests that can run. Text
 //! is the front door's business.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -18,6 +17,7 @@ use guild_proto::inference::v1::generate_request::Input;
 use guild_proto::inference::v1::generate_response::Event as WireEvent;
 use guild_scheduler::batch::{Limits, Refusal};
 use tokio::sync::watch;
+use tonic::codegen::BoxStream;
 use tonic::{Code, Request as Call, Response, Status};
 
 use crate::desk::{EngineHandle, SubmitError};
@@ -85,13 +85,10 @@ impl Inference {
 
 #[tonic::async_trait]
 impl wire::inference_server::Inference for Inference {
-    type GenerateStream =
-        Pin<Box<dyn Stream<Item = Result<wire::GenerateResponse, Status>> + Send>>;
-
     async fn generate(
         &self,
         call: Call<wire::GenerateRequest>,
-    ) -> Result<Response<Self::GenerateStream>, Status> {
+    ) -> Result<Response<BoxStream<wire::GenerateResponse>>, Status> {
         let (engine, _) = self.engine()?;
         let call = call.into_inner();
         if !call.model.is_empty() && call.model != self.model {

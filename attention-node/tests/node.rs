@@ -4,12 +4,11 @@
 
 mod common;
 
-use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{Model, Trouble, board, name, repository};
-use futures::{Stream, StreamExt};
+use futures::StreamExt;
 use guild_attention_node::{AttentionNodeConfig, Error, run};
 use guild_model::Checkpoint;
 use guild_node::Shutdown;
@@ -25,6 +24,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::{TcpListenerStream, WatchStream};
+use tonic::codegen::BoxStream;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
@@ -70,12 +70,10 @@ impl Cluster for Coordinator {
         Ok(Response::new(LeaveResponse {}))
     }
 
-    type WatchPlacementStream = Pin<Box<dyn Stream<Item = Result<Placement, Status>> + Send>>;
-
     async fn watch_placement(
         &self,
         _: Request<WatchPlacementRequest>,
-    ) -> Result<Response<Self::WatchPlacementStream>, Status> {
+    ) -> Result<Response<BoxStream<Placement>>, Status> {
         let placements = WatchStream::new(self.placement.subscribe());
         Ok(Response::new(
             placements.filter_map(|p| async { p.map(Ok) }).boxed(),
@@ -109,11 +107,13 @@ fn wire(homes: &Homes, state: PlacementState) -> Placement {
         name: name(n.node),
         address: "127.0.0.1:1".to_owned(),
         slots: n.slots.iter().map(slot).collect(),
+        ..Default::default()
     };
     Placement {
         epoch: homes.epoch(),
         state: state.into(),
         nodes: homes.nodes().iter().map(node).collect(),
+        ..Default::default()
     }
 }
 

@@ -1,9 +1,8 @@
 //! guild.cluster.v1 over the membership: checks what comes in, words what goes out.
 
-use std::pin::Pin;
 use std::sync::Arc;
 
-use futures::{Stream, StreamExt, stream};
+use futures::{StreamExt, stream};
 use guild_node::member::{
     LEADER_KEY, REASON_DIGEST, REASON_NOT_LEADER, REASON_NUMERICS, REASON_UNKNOWN_NODE,
 };
@@ -17,6 +16,7 @@ use guild_proto::cluster::v1::{
 };
 use guild_scheduler::membership::{self, Refused, Registration, Report, UnknownNode};
 use tokio_stream::wrappers::WatchStream;
+use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status};
 
 use crate::state::{ClusterState, NotLeading, Placements};
@@ -122,12 +122,10 @@ impl Cluster for ClusterService {
         Ok(Response::new(LeaveResponse {}))
     }
 
-    type WatchPlacementStream = Pin<Box<dyn Stream<Item = Result<Placement, Status>> + Send>>;
-
     async fn watch_placement(
         &self,
         request: Request<WatchPlacementRequest>,
-    ) -> Result<Response<Self::WatchPlacementStream>, Status> {
+    ) -> Result<Response<BoxStream<Placement>>, Status> {
         let node = request.into_inner().node_id;
         if self
             .state
@@ -182,6 +180,7 @@ impl Cluster for ClusterService {
                     epoch: node.report.epoch,
                     slots: slots(node.id),
                     numerics_class: node.numerics_class.clone(),
+                    ..Default::default()
                 })
                 .collect();
             (published.map_or(0, |p| p.placement.epoch()), nodes)
@@ -193,6 +192,7 @@ impl Cluster for ClusterService {
             model: self.state.model.clone(),
             model_digest: self.state.digest.clone(),
             nodes,
+            ..Default::default()
         }))
     }
 

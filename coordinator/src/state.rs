@@ -269,7 +269,9 @@ fn to_wire(published: &Published) -> Placement {
                     .iter()
                     .map(|&(layer, expert)| Slot { layer, expert })
                     .collect(),
+                ..Default::default()
             })
             .collect(),
+        ..Default::default()
     }
 }

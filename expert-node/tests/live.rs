@@ -23,9 +23,10 @@ use guild_transport::{
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 use tokio_stream::{
-    Stream, StreamExt,
+    StreamExt,
     wrappers::{TcpListenerStream, WatchStream},
 };
+use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status, transport::Endpoint};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -49,9 +50,6 @@ struct Coordinator {
 
 #[tonic::async_trait]
 impl Cluster for Coordinator {
-    type WatchPlacementStream =
-        std::pin::Pin<Box<dyn Stream<Item = Result<Placement, Status>> + Send>>;
-
     async fn register(
         &self,
         request: Request<RegisterRequest>,
@@ -82,7 +80,7 @@ impl Cluster for Coordinator {
     async fn watch_placement(
         &self,
         _: Request<WatchPlacementRequest>,
-    ) -> Result<Response<Self::WatchPlacementStream>, Status> {
+    ) -> Result<Response<BoxStream<Placement>>, Status> {
         let placements = WatchStream::new(self.placements.clone())
             .filter(|placement| placement.epoch > 0)
             .map(Ok);
@@ -172,17 +170,20 @@ impl Stage {
                 layer: 77,
                 expert: 77,
             }],
+            ..Default::default()
         };
         let mine = PlacementNode {
             node_id: NODE,
             name: NAME.into(),
             address: self.address.clone(),
             slots,
+            ..Default::default()
         };
         self.placements.send_replace(Placement {
             epoch,
             state: state.into(),
             nodes: vec![other, mine],
+            ..Default::default()
         });
     }
 

@@ -13,6 +13,7 @@ use guild_proto::cluster::v1::cluster_server::{Cluster, ClusterServer};
 use guild_proto::cluster::v1::*;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status};
 
 /// What the node did, as the coordinator saw it.
@@ -97,15 +98,14 @@ impl Cluster for Fake {
         self.seen.send(Seen::Leave).await.unwrap();
         Ok(Response::new(LeaveResponse {}))
     }
-    type WatchPlacementStream = ReceiverStream<Result<Placement, Status>>;
     async fn watch_placement(
         &self,
         request: Request<WatchPlacementRequest>,
-    ) -> Result<Response<Self::WatchPlacementStream>, Status> {
+    ) -> Result<Response<BoxStream<Placement>>, Status> {
         let (tx, rx) = mpsc::channel(4);
         let node = request.into_inner().node_id;
         self.seen.send(Seen::Watch(node, tx)).await.unwrap();
-        Ok(Response::new(ReceiverStream::new(rx)))
+        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
     }
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         Ok(Response::new(StatusResponse::default()))
@@ -177,6 +177,7 @@ fn placement(epoch: u64, state: PlacementState) -> Placement {
         epoch,
         state: state.into(),
         nodes: Vec::new(),
+        ..Default::default()
     }
 }
 

@@ -13,6 +13,7 @@ use guild_proto::cluster::v1::cluster_server::{Cluster, ClusterServer};
 use guild_proto::cluster::v1::*;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -38,14 +39,13 @@ impl Cluster for Streams {
     async fn leave(&self, _: Request<LeaveRequest>) -> Result<Response<LeaveResponse>, Status> {
         Err(Status::unimplemented("not in this test"))
     }
-    type WatchPlacementStream = ReceiverStream<Result<Placement, Status>>;
     async fn watch_placement(
         &self,
         _: Request<WatchPlacementRequest>,
-    ) -> Result<Response<Self::WatchPlacementStream>, Status> {
+    ) -> Result<Response<BoxStream<Placement>>, Status> {
         let (tx, rx) = mpsc::channel(4);
         self.0.send(tx).await.unwrap();
-        Ok(Response::new(ReceiverStream::new(rx)))
+        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
     }
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         Err(Status::unimplemented("not in this test"))

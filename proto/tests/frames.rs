@@ -93,6 +93,7 @@ fn golden_control_plane() {
         capacity_bytes: 1 << 30,
         newest_epoch: 4,
         incarnation: 9,
+        ..Default::default()
     };
     assert_eq!(
         hex(&register),
@@ -109,7 +110,9 @@ fn golden_control_plane() {
                 layer: 3,
                 expert: 255,
             }],
+            ..Default::default()
         }],
+        ..Default::default()
     };
     assert_eq!(
         hex(&placement),

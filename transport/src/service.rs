@@ -23,6 +23,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{ExchangeCode, ExchangeError, SlotHost, Work, local, rows, rows::Rows};
@@ -96,12 +97,10 @@ struct Inner {
 
 #[tonic::async_trait]
 impl Experts for Exchange {
-    type ExchangeStream = ReceiverStream<Result<CombineFrame, Status>>;
-
     async fn exchange(
         &self,
         request: Request<Streaming<DispatchFrame>>,
-    ) -> Result<Response<Self::ExchangeStream>, Status> {
+    ) -> Result<Response<BoxStream<CombineFrame>>, Status> {
         let inner = Arc::clone(&self.0);
         if inner.closing.is_cancelled() {
             return Err(Status::unavailable(format!("{} is draining", inner.node)));
@@ -116,7 +115,7 @@ impl Experts for Exchange {
             })?;
         let (answers, outgoing) = mpsc::channel(inner.limits.max_frames.max(1));
         tokio::spawn(inner.serve(request.into_inner(), answers, permit));
-        Ok(Response::new(ReceiverStream::new(outgoing)))
+        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
     }
 }
 

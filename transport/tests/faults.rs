@@ -25,6 +25,7 @@ use guild_transport::{
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Two rows of width 2 to slot 1 of node 0, and back.
@@ -407,12 +408,10 @@ impl<F> Experts for Scripted<F>
 where
     F: Fn(&DispatchFrame) -> Vec<CombineFrame> + Send + Sync + 'static,
 {
-    type ExchangeStream = ReceiverStream<Result<CombineFrame, Status>>;
-
     async fn exchange(
         &self,
         request: Request<Streaming<DispatchFrame>>,
-    ) -> Result<Response<Self::ExchangeStream>, Status> {
+    ) -> Result<Response<BoxStream<CombineFrame>>, Status> {
         self.streams.fetch_add(1, Ordering::Relaxed);
         let (answers, outgoing) = mpsc::channel(16);
         let answer = Arc::clone(&self.answer);
@@ -424,7 +423,7 @@ where
                 }
             }
         });
-        Ok(Response::new(ReceiverStream::new(outgoing)))
+        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
     }
 }
 

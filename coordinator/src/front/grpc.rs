@@ -83,8 +83,6 @@ impl FrontDoor {
 
 #[tonic::async_trait]
 impl Inference for InferenceService {
-    type GenerateStream = EventStream;
-
     async fn generate(
         &self,
         request: Request<GenerateRequest>,

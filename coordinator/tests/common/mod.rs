@@ -4,12 +4,11 @@
 
 use std::future::Future;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use futures::{Stream, StreamExt, stream};
+use futures::{StreamExt, stream};
 use guild_coordinator::{CoordinatorConfig, CoordinatorError, Listeners, run};
 use guild_model::Checkpoint;
 use guild_node::member::{Member, MemberConfig, NodeState};
@@ -29,6 +28,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
+use tonic::codegen::BoxStream;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 use tonic_health::pb::HealthCheckRequest;
@@ -427,12 +427,10 @@ impl Drop for Open {
 
 #[tonic::async_trait]
 impl Inference for Service {
-    type GenerateStream = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
-
     async fn generate(
         &self,
         request: Request<GenerateRequest>,
-    ) -> Result<Response<Self::GenerateStream>, Status> {
+    ) -> Result<Response<BoxStream<GenerateResponse>>, Status> {
         self.calls.fetch_add(1, Ordering::SeqCst);
         if self.script == Script::Refuse {
             return Err(Status::unavailable("full"));

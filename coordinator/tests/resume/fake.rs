@@ -5,12 +5,11 @@
 //! nothing else.
 
 use std::collections::VecDeque;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use futures::{Stream, StreamExt, stream};
+use futures::{StreamExt, stream};
 use guild_node::member::{Member, MemberConfig, NodeState};
 use guild_node::serve::{Server, bind};
 use guild_node::{Shutdown, status};
@@ -26,6 +25,7 @@ use guild_proto::inference::v1::{
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
+use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status};
 
 use crate::common::{Coordinator, NUMERICS, expect};
@@ -317,12 +317,10 @@ impl Service {
 
 #[tonic::async_trait]
 impl Inference for Service {
-    type GenerateStream = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
-
     async fn generate(
         &self,
         request: Request<GenerateRequest>,
-    ) -> Result<Response<Self::GenerateStream>, Status> {
+    ) -> Result<Response<BoxStream<GenerateResponse>>, Status> {
         let request = request.into_inner();
         let call = (self.name.clone(), request.clone());
         self.plan.calls.lock().unwrap().push(call);

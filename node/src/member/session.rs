@@ -146,6 +146,7 @@ impl Session {
                 capacity_bytes: self.config.capacity_bytes,
                 newest_epoch: self.newest_epoch(),
                 incarnation: self.incarnation,
+                ..Default::default()
             };
             let asked = Instant::now();
             let (at, coordinator, mut client) = self.coordinators.current();
@@ -204,6 +205,7 @@ impl Session {
                 running: now.load.running,
                 waiting: now.load.waiting,
                 draining: now.draining,
+                ..Default::default()
             };
             let sent = Instant::now();
             let (at, coordinator, mut client) = self.coordinators.current();
