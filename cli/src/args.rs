@@ -562,7 +562,8 @@ pub(crate) struct RandomModel {
   guild certs --out certs --hosts localhost,127.0.0.1
   guild certs --out certs --role expert --name expert-3 --hosts '*.guild-expert.prod.svc'
 
-The first makes a CA and a certificate for each role, good for any node of the role.
+The first makes a CA and a certificate for each role, good for any node of the role, and
+one for operators, who look after the cluster with `guild experts`.
 The second adds one, by the CA in --out, for one node alone.
 
 {EXIT_CODES}"))]
@@ -586,7 +587,7 @@ pub(crate) struct Certs {
     #[arg(long)]
     pub(crate) anywhere: bool,
     /// Only for this role
-    #[arg(long, value_parser = Role::from_str, value_name = "coordinator|attention|expert")]
+    #[arg(long, value_parser = Role::from_str, value_name = "coordinator|attention|expert|operator")]
     pub(crate) role: Option<Role>,
     /// Only for the node of this name; may be given more than once
     #[arg(long, value_name = "NAME")]

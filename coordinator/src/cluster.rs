@@ -1,5 +1,7 @@
 //! guild.cluster.v1 over the membership: checks what comes in, words what goes out.
 
+mod rules;
+
 use std::sync::Arc;
 
 use futures::{StreamExt, stream};
@@ -20,6 +22,8 @@ use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status};
 
 use crate::state::{ClusterState, NotLeading, Placements};
+
+pub(crate) use rules::guard;
 
 /// ErrorInfo reason when a name is in use by a node of another role.
 const REASON_NAME: &str = "NAME_TAKEN";
@@ -234,7 +238,7 @@ fn agree(identity: &Identity, request: &RegisterRequest) -> Result<(), Status> {
     let role = match identity.role {
         tls::Role::Attention => Role::Attention,
         tls::Role::Expert => Role::Expert,
-        tls::Role::Coordinator => Role::Unspecified,
+        tls::Role::Coordinator | tls::Role::Operator => Role::Unspecified,
     };
     let named = identity
         .name

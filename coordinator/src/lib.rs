@@ -235,11 +235,12 @@ pub async fn run(
         .guarded(config.api_keys.clone().map(front::guard));
     let cluster_end = Shutdown::new();
     let service = ClusterService::new(Arc::clone(&state), cluster_end.clone());
-    let nodes_only = config.tls.as_ref().map(|tls| tls.acceptor(Role::JOINING));
+    let certified = config.tls.as_ref().map(|tls| tls.acceptor(Role::JOINING));
     let cluster = Server::new()
         .await
         .add(ClusterServer::new(service))
-        .with_tls(nodes_only);
+        .with_tls(certified)
+        .guarded(Some(cluster::guard()));
     cluster.health().set_serving("", true).await;
     cluster.health().set_serving(CLUSTER, true).await;
 

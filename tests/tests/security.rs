@@ -200,6 +200,7 @@ fn callers(of: Role) -> &'static [Role] {
         Role::Coordinator => Role::JOINING,
         Role::Attention => Role::COORDINATING,
         Role::Expert => Role::SENDING_ROWS,
+        Role::Operator => &[],
     }
 }
 
@@ -238,6 +239,7 @@ async fn a_closed_cluster_serves_its_own_and_refuses_everybody_else() {
             Role::Coordinator => Role::COORDINATING,
             Role::Attention => Role::ATTENDING,
             Role::Expert => Role::TAKING_ROWS,
+            Role::Operator => &[],
         };
         for role in Role::ALL {
             let asks = async |tls: Tls| {

@@ -180,10 +180,14 @@ fn issue(
     let name = identity.name.as_deref().unwrap_or(identity.role.as_str());
     params.distinguished_name.push(DnType::CommonName, name);
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages = vec![
-        ExtendedKeyUsagePurpose::ServerAuth,
-        ExtendedKeyUsagePurpose::ClientAuth,
-    ];
+    params.extended_key_usages = match identity.role {
+        // Nobody dials an operator.
+        Role::Operator => vec![ExtendedKeyUsagePurpose::ClientAuth],
+        _ => vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ],
+    };
     validity(&mut params, args.days.into());
     let key = KeyPair::generate()?;
     let cert = params.signed_by(&key, &Issuer::from_params(ca, ca_key))?;
@@ -217,10 +221,11 @@ fn explain(args: &Certs, made: &[(TlsFiles, &Identity)]) -> Result<(), Failure> 
             Role::Coordinator => "coordinator",
             Role::Attention => "attention-node",
             Role::Expert => "expert-node",
+            Role::Operator => "experts ls",
         };
         let name = match &identity.name {
-            Some(name) => format!(" --name {name}"),
-            None => String::new(),
+            Some(name) if identity.role != Role::Operator => format!(" --name {name}"),
+            _ => String::new(),
         };
         writeln!(
             stdout,

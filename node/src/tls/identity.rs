@@ -19,15 +19,22 @@ pub enum Role {
     Attention,
     /// Routed experts.
     Expert,
+    /// No node: a person or a program that looks after the cluster.
+    Operator,
 }
 
 impl Role {
     /// All of them.
-    pub const ALL: [Role; 3] = [Role::Coordinator, Role::Attention, Role::Expert];
-    /// Who may dial guild.cluster.v1.
-    pub const JOINING: &'static [Role] = &[Role::Attention, Role::Expert];
-    /// Who may dial guild.experts.v1.
-    pub const SENDING_ROWS: &'static [Role] = &[Role::Attention, Role::Coordinator];
+    pub const ALL: [Role; 4] = [
+        Role::Coordinator,
+        Role::Attention,
+        Role::Expert,
+        Role::Operator,
+    ];
+    /// Who may dial guild.cluster.v1; what each may call there is the coordinator's to say.
+    pub const JOINING: &'static [Role] = &[Role::Attention, Role::Expert, Role::Operator];
+    /// Who may dial guild.experts.v1: expert nodes copy experts from each other.
+    pub const SENDING_ROWS: &'static [Role] = &[Role::Attention, Role::Expert, Role::Coordinator];
     /// Who may dial guild.inference.v1 of an attention node, and who is found at a coordinator.
     pub const COORDINATING: &'static [Role] = &[Role::Coordinator];
     /// Who is found where a coordinator sends requests.
@@ -41,6 +48,7 @@ impl Role {
             Role::Coordinator => "coordinator",
             Role::Attention => "attention",
             Role::Expert => "expert",
+            Role::Operator => "operator",
         }
     }
 }
@@ -60,7 +68,7 @@ impl FromStr for Role {
             .find(|role| role.as_str() == text)
             .ok_or_else(|| {
                 IdentityError(format!(
-                    "`{text}` is no role; write coordinator, attention or expert"
+                    "`{text}` is no role; write coordinator, attention, expert or operator"
                 ))
             })
     }
@@ -173,6 +181,7 @@ mod tests {
             (Role::Coordinator, None),
             (Role::Attention, Some("attention-0")),
             (Role::Expert, Some("rack_2.host-7")),
+            (Role::Operator, Some("alice")),
         ] {
             let identity = Identity::new("prod", role, name).unwrap();
             assert_eq!(identity.to_string().parse(), Ok(identity));
