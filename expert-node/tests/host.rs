@@ -43,6 +43,7 @@ fn run(
         rows: Rows::from(rows.to_vec()),
         slots: slots.to_vec(),
         deadline: None,
+        source: 0,
     })
 }
 

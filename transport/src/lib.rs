@@ -19,7 +19,11 @@ mod local;
 mod rows;
 mod service;
 
-use std::{future::Future, time::Instant};
+use std::{
+    future::Future,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Instant,
+};
 
 pub use batch::{Assignment, Batch, Handle, Returned};
 pub use error::{ExchangeCode, ExchangeError};
@@ -82,6 +86,15 @@ pub struct Work {
     pub slots: Vec<(u32, Vec<u32>)>,
     /// After this the caller no longer waits.
     pub deadline: Option<Instant>,
+    /// Who sent it: a fabric of this process, or a stream. Another number is
+    /// another sender, until a stream is opened again.
+    pub source: u64,
+}
+
+/// A number for [`Work::source`] that nobody else in this process has.
+fn new_source() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl Work {

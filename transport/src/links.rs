@@ -14,7 +14,7 @@ use tonic::transport::{Channel, Endpoint};
 use crate::{
     Batch, ExchangeCode, ExchangeError, Fabric, Handle, NodeId, Returned, Switchboard, Work,
     batch::{Awaited, Part, Reply, split},
-    grpc, local,
+    grpc, local, new_source,
     rows::Rows,
 };
 
@@ -65,6 +65,8 @@ impl Default for LinkLimits {
 /// The [`Fabric`] of a process.
 pub struct Links {
     name: String,
+    /// Of the work that nodes of this process get from here.
+    source: u64,
     limits: Arc<LinkLimits>,
     runtime: runtime::Handle,
     dial: Dial,
@@ -99,6 +101,7 @@ impl Links {
     pub fn new(name: impl Into<String>, limits: LinkLimits, runtime: runtime::Handle) -> Self {
         Self {
             name: name.into(),
+            source: new_source(),
             limits: Arc::new(limits),
             runtime,
             dial: Arc::new(|endpoint| Box::pin(async move { endpoint.connect().await })),
@@ -205,6 +208,7 @@ impl Fabric for Links {
                 rows: Rows::from(part.gather(&batch)),
                 slots: part.slots.clone(),
                 deadline: batch.deadline,
+                source: self.source,
             }));
             awaited.push(Awaited {
                 peer: peer.name.clone(),

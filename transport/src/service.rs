@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::{ExchangeCode, ExchangeError, SlotHost, Work, local, rows, rows::Rows};
+use crate::{ExchangeCode, ExchangeError, SlotHost, Work, local, new_source, rows, rows::Rows};
 
 /// Limits of the serving end.
 #[derive(Debug, Clone)]
@@ -38,8 +38,8 @@ pub struct ServiceLimits {
     /// Bytes of rows, in and out, of all frames without an answer; a frame
     /// beyond them gets an overload fault, unless it is the only one.
     pub max_bytes: usize,
-    /// Frames being computed at a time; others wait their turn. The compute pool
-    /// behind is shared, so more of them gain little.
+    /// Frames given to the host at a time, a thread each; others wait their turn.
+    /// What the host has at once it can compute together.
     pub max_executing: usize,
 }
 
@@ -51,7 +51,7 @@ impl Default for ServiceLimits {
             // place here is free again.
             max_frames: 128,
             max_bytes: 2 << 30,
-            max_executing: 4,
+            max_executing: 32,
         }
     }
 }
@@ -130,6 +130,7 @@ impl Inner {
         _permit: OwnedSemaphorePermit,
     ) {
         let mut open = JoinSet::new();
+        let source = new_source();
         loop {
             let closing = self.closing.is_cancelled();
             if closing && open.is_empty() {
@@ -143,7 +144,8 @@ impl Inner {
                 frame = frames.message() => match frame {
                     Ok(Some(frame)) => match self.admit(&frame, open.len(), closing) {
                         Ok(bytes) => {
-                            open.spawn(Arc::clone(&self).answer(frame, answers.clone(), bytes));
+                            let answer = Arc::clone(&self).answer(frame, source, answers.clone(), bytes);
+                            open.spawn(answer);
                         }
                         Err(error) => {
                             // With the channel full the peer is not reading its
@@ -212,13 +214,14 @@ impl Inner {
     async fn answer(
         self: Arc<Self>,
         frame: DispatchFrame,
+        source: u64,
         answers: Answers,
         _bytes: OwnedSemaphorePermit,
     ) {
         let (id, epoch) = (frame.id, frame.epoch);
         let deadline = (frame.deadline_ms > 0)
             .then(|| Instant::now() + Duration::from_millis(u64::from(frame.deadline_ms)));
-        let computing = Arc::clone(&self).compute(frame, deadline);
+        let computing = Arc::clone(&self).compute(frame, source, deadline);
         let answer = match deadline {
             None => computing.await,
             Some(at) => tokio::time::timeout_at(at.into(), computing)
@@ -241,6 +244,7 @@ impl Inner {
     async fn compute(
         self: Arc<Self>,
         frame: DispatchFrame,
+        source: u64,
         deadline: Option<Instant>,
     ) -> Result<CombineFrame, ExchangeError> {
         let internal = |what: String| self.error(ExchangeCode::Internal, what);
@@ -252,7 +256,7 @@ impl Inner {
         tokio::task::spawn_blocking(move || {
             // Given back when the thread is done, not when a deadline passes.
             let _turn = turn;
-            inner.run(frame, deadline)
+            inner.run(frame, source, deadline)
         })
         .await
         .map_err(|error| internal(error.to_string()))?
@@ -261,6 +265,7 @@ impl Inner {
     fn run(
         &self,
         frame: DispatchFrame,
+        source: u64,
         deadline: Option<Instant>,
     ) -> Result<CombineFrame, ExchangeError> {
         let epoch = frame.epoch;
@@ -277,6 +282,7 @@ impl Inner {
                 .map(|slot| (slot.slot, slot.row_index))
                 .collect(),
             deadline,
+            source,
         };
         let rows = local::run(&self.node, self.host.as_ref(), work)?;
         Ok(CombineFrame {
