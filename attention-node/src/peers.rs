@@ -152,6 +152,7 @@ impl Peers {
             .map(|node| Queue {
                 rows: waits(node),
                 capacity: 1.0,
+                latency: 0.0,
             })
             .collect();
         let rows: Vec<u32> = open

@@ -1,9 +1,10 @@
 //! Which replica serves how many rows of a batch.
 //!
 //! Secret of this module: water-filling. The rows of an expert are poured over
-//! its replicas as over a floor of uneven height, the height being what waits
-//! at each node already, measured in the time the node takes for it. No weights
-//! move, nothing is remembered, the same inputs give the same rows.
+//! its replicas as over a floor of uneven height, the height being the time in
+//! which a node would have answered without them: the way there and back, and
+//! what waits there already. No weights move, nothing is remembered, the same
+//! inputs give the same rows.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -17,8 +18,17 @@ const ROUNDS: usize = 3;
 pub struct Queue {
     /// Rows that wait at the node.
     pub rows: u64,
-    /// Rows the node executes in a unit of time; only ratios matter.
+    /// Rows the node executes in a unit of time.
     pub capacity: f64,
+    /// What an answer of the node takes in any case, in the same unit of time.
+    pub latency: f64,
+}
+
+impl Queue {
+    /// When the node will have answered if it gets nothing but what `rows` says.
+    fn end(&self, rows: u64) -> f64 {
+        self.latency + rows as f64 / self.capacity
+    }
 }
 
 /// Replicas that cannot be poured on.
@@ -51,18 +61,27 @@ pub enum SpreadError {
         /// Its capacity.
         capacity: f64,
     },
+    /// A latency is negative or no number.
+    #[error("queues[{node}].latency: {latency} is not a time")]
+    Latency {
+        /// The node.
+        node: usize,
+        /// Its latency.
+        latency: f64,
+    },
 }
 
 /// Shares out the rows of a batch: `rows[e]` rows of expert `e` over the nodes
 /// `replicas[e]` (indices into `queues`, no two alike). Returns the rows of
 /// every replica, expert after expert, in the order of `replicas`.
 ///
-/// All rows are given out, the worst node is never worse than under an even
+/// All rows are given out, the last answer comes never later than under an even
 /// split, and of two equal choices the lower node takes the row. One round
 /// costs O(n log n) in the number of replicas.
 ///
 /// # Errors
-/// An expert with rows but no replica, an unknown node, a senseless capacity.
+/// An expert with rows but no replica, an unknown node, a senseless capacity or
+/// latency.
 pub fn spread<R: AsRef<[u32]>>(
     rows: &[u32],
     replicas: &[R],
@@ -118,6 +137,12 @@ fn check<R: AsRef<[u32]>>(
                 capacity: queue.capacity,
             });
         }
+        if !queue.latency.is_finite() || queue.latency < 0.0 {
+            return Err(SpreadError::Latency {
+                node,
+                latency: queue.latency,
+            });
+        }
     }
     for (expert, (&rows, nodes)) in rows.iter().zip(replicas).enumerate() {
         let nodes = nodes.as_ref();
@@ -169,23 +194,24 @@ impl Water {
         for (&node, &share) in nodes.iter().zip(shares.iter()) {
             let depth = &mut depth[node as usize];
             *depth -= u64::from(share).min(*depth);
-            let capacity = queues[node as usize].capacity;
-            self.floors.push((*depth as f64 / capacity, capacity));
+            let queue = &queues[node as usize];
+            self.floors.push((queue.end(*depth), queue.capacity));
         }
         let level = level(f64::from(rows), &mut self.floors);
         let mut changed = false;
         let mut left = rows;
         self.next.clear();
         for (i, (&node, share)) in nodes.iter().zip(shares.iter_mut()).enumerate() {
-            let (here, capacity) = (depth[node as usize], queues[node as usize].capacity);
+            let (here, queue) = (depth[node as usize], &queues[node as usize]);
+            let below = (level - queue.latency) * queue.capacity;
             // Whole rows only; rounding must never give out more than there are.
-            let whole = (level * capacity - here as f64).floor().max(0.0) as u32;
+            let whole = (below - here as f64).floor().max(0.0) as u32;
             let whole = whole.min(left);
             left -= whole;
             changed |= *share != whole;
             *share = whole;
             depth[node as usize] = here.saturating_add(u64::from(whole));
-            let after = (depth[node as usize] as f64 + 1.0) / capacity;
+            let after = queue.end(depth[node as usize].saturating_add(1));
             self.next.push(Reverse((after.to_bits(), node, i)));
         }
         while left > 0 {
@@ -196,9 +222,10 @@ impl Water {
             left -= 1;
             shares[i] += 1;
             changed = true;
-            let (depth, capacity) = (&mut depth[node as usize], queues[node as usize].capacity);
+            let depth = &mut depth[node as usize];
             *depth = depth.saturating_add(1);
-            first.0.0 = ((*depth as f64 + 1.0) / capacity).to_bits();
+            let after = queues[node as usize].end(depth.saturating_add(1));
+            first.0.0 = after.to_bits();
         }
         changed
     }

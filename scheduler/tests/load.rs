@@ -129,6 +129,7 @@ fn queues(rows: &[u64]) -> Vec<Queue> {
     let queue = |&rows: &u64| Queue {
         rows,
         capacity: 1.0,
+        latency: 0.0,
     };
     rows.iter().map(queue).collect()
 }
@@ -156,6 +157,22 @@ fn faster_nodes_get_more_rows() {
 }
 
 #[test]
+fn a_node_far_away_gets_what_it_answers_as_early_as_the_others() {
+    let mut queues = queues(&[0, 0, 0]);
+    queues[1].latency = 8.0;
+    let spread = |rows: &[u32], replicas: &[Vec<u32>]| spread(rows, replicas, &queues).unwrap();
+    assert_eq!(spread(&[6], &[vec![0, 1]]), [6, 0]);
+    assert_eq!(spread(&[10], &[vec![0, 1]]), [9, 1]);
+    // What has no other home goes there however long it takes, and the rest keeps away.
+    assert_eq!(spread(&[4, 2], &[vec![1, 2], vec![1]]), [0, 4, 2]);
+    // Two far ones are as good as two near ones.
+    let mut far = queues.clone();
+    far.iter_mut().for_each(|queue| queue.latency = 1e6);
+    let shares = guild_scheduler::spread::spread(&[9], &[vec![0, 1, 2]], &far);
+    assert_eq!(shares.unwrap(), [3, 3, 3]);
+}
+
+#[test]
 fn senseless_replicas_are_refused() {
     let two = queues(&[0, 0]);
     assert_eq!(
@@ -174,9 +191,18 @@ fn senseless_replicas_are_refused() {
         })
     );
     for capacity in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        let error = spread(&[1], &[vec![0]], &[Queue { rows: 0, capacity }]).unwrap_err();
+        let queue = Queue { capacity, ..two[0] };
+        let error = spread(&[1], &[vec![0]], &[queue]).unwrap_err();
         assert!(
             matches!(error, SpreadError::Capacity { node: 0, .. }),
+            "{error}"
+        );
+    }
+    for latency in [-1.0, f64::NAN, f64::INFINITY] {
+        let queue = Queue { latency, ..two[0] };
+        let error = spread(&[1], &[vec![0]], &[queue]).unwrap_err();
+        assert!(
+            matches!(error, SpreadError::Latency { node: 0, .. }),
             "{error}"
         );
     }
@@ -186,9 +212,11 @@ fn batches() -> impl Strategy<Value = (Vec<u32>, Vec<Vec<u32>>, Vec<Queue>)> {
     (1usize..8, 1usize..20).prop_flat_map(|(nodes, experts)| {
         let all: Vec<u32> = (0..nodes as u32).collect();
         let homes = prop::sample::subsequence(all, 1..=nodes);
-        let queue = (0u64..500, 1u32..5).prop_map(|(rows, capacity)| Queue {
+        let latency = prop_oneof![Just(0u32), 0u32..50, 0u32..1000];
+        let queue = (0u64..500, 1u32..5, latency).prop_map(|(rows, capacity, latency)| Queue {
             rows,
             capacity: f64::from(capacity),
+            latency: f64::from(latency),
         });
         (
             prop::collection::vec(0u32..300, experts),
@@ -198,16 +226,17 @@ fn batches() -> impl Strategy<Value = (Vec<u32>, Vec<Vec<u32>>, Vec<Queue>)> {
     })
 }
 
-/// When the last node is done.
+/// When the last answer is here; nodes without rows owe none.
 fn end(shares: &[u32], replicas: &[Vec<u32>], queues: &[Queue]) -> f64 {
-    let mut depth: Vec<f64> = queues.iter().map(|q| q.rows as f64).collect();
+    let mut depth: Vec<u64> = queues.iter().map(|q| q.rows).collect();
     for (&node, &share) in replicas.iter().flatten().zip(shares) {
-        depth[node as usize] += f64::from(share);
+        depth[node as usize] += u64::from(share);
     }
     depth
         .iter()
         .zip(queues)
-        .map(|(d, q)| d / q.capacity)
+        .filter(|&(&rows, _)| rows > 0)
+        .map(|(&rows, queue)| queue.latency + rows as f64 / queue.capacity)
         .fold(0.0, f64::max)
 }
 
@@ -239,12 +268,30 @@ proptest! {
         for _ in 0..rows[0] {
             let after = |i: &usize| {
                 let q = queues[replicas[0][*i] as usize];
-                (q.rows as f64 + f64::from(best[*i]) + 1.0) / q.capacity
+                q.latency + (q.rows as f64 + f64::from(best[*i]) + 1.0) / q.capacity
             };
             let first = (0..best.len()).min_by(|a, b| after(a).total_cmp(&after(b))).unwrap();
             best[first] += 1;
         }
         let (found, least) = (end(&shares, &replicas, &queues), end(&best, &replicas, &queues));
         prop_assert!(found <= least + 1e-9, "{} > {}", found, least);
+    }
+
+    #[test]
+    fn no_row_goes_where_it_would_be_late_while_another_home_is_in_time(
+        (mut rows, mut replicas, queues) in batches(),
+    ) {
+        rows.truncate(1);
+        replicas.truncate(1);
+        let shares = spread(&rows, &replicas, &queues).unwrap();
+        let after = |i: usize, more: u32| {
+            let q = queues[replicas[0][i] as usize];
+            q.latency + (q.rows as f64 + f64::from(shares[i] + more)) / q.capacity
+        };
+        for given in (0..shares.len()).filter(|&i| shares[i] > 0) {
+            for other in 0..shares.len() {
+                prop_assert!(after(given, 0) <= after(other, 1) + 1e-9);
+            }
+        }
     }
 }
