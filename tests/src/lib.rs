@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod golden;
+pub mod house;
 pub mod http;
 pub mod load;
 pub mod process;

@@ -8,7 +8,7 @@ use guild_proto::inference::v1::GenerateRequest;
 use guild_proto::inference::v1::generate_response::Event;
 use guild_proto::inference::v1::inference_client::InferenceClient;
 use tokio::task::JoinSet;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use crate::client::Answer;
 
@@ -26,29 +26,55 @@ pub struct Seen {
     pub whole: usize,
     /// Requests that were not answered.
     pub failed: Vec<Status>,
-    /// Times between two events of a stream, in no order.
-    pub gaps: Vec<Duration>,
+    /// Requests that found one door shut, before any event, and were answered at the next.
+    pub turned: usize,
+    /// Between two events of a stream, in no order.
+    pub gaps: Vec<Gap>,
+}
+
+/// Time between two events of a stream.
+#[derive(Clone, Copy, Debug)]
+pub struct Gap {
+    /// When the later one came.
+    pub end: Instant,
+    /// How long after the earlier one.
+    pub length: Duration,
 }
 
 impl Seen {
     /// The longest time between two events of a stream.
     pub fn stall(&self) -> Duration {
-        self.gaps.iter().max().copied().unwrap_or_default()
+        longest(self.gaps.iter())
+    }
+
+    /// The longest one that was over by then.
+    pub fn stall_before(&self, then: Instant) -> Duration {
+        longest(self.gaps.iter().filter(|gap| gap.end <= then))
+    }
+
+    /// The longest one that ended after that.
+    pub fn stall_after(&self, then: Instant) -> Duration {
+        longest(self.gaps.iter().filter(|gap| gap.end > then))
     }
 
     /// 99 of 100 gaps are no longer.
     pub fn p99(&self) -> Duration {
-        let mut gaps = self.gaps.clone();
-        gaps.sort_unstable();
-        let at = (gaps.len() * 99).div_ceil(100).saturating_sub(1);
-        gaps.get(at).copied().unwrap_or_default()
+        let mut lengths: Vec<Duration> = self.gaps.iter().map(|gap| gap.length).collect();
+        lengths.sort_unstable();
+        let at = (lengths.len() * 99).div_ceil(100).saturating_sub(1);
+        lengths.get(at).copied().unwrap_or_default()
     }
 
     fn add(&mut self, other: Seen) {
         self.whole += other.whole;
+        self.turned += other.turned;
         self.failed.extend(other.failed);
         self.gaps.extend(other.gaps);
     }
+}
+
+fn longest<'a>(gaps: impl Iterator<Item = &'a Gap>) -> Duration {
+    gaps.map(|gap| gap.length).max().unwrap_or_default()
 }
 
 /// [`STREAMS`] streams that run until told to stop.
@@ -58,9 +84,10 @@ pub struct Load {
 }
 
 impl Load {
-    /// Begins; `want` has the answer to each of `requests`.
+    /// Begins; `want` has the answer to each of `requests`. A client whose door is shut turns to
+    /// the next of `endpoints`, once round.
     pub fn start(
-        endpoint: &str,
+        endpoints: &[String],
         requests: &Arc<Vec<GenerateRequest>>,
         want: &Arc<Vec<Answer>>,
     ) -> Load {
@@ -68,22 +95,37 @@ impl Load {
         let mut streams = JoinSet::new();
         for first in 0..STREAMS {
             let (requests, want) = (Arc::clone(requests), Arc::clone(want));
-            let (endpoint, stop) = (endpoint.to_owned(), Arc::clone(&stop));
+            let (endpoints, stop) = (endpoints.to_vec(), Arc::clone(&stop));
             streams.spawn(async move {
                 let mut seen = Seen::default();
                 let mut at = first;
+                let mut door = first;
                 while !stop.load(Ordering::SeqCst) {
                     let which = at % requests.len();
                     at += STREAMS + 1;
-                    let following =
-                        follow(&endpoint, &requests[which], &want[which], &mut seen.gaps);
-                    let followed = tokio::time::timeout(HANGS, following).await;
-                    match followed.expect("a stream hangs") {
-                        Ok(()) => seen.whole += 1,
-                        Err(status) => {
-                            seen.failed.push(status);
-                            tokio::time::sleep(AFTER_FAILURE).await;
+                    let mut doors = endpoints.len();
+                    loop {
+                        let endpoint = &endpoints[door % endpoints.len()];
+                        let before = seen.gaps.len();
+                        let following =
+                            follow(endpoint, &requests[which], &want[which], &mut seen.gaps);
+                        let followed = tokio::time::timeout(HANGS, following).await;
+                        doors -= 1;
+                        match followed.expect("a stream hangs") {
+                            Ok(()) => seen.whole += 1,
+                            Err(status)
+                                if shut(&status) && seen.gaps.len() == before && doors > 0 =>
+                            {
+                                door += 1;
+                                seen.turned += 1;
+                                continue;
+                            }
+                            Err(status) => {
+                                seen.failed.push(status);
+                                tokio::time::sleep(AFTER_FAILURE).await;
+                            }
                         }
+                        break;
                     }
                 }
                 seen
@@ -103,12 +145,17 @@ impl Load {
     }
 }
 
+/// A door that cannot be gone through now.
+fn shut(status: &Status) -> bool {
+    status.code() == Code::Unavailable
+}
+
 /// One stream; panics at the first token or log-probability that is not the expected one.
 async fn follow(
     endpoint: &str,
     request: &GenerateRequest,
     want: &Answer,
-    gaps: &mut Vec<Duration>,
+    gaps: &mut Vec<Gap>,
 ) -> Result<(), Status> {
     let mut client = InferenceClient::connect(endpoint.to_owned())
         .await
@@ -118,8 +165,12 @@ async fn follow(
     let mut tokens = 0;
     let mut complete = false;
     while let Some(response) = stream.message().await? {
-        gaps.push(last.elapsed());
-        last = Instant::now();
+        let now = Instant::now();
+        gaps.push(Gap {
+            end: now,
+            length: now - last,
+        });
+        last = now;
         match response.event.unwrap() {
             Event::Chunk(chunk) => {
                 for (token, logprobs) in chunk.token_ids.iter().zip(chunk.logprobs) {

@@ -70,13 +70,32 @@ pub struct Guild {
 impl Guild {
     /// Starts `guild` with these arguments.
     pub fn start<S: AsRef<str>>(args: &[S]) -> Guild {
+        Guild::start_in(None, &[], args)
+    }
+
+    /// The same in a network namespace, where one is given, and with a further environment.
+    pub fn start_in<S: AsRef<str>>(
+        namespace: Option<&str>,
+        environment: &[(String, String)],
+        args: &[S],
+    ) -> Guild {
         let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
-        let mut child = Command::new(guild_bin())
+        let mut command = match namespace {
+            Some(namespace) => {
+                // It replaces itself by what it starts: signals reach `guild`.
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace]).arg(guild_bin());
+                command
+            }
+            None => Command::new(guild_bin()),
+        };
+        let mut child = command
             .args(&args)
             .env(
                 "GUILD_LOG_LEVEL",
                 std::env::var("GUILD_TEST_LOG").unwrap_or_else(|_| "info".into()),
             )
+            .envs(environment.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -130,6 +149,11 @@ impl Guild {
             );
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Its id in the operating system.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// True while the process runs.
