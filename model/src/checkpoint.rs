@@ -101,6 +101,29 @@ impl Stored {
             Stored::F8E4M3 => "F8_E4M3",
         }
     }
+
+    /// Index of the first element that is NaN or infinite.
+    pub(crate) fn first_not_finite(self, bytes: &[u8]) -> Option<usize> {
+        // A float whose exponent is all ones; e4m3 has NaN alone.
+        match self {
+            Stored::F32 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .position(|&b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
+            Stored::Bf16 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .position(|&b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+            Stored::F16 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .position(|&b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
+            Stored::F8E4M3 => bytes.iter().position(|&b| b & 0x7f == 0x7f),
+        }
+    }
 }
 
 /// A checkpoint whose files are mapped and whose headers fit its configuration. Cheap to clone.
@@ -343,8 +366,9 @@ impl<'a> TensorView<'a> {
     /// # Errors
     /// A value that is NaN or infinite, named by its index.
     pub fn to_f32(&self) -> Result<Vec<f32>, ModelError> {
+        self.check_finite()?;
         let bytes = self.bytes();
-        let values: Vec<f32> = match self.dtype() {
+        Ok(match self.dtype() {
             Stored::F32 => bytes
                 .as_chunks()
                 .0
@@ -364,11 +388,7 @@ impl<'a> TensorView<'a> {
                 .map(|&b| half::f16::from_le_bytes(b).to_f32())
                 .collect(),
             Stored::F8E4M3 => bytes.iter().map(|&b| e4m3_to_f32(b)).collect(),
-        };
-        match values.iter().position(|v| !v.is_finite()) {
-            Some(i) => Err(self.not_finite(i, values[i])),
-            None => Ok(values),
-        }
+        })
     }
 
     /// Refuses NaN and infinite values without widening anything.
@@ -376,41 +396,17 @@ impl<'a> TensorView<'a> {
     /// # Errors
     /// The first such value, named by its index.
     pub fn check_finite(&self) -> Result<(), ModelError> {
-        let bytes = self.bytes();
-        let odd = match self.dtype() {
-            Stored::F32 => bytes
-                .as_chunks()
-                .0
-                .iter()
-                .position(|&b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
-            Stored::Bf16 => bytes
-                .as_chunks()
-                .0
-                .iter()
-                .position(|&b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-            Stored::F16 => bytes
-                .as_chunks()
-                .0
-                .iter()
-                .position(|&b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
-            Stored::F8E4M3 => bytes.iter().position(|&b| b & 0x7f == 0x7f),
-        };
-        match odd {
-            Some(i) => Err(self.not_finite(i, f32::NAN)),
+        match self.dtype().first_not_finite(self.bytes()) {
+            Some(i) => Err(self.not_finite(i)),
             None => Ok(()),
         }
     }
 
-    fn not_finite(&self, index: usize, value: f32) -> ModelError {
-        let what = if value.is_infinite() {
-            "infinite"
-        } else {
-            "not a finite number"
-        };
+    pub(crate) fn not_finite(&self, index: usize) -> ModelError {
         ModelError::tensor(
             self.file(),
             self.name,
-            format!("element {index} is {what}; the checkpoint is damaged"),
+            format!("element {index} is not a finite number; the checkpoint is damaged"),
         )
     }
 }

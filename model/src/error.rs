@@ -35,6 +35,16 @@ pub enum ModelError {
         /// What is wrong and what would be right.
         reason: String,
     },
+    /// What came as an expert from another node is not that expert.
+    #[error("blob of layer {layer}, expert {expert}: {reason}")]
+    Blob {
+        /// Layer that was asked for.
+        layer: usize,
+        /// Logical expert that was asked for.
+        expert: usize,
+        /// What is wrong.
+        reason: String,
+    },
     /// The tokenizer cannot be loaded or refuses its input.
     #[error("tokenizer {}: {reason}", path.display())]
     Tokenizer {

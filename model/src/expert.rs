@@ -1,12 +1,18 @@
 //! Experts: down(silu(gate x) * up x), the MLP that dense layers, shared and routed experts have in common.
 //!
-//! Secret: which tensors one is and how it is computed. An expert node needs nothing else of the
-//! model; what an expert's output is worth is the attention node's business.
+//! Secret: which tensors one is, how it is computed, and how a routed expert lies in memory. An expert node
+//! needs nothing else of the model; what an expert's output is worth is the attention node's business.
 
-use guild_kernels::Cpu;
+mod layout;
 
-use crate::checkpoint::Dtype;
-use crate::weights::{Loader, Matrix};
+use std::sync::OnceLock;
+
+use guild_kernels::{Cpu, MatrixRef, WeightsRef};
+
+use self::layout::{HEADER, Layout, NAMES, Placed};
+use crate::checkpoint::{Dtype, TensorView};
+pub use crate::weights::Blob;
+use crate::weights::{self, Format, Loader, Matrix};
 use crate::{Checkpoint, ModelError};
 
 /// A gated MLP (SwiGLU), resident.
@@ -29,9 +35,11 @@ impl Mlp {
 
     /// Rows `[m, hidden]` to rows `[m, hidden]`, each alone.
     pub fn forward(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
-        let mut gate = self.gate.apply(cpu, x);
-        cpu.silu_mul(&mut gate, &self.up.apply(cpu, x));
-        self.down.apply(cpu, &gate)
+        swiglu(
+            cpu,
+            [&self.gate, &self.up, &self.down].map(Matrix::as_ref),
+            x,
+        )
     }
 
     /// Resident bytes.
@@ -40,10 +48,22 @@ impl Mlp {
     }
 }
 
+fn swiglu(cpu: &Cpu, [gate, up, down]: [MatrixRef<'_>; 3], x: &[f32]) -> Vec<f32> {
+    let mut inner = weights::apply(cpu, gate, x);
+    cpu.silu_mul(&mut inner, &weights::apply(cpu, up, x));
+    weights::apply(cpu, down, &inner)
+}
+
 /// One routed expert of one layer.
+///
+/// Its memory is one blob: a header that describes it, then the matrices, 64-byte aligned, in the format they are
+/// computed in. The same expert in the same format is the same bytes on every node, so a node can have it from
+/// another one as from disk. The bytes are described in `layout.rs`.
 #[derive(Debug)]
 pub struct Expert {
-    mlp: Mlp,
+    blob: Blob,
+    layout: Layout,
+    digest: OnceLock<[u8; 32]>,
 }
 
 impl Expert {
@@ -57,36 +77,168 @@ impl Expert {
         expert: usize,
         dtype: Dtype,
     ) -> Result<Expert, ModelError> {
-        let cfg = ckpt.config();
-        if layer >= cfg.num_hidden_layers + cfg.num_nextn_predict_layers || !cfg.is_moe(layer) {
-            return Err(ModelError::input(
-                "layer",
-                format!("{layer} is not a layer with experts"),
-            ));
+        let layout = expected(ckpt, layer, expert, dtype)?;
+        let mut blob = Blob::with_len(layout.len);
+        let bytes = blob.as_mut();
+        bytes[..HEADER].copy_from_slice(&layout.header());
+        for (view, m) in tensors(ckpt, layer, expert)?.iter().zip(&layout.matrices) {
+            let data = &mut bytes[m.data.clone()];
+            let scales = weights::read_weight(view, m.rows, m.cols, m.format, data)?;
+            bytes[m.scales.clone()].copy_from_slice(bytemuck::cast_slice(&scales));
         }
-        if expert >= cfg.n_routed_experts {
-            return Err(ModelError::input(
-                "expert",
-                format!("{expert} of a layer with {}", cfg.n_routed_experts),
-            ));
-        }
-        let prefix = format!("model.layers.{layer}.mlp.experts.{expert}");
         Ok(Expert {
-            mlp: Mlp::load(
-                &Loader::silent(ckpt, dtype),
-                &prefix,
-                cfg.moe_intermediate_size,
-            )?,
+            blob,
+            layout,
+            digest: OnceLock::new(),
         })
+    }
+
+    /// Takes over an expert that came as the blob of another node.
+    ///
+    /// Any bytes may be given: the header must be exactly that of this expert of this model in this dtype, the
+    /// length must follow from it, the padding must be zero and every value finite.
+    ///
+    /// # Errors
+    /// As [`Expert::load`] where the model has no such expert; otherwise [`ModelError::Blob`] with the field or
+    /// matrix that is wrong.
+    pub fn from_blob(
+        ckpt: &Checkpoint,
+        layer: usize,
+        expert: usize,
+        dtype: Dtype,
+        blob: Blob,
+    ) -> Result<Expert, ModelError> {
+        let layout = expected(ckpt, layer, expert, dtype)?;
+        let bad = |reason| ModelError::Blob {
+            layer,
+            expert,
+            reason,
+        };
+        let found = Layout::parse(blob.as_ref()).map_err(bad)?;
+        layout.expect(&found).map_err(bad)?;
+        for (m, name) in layout.matrices.iter().zip(NAMES) {
+            let data = &blob.as_ref()[m.data.clone()];
+            if let Some(at) = m.format.stored().first_not_finite(data) {
+                return Err(bad(format!("{name}: element {at} is not a finite number")));
+            }
+            let scales = bytemuck::cast_slice(&blob.as_ref()[m.scales.clone()]);
+            if let Some(at) = weights::odd_scale(scales) {
+                return Err(bad(format!("{name}: scale {at} is too large for a scale")));
+            }
+        }
+        Ok(Expert {
+            blob,
+            layout,
+            digest: OnceLock::new(),
+        })
+    }
+
+    /// What a blob of this expert must measure, in bytes. Others can be refused before memory is taken for them.
+    ///
+    /// # Errors
+    /// As [`Expert::load`], without reading a value.
+    pub fn blob_len(
+        ckpt: &Checkpoint,
+        layer: usize,
+        expert: usize,
+        dtype: Dtype,
+    ) -> Result<usize, ModelError> {
+        Ok(expected(ckpt, layer, expert, dtype)?.len)
+    }
+
+    /// The expert as it lies in memory.
+    pub fn blob(&self) -> &[u8] {
+        self.blob.as_ref()
+    }
+
+    /// BLAKE3 of [`Expert::blob`]; computed by the first call.
+    pub fn digest(&self) -> [u8; 32] {
+        *self
+            .digest
+            .get_or_init(|| *blake3::hash(self.blob()).as_bytes())
     }
 
     /// Rows `[m, hidden]` to rows `[m, hidden]`, unweighted, each alone.
     pub fn forward(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
-        self.mlp.forward(cpu, x)
+        swiglu(
+            cpu,
+            self.layout.matrices.each_ref().map(|m| self.matrix(m)),
+            x,
+        )
     }
 
-    /// Resident bytes.
+    /// Resident bytes of its weights. The blob has a few hundred more, header and padding.
     pub fn bytes(&self) -> u64 {
-        self.mlp.bytes()
+        let of = |m: &Placed| m.data.len() + m.scales.len();
+        self.layout.matrices.iter().map(of).sum::<usize>() as u64
     }
+
+    fn matrix(&self, m: &Placed) -> MatrixRef<'_> {
+        let data = &self.blob.as_ref()[m.data.clone()];
+        MatrixRef {
+            rows: m.rows,
+            cols: m.cols,
+            data: match m.format {
+                Format::F32 => WeightsRef::F32(bytemuck::cast_slice(data)),
+                Format::Bf16 => WeightsRef::Bf16(bytemuck::cast_slice(data)),
+                Format::Fp8 => WeightsRef::Fp8 {
+                    data,
+                    scales: bytemuck::cast_slice(&self.blob.as_ref()[m.scales.clone()]),
+                },
+            },
+        }
+    }
+}
+
+/// Gate, up and down of an expert that the model must have.
+fn tensors(
+    ckpt: &Checkpoint,
+    layer: usize,
+    expert: usize,
+) -> Result<[TensorView<'_>; 3], ModelError> {
+    let cfg = ckpt.config();
+    if layer >= cfg.num_hidden_layers + cfg.num_nextn_predict_layers || !cfg.is_moe(layer) {
+        return Err(ModelError::input(
+            "layer",
+            format!("{layer} is not a layer with experts"),
+        ));
+    }
+    if expert >= cfg.n_routed_experts {
+        return Err(ModelError::input(
+            "expert",
+            format!("{expert} of a layer with {}", cfg.n_routed_experts),
+        ));
+    }
+    let tensor = |name: &str| {
+        ckpt.tensor(&format!(
+            "model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"
+        ))
+    };
+    let [gate, up, down] = NAMES;
+    Ok([tensor(gate)?, tensor(up)?, tensor(down)?])
+}
+
+/// The layout that an expert of this model has.
+fn expected(
+    ckpt: &Checkpoint,
+    layer: usize,
+    expert: usize,
+    dtype: Dtype,
+) -> Result<Layout, ModelError> {
+    let cfg = ckpt.config();
+    let (inner, hidden) = (cfg.moe_intermediate_size, cfg.hidden_size);
+    let [gate, up, down] = tensors(ckpt, layer, expert)?.map(|v| Format::of(v.dtype(), dtype));
+    let matrices = [
+        (gate, inner, hidden),
+        (up, inner, hidden),
+        (down, hidden, inner),
+    ];
+    // Both are far below the configuration's limits.
+    let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    Layout::new(number(layer), number(expert), matrices).ok_or_else(|| {
+        ModelError::config(
+            "moe_intermediate_size",
+            "an expert of this shape is larger than any memory",
+        )
+    })
 }

@@ -4,18 +4,51 @@
 //! changed under a running server can neither crash it nor change an answer, and anything that is not
 //! a finite number is refused there. It uses the checkpoint; it does not know what a weight is for.
 
+mod blob;
+mod read;
+
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use guild_kernels::{Cpu, MatrixRef, WeightsRef};
-use half::{bf16, f16};
+use half::bf16;
 
-use crate::checkpoint::{Dtype, Stored, TensorView, e4m3_to_f32};
+pub(crate) use blob::ALIGNMENT;
+pub use blob::Blob;
+pub(crate) use read::{odd_scale, weight as read_weight};
+
+use crate::checkpoint::{Dtype, Stored, e4m3_to_f32};
 use crate::config::FP8_BLOCK;
 use crate::{Checkpoint, Config, ModelError};
 
-/// Start of resident weights in memory, in bytes: a cache line, and the widest vector there is.
-const ALIGNMENT: usize = 64;
+/// How the elements of a weight lie in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Format {
+    F32,
+    Bf16,
+    /// OCP FP8 e4m3 with a scale per block.
+    Fp8,
+}
+
+impl Format {
+    /// What a stored tensor becomes in a role with this dtype.
+    pub(crate) fn of(stored: Stored, dtype: Dtype) -> Format {
+        match (dtype, stored) {
+            (Dtype::F32, _) | (Dtype::Auto, Stored::F32 | Stored::F16) => Format::F32,
+            (Dtype::Bf16, _) | (Dtype::Auto, Stored::Bf16) => Format::Bf16,
+            (Dtype::Auto, Stored::F8E4M3) => Format::Fp8,
+        }
+    }
+
+    /// The stored type with the same bytes.
+    pub(crate) fn stored(self) -> Stored {
+        match self {
+            Format::F32 => Stored::F32,
+            Format::Bf16 => Stored::Bf16,
+            Format::Fp8 => Stored::F8E4M3,
+        }
+    }
+}
 
 /// A linear layer's weight `[rows = out, cols = in]`, resident.
 #[derive(Debug)]
@@ -27,9 +60,9 @@ pub struct Matrix {
 
 #[derive(Debug)]
 enum Storage {
-    F32(Aligned),
-    Bf16(Aligned),
-    Fp8 { data: Aligned, scales: Vec<f32> },
+    F32(Blob),
+    Bf16(Blob),
+    Fp8 { data: Blob, scales: Vec<f32> },
 }
 
 impl Matrix {
@@ -46,49 +79,19 @@ impl Matrix {
         dtype: Dtype,
     ) -> Result<Matrix, ModelError> {
         let view = ckpt.tensor(&format!("{name}.weight"))?;
-        expect_shape(&view, &[rows, cols])?;
-        view.check_finite()?;
-        let bytes = view.bytes();
-        let bf16_of = |b| bf16::from_le_bytes(b).to_f32();
-        let f16_of = |b| f16::from_le_bytes(b).to_f32();
-        let storage = match (view.dtype(), dtype) {
-            (Stored::F32, Dtype::Auto | Dtype::F32) => {
-                Storage::F32(convert(bytes, f32::from_le_bytes))
-            }
-            (Stored::F32, Dtype::Bf16) => {
-                Storage::Bf16(convert(bytes, |b| bf16::from_f32(f32::from_le_bytes(b))))
-            }
-            (Stored::Bf16, Dtype::Auto | Dtype::Bf16) => {
-                Storage::Bf16(convert(bytes, bf16::from_le_bytes))
-            }
-            (Stored::Bf16, Dtype::F32) => Storage::F32(convert(bytes, bf16_of)),
-            (Stored::F16, Dtype::Auto | Dtype::F32) => Storage::F32(convert(bytes, f16_of)),
-            (Stored::F16, Dtype::Bf16) => {
-                Storage::Bf16(convert(bytes, |b| bf16::from_f32(f16_of(b))))
-            }
-            (Stored::F8E4M3, _) => Storage::Fp8 {
-                data: Aligned::copy(bytes),
-                scales: load_scales(&view, rows, cols)?,
-            },
+        let format = Format::of(view.dtype(), dtype);
+        let mut data = Blob::with_len(rows * cols * format.stored().bytes());
+        let scales = read_weight(&view, rows, cols, format, data.as_mut())?;
+        let storage = match format {
+            Format::F32 => Storage::F32(data),
+            Format::Bf16 => Storage::Bf16(data),
+            Format::Fp8 => Storage::Fp8 { data, scales },
         };
-        let stored = Matrix {
+        Ok(Matrix {
             rows,
             cols,
             storage,
-        };
-        let matrix = match (view.dtype(), dtype) {
-            (Stored::F8E4M3, Dtype::F32) => Matrix {
-                storage: Storage::F32(stored.widened(|v| v)),
-                ..stored
-            },
-            (Stored::F8E4M3, Dtype::Bf16) => Matrix {
-                storage: Storage::Bf16(stored.widened(bf16::from_f32)),
-                ..stored
-            },
-            _ => stored,
-        };
-        matrix.refuse_overflow(&view)?;
-        Ok(matrix)
+        })
     }
 
     /// Outputs.
@@ -120,16 +123,14 @@ impl Matrix {
 
     /// Rows `x` `[m, cols]` to rows `x wᵀ` `[m, rows]`, each alone.
     pub fn apply(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
-        let mut out = vec![0.0; x.len() / self.cols * self.rows];
-        cpu.matmul(&mut out, x, self.as_ref());
-        out
+        apply(cpu, self.as_ref(), x)
     }
 
     /// Resident bytes.
     pub fn bytes(&self) -> u64 {
         let bytes = match &self.storage {
-            Storage::F32(data) | Storage::Bf16(data) => data.len,
-            Storage::Fp8 { data, scales } => data.len + size_of_val(scales.as_slice()),
+            Storage::F32(data) | Storage::Bf16(data) => data.as_ref().len(),
+            Storage::Fp8 { data, scales } => data.as_ref().len() + size_of_val(scales.as_slice()),
         };
         bytes as u64
     }
@@ -145,8 +146,7 @@ impl Matrix {
     /// scales; elsewhere the rows are dequantised to f32, which is exact but four times as large.
     pub(crate) fn slice(&self, range: Range<usize>) -> Matrix {
         let (start, end) = (range.start * self.cols, range.end * self.cols);
-        let span =
-            |data: &Aligned, size: usize| Aligned::copy(&data.bytes()[start * size..end * size]);
+        let span = |data: &Blob, size: usize| Blob::copy(&data.as_ref()[start * size..end * size]);
         let storage = match &self.storage {
             Storage::F32(data) => Storage::F32(span(data, 4)),
             Storage::Bf16(data) => Storage::Bf16(span(data, 2)),
@@ -163,7 +163,7 @@ impl Matrix {
                 let values = range
                     .clone()
                     .flat_map(|r| (0..self.cols).map(move |c| self.value(r, c)));
-                Storage::F32(Aligned::collect(range.len() * self.cols, values))
+                Storage::F32(Blob::collect(range.len() * self.cols, values))
             }
         };
         Matrix {
@@ -207,32 +207,17 @@ impl Matrix {
             Storage::Fp8 { data, scales } => {
                 let scale =
                     scales[row / FP8_BLOCK * self.cols.div_ceil(FP8_BLOCK) + col / FP8_BLOCK];
-                e4m3_to_f32(data.bytes()[at]) * scale
+                e4m3_to_f32(data.as_ref()[at]) * scale
             }
         }
     }
+}
 
-    fn widened<T: bytemuck::Pod>(&self, narrow: impl Fn(f32) -> T) -> Aligned {
-        let values = (0..self.rows).flat_map(|r| (0..self.cols).map(move |c| (r, c)));
-        Aligned::collect(
-            self.rows * self.cols,
-            values.map(|(r, c)| narrow(self.value(r, c))),
-        )
-    }
-
-    /// Refuses finite values that rounding to bf16 made infinite.
-    fn refuse_overflow(&self, view: &TensorView<'_>) -> Result<(), ModelError> {
-        let Storage::Bf16(data) = &self.storage else {
-            return Ok(());
-        };
-        match data.of::<bf16>().iter().position(|v| !v.is_finite()) {
-            Some(at) => Err(refused(
-                view,
-                format!("element {at} is too large for bf16; use --dtype auto or f32"),
-            )),
-            None => Ok(()),
-        }
-    }
+/// Rows `x` `[m, cols]` to rows `x wᵀ` `[m, rows]`, each alone.
+pub(crate) fn apply(cpu: &Cpu, weight: MatrixRef<'_>, x: &[f32]) -> Vec<f32> {
+    let mut out = vec![0.0; x.len() / weight.cols * weight.rows];
+    cpu.matmul(&mut out, x, weight);
+    out
 }
 
 /// Reads the tensors of one role from a checkpoint, and tells how far it is.
@@ -259,11 +244,6 @@ impl<'a> Loader<'a> {
             total,
             progress,
         }
-    }
-
-    /// A loader nobody watches.
-    pub(crate) fn silent(ckpt: &'a Checkpoint, dtype: Dtype) -> Loader<'a> {
-        Loader::new(ckpt, dtype, 0, &|_, _| ())
     }
 
     pub(crate) fn checkpoint(&self) -> &'a Checkpoint {
@@ -296,9 +276,7 @@ impl<'a> Loader<'a> {
 
     /// The tensor `name` `[len]` in f32: norms and biases.
     pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
-        let view = self.ckpt.tensor(name)?;
-        expect_shape(&view, &[len])?;
-        let values = view.to_f32()?;
+        let values = read::floats(&self.ckpt.tensor(name)?, &[len])?;
         self.count(name);
         Ok(values)
     }
@@ -327,98 +305,11 @@ impl<'a> Loader<'a> {
     }
 }
 
-/// Block scales of an FP8 weight `[ceil(rows / 128), ceil(cols / 128)]`.
-fn load_scales(weight: &TensorView<'_>, rows: usize, cols: usize) -> Result<Vec<f32>, ModelError> {
-    let Some(view) = weight.scales()? else {
-        return Err(refused(weight, "is FP8 without block scales".into()));
-    };
-    expect_shape(&view, &[rows.div_ceil(FP8_BLOCK), cols.div_ceil(FP8_BLOCK)])?;
-    let scales = view.to_f32()?;
-    // 448 is the largest e4m3 value: a scale that overflows with it could make a weight infinite.
-    match scales.iter().position(|s| !(s * 448.0).is_finite()) {
-        Some(at) => Err(refused(
-            &view,
-            format!("element {at} is too large for a block scale; the checkpoint is damaged"),
-        )),
-        None => Ok(scales),
-    }
-}
-
-fn expect_shape(view: &TensorView<'_>, shape: &[usize]) -> Result<(), ModelError> {
-    if view.shape() == shape {
-        return Ok(());
-    }
-    Err(refused(
-        view,
-        format!(
-            "has shape {:?}, the configuration asks for {shape:?}",
-            view.shape()
-        ),
-    ))
-}
-
-fn refused(view: &TensorView<'_>, reason: String) -> ModelError {
-    ModelError::tensor(view.file(), view.name(), reason)
-}
-
-/// Converts little-endian elements of `N` bytes, one by one, into aligned memory.
-fn convert<T: bytemuck::Pod, const N: usize>(
-    bytes: &[u8],
-    element: impl Fn([u8; N]) -> T,
-) -> Aligned {
-    let (elements, _) = bytes.as_chunks::<N>();
-    Aligned::collect(elements.len(), elements.iter().map(|b| element(*b)))
-}
-
-fn transpose<T: bytemuck::Pod>(data: &[T], rows: usize, cols: usize) -> Aligned {
-    Aligned::collect(
+fn transpose<T: bytemuck::Pod>(data: &[T], rows: usize, cols: usize) -> Blob {
+    Blob::collect(
         data.len(),
         (0..cols).flat_map(|c| (0..rows).map(move |r| data[r * cols + c])),
     )
-}
-
-/// Bytes that start at a multiple of [`ALIGNMENT`]: a vector with room to slide the start in.
-#[derive(Debug)]
-struct Aligned {
-    memory: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl Aligned {
-    fn zeroed(len: usize) -> Aligned {
-        let memory = vec![0; len + ALIGNMENT];
-        let start = memory.as_ptr().addr().next_multiple_of(ALIGNMENT) - memory.as_ptr().addr();
-        Aligned { memory, start, len }
-    }
-
-    fn copy(bytes: &[u8]) -> Aligned {
-        let mut aligned = Aligned::zeroed(bytes.len());
-        aligned.of_mut().copy_from_slice(bytes);
-        aligned
-    }
-
-    fn collect<T: bytemuck::Pod>(len: usize, values: impl Iterator<Item = T>) -> Aligned {
-        let mut aligned = Aligned::zeroed(len * size_of::<T>());
-        aligned
-            .of_mut()
-            .iter_mut()
-            .zip(values)
-            .for_each(|(to, value)| *to = value);
-        aligned
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &self.memory[self.start..self.start + self.len]
-    }
-
-    fn of<T: bytemuck::Pod>(&self) -> &[T] {
-        bytemuck::cast_slice(self.bytes())
-    }
-
-    fn of_mut<T: bytemuck::Pod>(&mut self) -> &mut [T] {
-        bytemuck::cast_slice_mut(&mut self.memory[self.start..self.start + self.len])
-    }
 }
 
 #[cfg(test)]
@@ -427,7 +318,7 @@ mod tests {
 
     /// 300 x 200 FP8 values: blocks of 3 x 2, ragged at both ends.
     fn fp8() -> Matrix {
-        let data = Aligned::collect(
+        let data = Blob::collect(
             300 * 200,
             (0..300 * 200u32).map(|i| (i * 7 % 126) as u8 | (i as u8 & 0x80)),
         );
@@ -443,10 +334,14 @@ mod tests {
 
     #[test]
     fn cutting_and_transposing_move_every_value_where_it_belongs() {
+        let wide = fp8();
         for matrix in [
             fp8(),
             Matrix {
-                storage: Storage::F32(fp8().widened(|v| v)),
+                storage: Storage::F32(Blob::collect(
+                    300 * 200,
+                    (0..300 * 200).map(|i| wide.value(i / 200, i % 200)),
+                )),
                 ..fp8()
             },
         ] {
@@ -490,14 +385,5 @@ mod tests {
             172 * 200 + 4 * 4
         );
         assert_eq!(matrix.slice(130..300).bytes(), 170 * 200 * 4);
-    }
-
-    #[test]
-    fn weights_start_at_a_cache_line() {
-        for len in [1, 63, 64, 1000] {
-            let aligned = Aligned::copy(&vec![7; len]);
-            assert!(aligned.bytes().as_ptr().addr().is_multiple_of(ALIGNMENT));
-            assert_eq!(aligned.bytes(), vec![7; len]);
-        }
     }
 }

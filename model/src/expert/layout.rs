@@ -1,0 +1,269 @@
+//! Where things lie in an expert's blob.
+//!
+//! Secret: the bytes of the header. All numbers are little endian; offsets count from the blob's start.
+//!
+//! ```text
+//!   0  magic "GUILDEXP"      8  version u32      12  bytes of the header u32      16  bytes of the blob u64
+//!  24  layer u32            28  expert u32
+//!  32  gate, up, down, 72 bytes each:
+//!      0  format u32 (1 f32, 2 bf16, 3 FP8 e4m3 with block scales)      4  zero u32
+//!      8  rows u64          16  columns u64     24  offset of the data u64         32  bytes of the data u64
+//!     40  scale rows u64    48  scale columns u64   56  offset of the scales u64   64  bytes of the scales u64
+//! 248  zeros up to 256, then the sections: data and scales of each matrix, each from a multiple of 64 on,
+//!      zeros between them and up to a multiple of 64 at the end
+//! ```
+//!
+//! A matrix without scales has zeros for them. The places follow from formats and shapes, so two blobs of one
+//! expert are the same bytes. A new way to pack a matrix is a new format tag.
+
+use std::ops::Range;
+
+use crate::config::FP8_BLOCK;
+use crate::weights::{ALIGNMENT, Format};
+
+const MAGIC: [u8; 8] = *b"GUILDEXP";
+const VERSION: u32 = 1;
+/// Bytes before the first section.
+pub(super) const HEADER: usize = 256;
+/// Bytes before the first matrix's entry, and of an entry.
+const PREAMBLE: usize = 32;
+const ENTRY: usize = 72;
+/// The matrices, in their order.
+pub(super) const NAMES: [&str; 3] = ["gate", "up", "down"];
+
+/// One matrix and its place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Placed {
+    pub(super) format: Format,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) data: Range<usize>,
+    /// Rows and columns of block scales; zero where there are none.
+    blocks: (usize, usize),
+    pub(super) scales: Range<usize>,
+}
+
+/// The header as a value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Layout {
+    layer: u32,
+    expert: u32,
+    pub(super) matrices: [Placed; 3],
+    /// Bytes of the blob.
+    pub(super) len: usize,
+}
+
+impl Layout {
+    /// Places gate, up and down; None when they are too large for this machine to count.
+    pub(super) fn new(
+        layer: u32,
+        expert: u32,
+        matrices: [(Format, usize, usize); 3],
+    ) -> Option<Layout> {
+        let mut end = HEADER;
+        let mut section = |bytes: usize| {
+            let start = end;
+            let past = start.checked_add(bytes)?;
+            end = past.checked_next_multiple_of(ALIGNMENT)?;
+            Some(start..past)
+        };
+        let mut place = |(format, rows, cols): (Format, usize, usize)| {
+            let elements = rows.checked_mul(cols)?;
+            let data = section(elements.checked_mul(format.stored().bytes())?)?;
+            let (blocks, scales) = match format {
+                Format::Fp8 => {
+                    let blocks = (rows.div_ceil(FP8_BLOCK), cols.div_ceil(FP8_BLOCK));
+                    let bytes = blocks.0.checked_mul(blocks.1)?.checked_mul(4)?;
+                    (blocks, section(bytes)?)
+                }
+                Format::F32 | Format::Bf16 => ((0, 0), 0..0),
+            };
+            Some(Placed {
+                format,
+                rows,
+                cols,
+                data,
+                blocks,
+                scales,
+            })
+        };
+        let [gate, up, down] = matrices;
+        let matrices = [place(gate)?, place(up)?, place(down)?];
+        Some(Layout {
+            layer,
+            expert,
+            matrices,
+            len: end,
+        })
+    }
+
+    /// The header's bytes.
+    pub(super) fn header(&self) -> [u8; HEADER] {
+        let mut header = [0; HEADER];
+        let mut at = 0;
+        let mut put = |bytes: &[u8]| {
+            header[at..at + bytes.len()].copy_from_slice(bytes);
+            at += bytes.len();
+        };
+        put(&MAGIC);
+        put(&VERSION.to_le_bytes());
+        put(&(HEADER as u32).to_le_bytes());
+        put(&(self.len as u64).to_le_bytes());
+        put(&self.layer.to_le_bytes());
+        put(&self.expert.to_le_bytes());
+        for matrix in &self.matrices {
+            put(&tag(matrix.format).to_le_bytes());
+            put(&0u32.to_le_bytes());
+            for number in matrix.numbers() {
+                put(&(number as u64).to_le_bytes());
+            }
+        }
+        header
+    }
+
+    /// Reads a blob's header and checks that the blob is exactly what it describes, padding included.
+    pub(super) fn parse(blob: &[u8]) -> Result<Layout, String> {
+        let Some(header) = blob.first_chunk::<HEADER>() else {
+            return Err(format!(
+                "{} bytes, less than the {HEADER} of the header",
+                blob.len()
+            ));
+        };
+        if header[..8] != MAGIC {
+            return Err("does not begin with GUILDEXP: no expert blob".into());
+        }
+        let is = |what: &str, found: u64, expected: u64| match found == expected {
+            true => Ok(()),
+            false => Err(format!("{what} is {found}, not {expected}")),
+        };
+        is("version", u32_at(header, 8).into(), VERSION.into())?;
+        is("header length", u32_at(header, 12).into(), HEADER as u64)?;
+        is("length", u64_at(header, 16), blob.len() as u64)?;
+
+        let matrix = |index: usize| {
+            let (name, at) = (NAMES[index], PREAMBLE + index * ENTRY);
+            let found = u32_at(header, at);
+            let format = [Format::F32, Format::Bf16, Format::Fp8]
+                .into_iter()
+                .find(|&f| tag(f) == found)
+                .ok_or_else(|| format!("{name}: format {found} is unknown"))?;
+            let size = |what: &str, at| {
+                usize::try_from(u64_at(header, at))
+                    .map_err(|_| format!("{name}: {what} are more than can be counted"))
+            };
+            Ok::<_, String>((format, size("rows", at + 8)?, size("columns", at + 16)?))
+        };
+        let (layer, expert) = (u32_at(header, 24), u32_at(header, 28));
+        let layout = Layout::new(layer, expert, [matrix(0)?, matrix(1)?, matrix(2)?])
+            .ok_or("its shapes are larger than any memory")?;
+        for (index, placed) in layout.matrices.iter().enumerate() {
+            let at = PREAMBLE + index * ENTRY;
+            for (i, (field, number)) in FIELDS.iter().zip(placed.numbers()).enumerate() {
+                let found = u64_at(header, at + 8 + 8 * i);
+                is(&format!("{}: {field}", NAMES[index]), found, number as u64)?;
+            }
+        }
+        is("length by its shapes", layout.len as u64, blob.len() as u64)?;
+        // What is left of the header are zeros.
+        if layout.header() != *header {
+            return Err("the header's padding is not zero".into());
+        }
+        let mut end = HEADER;
+        for section in layout.sections() {
+            all_zero(&blob[end..section.start])?;
+            end = section.end;
+        }
+        all_zero(&blob[end..])?;
+        Ok(layout)
+    }
+
+    /// Says where a blob differs from what `self` expects, first difference first.
+    pub(super) fn expect(&self, found: &Layout) -> Result<(), String> {
+        let is = |what: &str, found: usize, expected: usize| match found == expected {
+            true => Ok(()),
+            false => Err(format!("{what} is {found}, but {expected} was asked for")),
+        };
+        is("layer", found.layer as usize, self.layer as usize)?;
+        is("expert", found.expert as usize, self.expert as usize)?;
+        for ((found, expected), name) in found.matrices.iter().zip(&self.matrices).zip(NAMES) {
+            is(&format!("{name}: rows"), found.rows, expected.rows)?;
+            is(&format!("{name}: columns"), found.cols, expected.cols)?;
+            if found.format != expected.format {
+                return Err(format!(
+                    "{name}: format {:?}, but here it is {:?}; both nodes need the same --dtype",
+                    found.format, expected.format
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Places of all sections, in order.
+    fn sections(&self) -> impl Iterator<Item = Range<usize>> {
+        let of = |m: &Placed| {
+            [
+                Some(m.data.clone()),
+                m.has_scales().then(|| m.scales.clone()),
+            ]
+        };
+        self.matrices.iter().flat_map(of).flatten()
+    }
+}
+
+/// The numbers of an entry after its format, in the header's order.
+const FIELDS: [&str; 8] = [
+    "rows",
+    "columns",
+    "offset of the data",
+    "bytes of the data",
+    "scale rows",
+    "scale columns",
+    "offset of the scales",
+    "bytes of the scales",
+];
+
+impl Placed {
+    fn has_scales(&self) -> bool {
+        self.format == Format::Fp8
+    }
+
+    fn numbers(&self) -> [usize; 8] {
+        [
+            self.rows,
+            self.cols,
+            self.data.start,
+            self.data.len(),
+            self.blocks.0,
+            self.blocks.1,
+            self.scales.start,
+            self.scales.len(),
+        ]
+    }
+}
+
+fn tag(format: Format) -> u32 {
+    match format {
+        Format::F32 => 1,
+        Format::Bf16 => 2,
+        Format::Fp8 => 3,
+    }
+}
+
+fn all_zero(padding: &[u8]) -> Result<(), String> {
+    match padding.iter().all(|&b| b == 0) {
+        true => Ok(()),
+        false => Err("the padding between sections is not zero".into()),
+    }
+}
+
+fn u32_at(header: &[u8; HEADER], at: usize) -> u32 {
+    header[at..]
+        .first_chunk()
+        .map_or(0, |b| u32::from_le_bytes(*b))
+}
+
+fn u64_at(header: &[u8; HEADER], at: usize) -> u64 {
+    header[at..]
+        .first_chunk()
+        .map_or(0, |b| u64::from_le_bytes(*b))
+}

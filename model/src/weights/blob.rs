@@ -1,0 +1,79 @@
+//! Aligned memory.
+//!
+//! Secret: how bytes come to start at a cache line without unsafe code. It does not know what they mean.
+
+/// Start of resident weights in memory, in bytes: a cache line, and the widest vector there is.
+pub(crate) const ALIGNMENT: usize = 64;
+
+// Weights lie in memory as they lie in files, and blobs travel as they lie in memory.
+const _: () = assert!(
+    cfg!(target_endian = "little"),
+    "weights are little endian, in files and in memory"
+);
+
+/// Owned bytes that start at a multiple of 64: a vector with room to slide the start in.
+pub struct Blob {
+    memory: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Blob {
+    /// `len` zeros.
+    pub fn with_len(len: usize) -> Blob {
+        let memory = vec![0; len + ALIGNMENT];
+        let start = memory.as_ptr().addr().next_multiple_of(ALIGNMENT) - memory.as_ptr().addr();
+        Blob { memory, start, len }
+    }
+
+    pub(crate) fn copy(bytes: &[u8]) -> Blob {
+        let mut blob = Blob::with_len(bytes.len());
+        blob.as_mut().copy_from_slice(bytes);
+        blob
+    }
+
+    pub(crate) fn collect<T: bytemuck::Pod>(len: usize, values: impl Iterator<Item = T>) -> Blob {
+        let mut blob = Blob::with_len(len * size_of::<T>());
+        let to: &mut [T] = bytemuck::cast_slice_mut(blob.as_mut());
+        to.iter_mut()
+            .zip(values)
+            .for_each(|(to, value)| *to = value);
+        blob
+    }
+
+    pub(crate) fn of<T: bytemuck::Pod>(&self) -> &[T] {
+        bytemuck::cast_slice(self.as_ref())
+    }
+}
+
+impl AsRef<[u8]> for Blob {
+    fn as_ref(&self) -> &[u8] {
+        &self.memory[self.start..self.start + self.len]
+    }
+}
+
+impl AsMut<[u8]> for Blob {
+    fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..self.start + self.len]
+    }
+}
+
+impl std::fmt::Debug for Blob {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Blob").field("len", &self.len).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_start_at_a_cache_line() {
+        for len in [0, 1, 63, 64, 1000] {
+            let blob = Blob::copy(&vec![7; len]);
+            assert!(blob.as_ref().as_ptr().addr().is_multiple_of(ALIGNMENT));
+            assert_eq!(blob.as_ref(), vec![7; len]);
+        }
+    }
+}
