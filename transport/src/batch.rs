@@ -6,6 +6,7 @@ use std::{collections::HashMap, time::Instant};
 use bytes::Bytes;
 use guild_proto::{frame, limits::F32_BYTES};
 use tokio::sync::oneshot;
+use tokio::time;
 
 use crate::{ExchangeCode, ExchangeError, NodeId, rows};
 
@@ -42,6 +43,8 @@ pub struct Returned {
     pub width: usize,
     /// `[assignments, width]`: one row per assignment, in their order.
     pub rows: Vec<f32>,
+    /// When the last of them was here. Whoever waits may have been busy since.
+    pub arrived: time::Instant,
 }
 
 /// The part of a batch that goes to one node.
@@ -202,9 +205,25 @@ pub(crate) struct Awaited {
 #[derive(Debug)]
 pub(crate) enum Reply {
     /// `[pairs, width]`, from this process.
-    Here(Result<Vec<f32>, ExchangeError>),
+    Here(Arrived<Vec<f32>>),
     /// `[pairs, width]` as bytes, from a stream that checks them.
-    Away(oneshot::Receiver<Result<Bytes, ExchangeError>>),
+    Away(oneshot::Receiver<Arrived<Bytes>>),
+}
+
+/// What a node has answered, and when.
+#[derive(Debug)]
+pub(crate) struct Arrived<T> {
+    rows: Result<T, ExchangeError>,
+    at: time::Instant,
+}
+
+impl<T> Arrived<T> {
+    pub(crate) fn now(rows: Result<T, ExchangeError>) -> Self {
+        Self {
+            rows,
+            at: time::Instant::now(),
+        }
+    }
 }
 
 impl Handle {
@@ -217,6 +236,7 @@ impl Handle {
     pub(crate) async fn combined(self) -> Result<Returned, ExchangeError> {
         let width = self.width;
         let mut out = vec![0.0; self.assignments * width];
+        let mut arrived: Option<time::Instant> = None;
         for Awaited { peer, part, reply } in self.parts {
             let Part { targets, slots, .. } = part;
             let fail = |code, message: String| {
@@ -228,8 +248,9 @@ impl Handle {
             };
             let bytes;
             let answer: &[u8] = match reply {
-                Reply::Here(rows) => {
+                Reply::Here(Arrived { rows, at }) => {
                     let rows = rows?;
+                    arrived = arrived.max(Some(at));
                     if rows.len() != targets.len() * width {
                         return fail(
                             ExchangeCode::Malformed,
@@ -258,7 +279,10 @@ impl Handle {
                         }
                     };
                     match answer {
-                        Ok(answer) => bytes = answer?,
+                        Ok(Arrived { rows, at }) => {
+                            bytes = rows?;
+                            arrived = arrived.max(Some(at));
+                        }
                         Err(_) => {
                             return fail(
                                 ExchangeCode::Unreachable,
@@ -281,7 +305,11 @@ impl Handle {
                 rows::copy_from_wire(&mut out[at..at + width], row);
             }
         }
-        Ok(Returned { width, rows: out })
+        Ok(Returned {
+            width,
+            rows: out,
+            arrived: arrived.unwrap_or_else(time::Instant::now),
+        })
     }
 }
 

@@ -34,7 +34,7 @@ use tonic::{
 
 use crate::{
     Batch, ExchangeCode, ExchangeError,
-    batch::{Part, describe},
+    batch::{Arrived, Part, describe},
     links::{Dial, LinkLimits, remaining_ms},
     rows,
 };
@@ -42,7 +42,7 @@ use crate::{
 /// How often a connection looks for overdue answers.
 const STALL_CHECK: Duration = Duration::from_millis(500);
 
-type Answer = oneshot::Sender<Result<Bytes, ExchangeError>>;
+type Answer = oneshot::Sender<Arrived<Bytes>>;
 
 /// A link to one node. Dropping it closes the connection once the answers that
 /// are on their way have come.
@@ -130,7 +130,7 @@ impl Link {
         &self,
         batch: &Batch<'_>,
         part: &Part,
-    ) -> Result<oneshot::Receiver<Result<Bytes, ExchangeError>>, ExchangeError> {
+    ) -> Result<oneshot::Receiver<Arrived<Bytes>>, ExchangeError> {
         let shared = &self.0;
         let place = format!("epoch {}, {}", batch.epoch, describe(&part.slots));
         let Some(deadline_ms) = remaining_ms(batch.deadline) else {
@@ -241,7 +241,7 @@ impl Shared {
                 let message = format!("{}: the connection is being lost", pending.place);
                 let error = self.error(ExchangeCode::Unreachable, message);
                 // A receiver that has gone needs no answer.
-                let _ = pending.answer.send(Err(error));
+                let _ = pending.answer.send(Arrived::now(Err(error)));
             }
         }
     }
@@ -411,7 +411,7 @@ impl Shared {
             Ok(rows) => Ok(rows.rows),
         };
         // A receiver that has gone needs no answer.
-        let _ = pending.answer.send(answer);
+        let _ = pending.answer.send(Arrived::now(answer));
         Ok(())
     }
 
@@ -437,7 +437,8 @@ impl Shared {
         for pending in pending.into_values() {
             let message = format!("{}: {}", pending.place, loss.reason);
             // A receiver that has gone needs no answer.
-            let _ = pending.answer.send(Err(self.error(loss.code, message)));
+            let error = self.error(loss.code, message);
+            let _ = pending.answer.send(Arrived::now(Err(error)));
         }
     }
 }

@@ -13,7 +13,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::{
     Batch, ExchangeCode, ExchangeError, Fabric, Handle, NodeId, Returned, Switchboard, Work,
-    batch::{Awaited, Part, Reply, split},
+    batch::{Arrived, Awaited, Part, Reply, split},
     grpc, local, new_source,
     rows::Rows,
 };
@@ -121,10 +121,21 @@ impl Links {
     /// connected when the first rows go there. Links to nodes that stay as they
     /// are stay open; the others are closed once their answers are in.
     pub fn set_nodes(&self, nodes: &[(NodeId, String, String)], local: Option<&Switchboard>) {
+        self.set_nodes_where(nodes, |_| local);
+    }
+
+    /// The same where only some nodes may be reached in this process: those that
+    /// `local` has a switchboard for. A node of another process may have the name
+    /// of one that is on the switchboard of this one.
+    pub fn set_nodes_where<'a>(
+        &self,
+        nodes: &[(NodeId, String, String)],
+        local: impl Fn(NodeId) -> Option<&'a Switchboard>,
+    ) {
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
         let mut old = std::mem::take(&mut *peers);
         for (node, name, address) in nodes {
-            let board = local.filter(|board| board.get(name).is_some());
+            let board = local(*node).filter(|board| board.get(name).is_some());
             let kept = old.remove(node).filter(|peer| {
                 peer.name == *name
                     && peer.address == *address
@@ -202,14 +213,14 @@ impl Fabric for Links {
             let Link::Local(link) = &peer.link else {
                 continue;
             };
-            let reply = Reply::Here(link.execute(Work {
+            let reply = Reply::Here(Arrived::now(link.execute(Work {
                 epoch,
                 width: batch.width,
                 rows: Rows::from(part.gather(&batch)),
                 slots: part.slots.clone(),
                 deadline: batch.deadline,
                 source: self.source,
-            }));
+            })));
             awaited.push(Awaited {
                 peer: peer.name.clone(),
                 part,
