@@ -4,10 +4,11 @@
 //! the names of tensors. [`schema`] is the one list of what a configuration
 //! requires; everything a checkpoint can get wrong is found by
 //! [`Checkpoint::open`], with file and tensor named. Values are looked at only
-//! where tensors are loaded ([`TensorView::to_f32`]).
+//! where tensors are loaded, and so are their digests where a [`manifest`] lists them.
 
 mod digest;
 mod header;
+pub mod manifest;
 mod open;
 mod schema;
 
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
 
+use manifest::{Manifest, Verification};
 pub use schema::{TensorSpec, schema};
 
 use crate::{Config, ModelError};
@@ -137,6 +139,8 @@ struct Inner {
     config: Config,
     shards: Vec<Shard>,
     tensors: HashMap<String, Entry>,
+    /// Whether a manifest lists the tensors.
+    listed: bool,
     digest: OnceLock<String>,
 }
 
@@ -152,6 +156,8 @@ struct Entry {
     shape: Vec<usize>,
     /// Byte range in the shard's file.
     range: std::ops::Range<usize>,
+    /// Of its bytes, by the manifest.
+    blake3: Option<blake3::Hash>,
 }
 
 impl Checkpoint {
@@ -160,21 +166,63 @@ impl Checkpoint {
     /// A configuration that counts MTP layers over files that hold none of their tensors describes
     /// the model without them: common converters drop the layers and keep the count.
     ///
+    /// Where a manifest lies beside the configuration, names, dtypes, shapes and the small files are held against
+    /// it here, the bytes of a tensor wherever they are loaded and in [`Checkpoint::digest`].
+    ///
     /// # Errors
-    /// Anything in the configuration, index or headers that does not fit, with file and tensor or
+    /// Anything in the configuration, manifest, index or headers that does not fit, with file and tensor or
     /// field named.
     pub fn open(dir: &Path) -> Result<Checkpoint, ModelError> {
-        let mut config = Config::from_dir(dir)?;
-        let (shards, tensors) = open::open(dir, &mut config)?;
+        let config = Config::from_dir(dir)?;
+        let manifest = Manifest::read(dir, &config)?;
+        if manifest.is_none() {
+            tracing::info!(
+                "weights are not verified: {} has no {}; `guild manifest --write` makes one",
+                dir.display(),
+                manifest::FILE
+            );
+        }
+        Checkpoint::with(dir, config, manifest)
+    }
+
+    /// As [`Checkpoint::open`], but looks at no manifest: to make one.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_unlisted(dir: &Path) -> Result<Checkpoint, ModelError> {
+        Checkpoint::with(dir, Config::from_dir(dir)?, None)
+    }
+
+    fn with(
+        dir: &Path,
+        mut config: Config,
+        manifest: Option<Manifest>,
+    ) -> Result<Checkpoint, ModelError> {
+        let (shards, mut tensors) = open::open(dir, &mut config)?;
+        if let Some(manifest) = &manifest {
+            manifest.attach(dir, &shards, &mut tensors)?;
+        }
         Ok(Checkpoint {
             inner: Arc::new(Inner {
                 dir: dir.to_path_buf(),
                 config,
                 shards,
                 tensors,
+                listed: manifest.is_some(),
                 digest: OnceLock::new(),
             }),
         })
+    }
+
+    /// Whether a manifest lists what the files must hold.
+    pub fn has_manifest(&self) -> bool {
+        self.inner.listed
+    }
+
+    /// Reads every tensor and holds it against the manifest. `progress` hears bytes done and in all, from any
+    /// thread. Without a manifest nothing can differ.
+    pub fn verify(&self, progress: &(dyn Fn(u64, u64) + Sync)) -> Verification {
+        manifest::verify(self, progress)
     }
 
     /// What the model is.
@@ -194,7 +242,7 @@ impl Checkpoint {
     /// of every tensor); later calls are free.
     ///
     /// # Errors
-    /// A configuration that cannot be written as JSON.
+    /// A tensor that was read whole and is not what the manifest lists.
     pub fn digest(&self) -> Result<String, ModelError> {
         if let Some(known) = self.inner.digest.get() {
             return Ok(known.clone());
@@ -399,6 +447,23 @@ impl<'a> TensorView<'a> {
         match self.dtype().first_not_finite(self.bytes()) {
             Some(i) => Err(self.not_finite(i)),
             None => Ok(()),
+        }
+    }
+
+    /// BLAKE3 of its bytes, where a manifest lists it.
+    pub(crate) fn listed(&self) -> Option<blake3::Hash> {
+        self.entry.blake3
+    }
+
+    /// Refuses bytes that do not hash to what the manifest lists.
+    pub(crate) fn expect(&self, found: &blake3::Hash) -> Result<(), ModelError> {
+        match self.listed() {
+            Some(listed) if listed != *found => Err(ModelError::tensor(
+                self.file(),
+                self.name,
+                manifest::differs(found, &listed),
+            )),
+            _ => Ok(()),
         }
     }
 

@@ -5,12 +5,13 @@
 
 mod layout;
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use guild_kernels::{Cpu, MatrixRef, WeightsRef};
 
 use self::layout::{HEADER, Layout, NAMES, Placed};
-use crate::checkpoint::{Dtype, TensorView};
+use crate::checkpoint::{Dtype, TensorView, manifest};
 pub use crate::weights::Blob;
 use crate::weights::{self, Format, Loader, Matrix};
 use crate::{Checkpoint, ModelError};
@@ -96,7 +97,8 @@ impl Expert {
     /// Takes over an expert that came as the blob of another node.
     ///
     /// Any bytes may be given: the header must be exactly that of this expert of this model in this dtype, the
-    /// length must follow from it, the padding must be zero and every value finite.
+    /// length must follow from it, the padding must be zero and every value finite. Where a manifest lists the
+    /// tensors and they are in memory as they are stored, their digests must be the listed ones.
     ///
     /// # Errors
     /// As [`Expert::load`] where the model has no such expert; otherwise [`ModelError::Blob`] with the field or
@@ -116,7 +118,15 @@ impl Expert {
         };
         let found = Layout::parse(blob.as_ref()).map_err(bad)?;
         layout.expect(&found).map_err(bad)?;
-        for (m, name) in layout.matrices.iter().zip(NAMES) {
+        let listed = |view: &TensorView<'_>, range: &Range<usize>| match view.listed() {
+            Some(listed) if blake3::hash(&blob.as_ref()[range.clone()]) != listed => {
+                let (tensor, list) = (view.name(), manifest::FILE);
+                Err(bad(format!("`{tensor}` is not what {list} lists")))
+            }
+            _ => Ok(()),
+        };
+        let stored = tensors(ckpt, layer, expert)?;
+        for ((m, name), view) in layout.matrices.iter().zip(NAMES).zip(stored) {
             let data = &blob.as_ref()[m.data.clone()];
             if let Some(at) = m.format.stored().first_not_finite(data) {
                 return Err(bad(format!("{name}: element {at} is not a finite number")));
@@ -124,6 +134,13 @@ impl Expert {
             let scales = bytemuck::cast_slice(&blob.as_ref()[m.scales.clone()]);
             if let Some(at) = weights::odd_scale(scales) {
                 return Err(bad(format!("{name}: scale {at} is too large for a scale")));
+            }
+            // Bytes as they are stored are bytes that the manifest lists.
+            if view.dtype() == m.format.stored() {
+                listed(&view, &m.data)?;
+                if let Some(scales) = view.scales()? {
+                    listed(&scales, &m.scales)?;
+                }
             }
         }
         Ok(Expert {

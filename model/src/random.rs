@@ -24,6 +24,7 @@ use serde_json::{Map, Value};
 
 pub use shapes::{NAMES, shape};
 
+use crate::checkpoint::manifest::Manifest;
 use crate::checkpoint::{TensorSpec, schema};
 use crate::{Config, ModelError};
 
@@ -97,6 +98,10 @@ impl Planned {
         self.shape.iter().product()
     }
 
+    fn dtype(&self) -> &'static str {
+        if self.f32 { "F32" } else { "BF16" }
+    }
+
     fn bytes(&self) -> u64 {
         self.elements() as u64 * if self.f32 { 4 } else { 2 }
     }
@@ -135,7 +140,7 @@ fn plan(spec: TensorSpec, config: &Config) -> Planned {
 }
 
 /// Writes a checkpoint in Hugging Face form: shards, index, configuration and a byte-level
-/// tokenizer.
+/// tokenizer; and its manifest.
 ///
 /// `out` must not exist or be empty; it appears complete or not at all. `progress` hears bytes
 /// done and bytes in all.
@@ -205,6 +210,7 @@ fn write_files(
         }
     }
     let mut done = 0;
+    let mut hashes = Vec::new();
     let mut weight_map = Map::new();
     let mut buffer = Vec::new();
     for (i, tensors) in shards.iter().enumerate() {
@@ -215,19 +221,26 @@ fn write_files(
         file.write_all(&files::header(tensors)).map_err(fault)?;
         for tensor in tensors {
             let mut at = 0;
+            let mut hasher = blake3::Hasher::new();
             while at < tensor.elements() {
                 let n = BLOCK.min(tensor.elements() - at);
                 fill(tensor, seed, at, n, &mut buffer);
                 file.write_all(&buffer).map_err(fault)?;
+                hasher.update_rayon(&buffer);
                 at += n;
                 done += buffer.len() as u64;
                 progress(done, total);
             }
+            hashes.push(hasher.finalize());
             weight_map.insert(tensor.name.clone(), name.clone().into());
         }
         file.flush().map_err(fault)?;
     }
-    files::write_all(dir, shape, config.vocab_size, weight_map, total)
+    files::write_all(dir, shape, config.vocab_size, weight_map, total)?;
+    let tensors = shards.iter().flatten().zip(hashes);
+    let listed = tensors.map(|(t, hash)| (t.name.as_str(), t.dtype(), t.shape.as_slice(), hash));
+    Manifest::listing(dir, listed)?.write(dir)?;
+    Ok(())
 }
 
 /// Makes elements `start .. start + n` of a tensor, as stored.

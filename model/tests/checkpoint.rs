@@ -6,6 +6,8 @@
 mod contents;
 #[path = "checkpoint/faults.rs"]
 mod faults;
+#[path = "checkpoint/manifest.rs"]
+mod manifest;
 #[path = "checkpoint/parts.rs"]
 mod parts;
 

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use guild_model::checkpoint::manifest::{self, Manifest};
 use guild_model::random::{self, DEFAULT_SHARD_BYTES};
 use guild_model::reference::Reference;
 use guild_model::{Checkpoint, ModelError};
@@ -108,9 +109,11 @@ const CUT: [(&str, &str); 16] = [
     ),
 ];
 
+/// Of every file but the manifest, which the other generator does not write.
 fn digests(dir: &Path) -> BTreeMap<String, String> {
     let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap());
     entries
+        .filter(|e| e.file_name() != manifest::FILE)
         .map(|e| {
             let hash = blake3::hash(&fs::read(e.path()).unwrap())
                 .to_hex()
@@ -252,6 +255,12 @@ fn every_shape_opens_and_computes() {
             c.has_router_bias() && c.n_routed_experts > 0
         );
         assert!(checkpoint.required().all(|t| t.check_finite().is_ok()));
+        assert!(checkpoint.has_manifest());
+        let read = Manifest::of(&checkpoint, &|_, _| ()).unwrap();
+        assert_eq!(read.tensors(), checkpoint.tensors().count());
+        let written = fs::read(out.join(manifest::FILE)).unwrap();
+        read.write(&out).unwrap();
+        assert_eq!(fs::read(out.join(manifest::FILE)).unwrap(), written);
     }
 }
 

@@ -236,6 +236,7 @@ impl Raw {
             dtype,
             shape: self.shape,
             range: self.range,
+            blake3: None,
         })
     }
 }

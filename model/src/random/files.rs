@@ -22,10 +22,9 @@ pub(super) fn header(tensors: &[Planned]) -> Vec<u8> {
     let mut offset = 0;
     for t in tensors {
         let end = offset + t.bytes();
-        let dtype = if t.f32 { "F32" } else { "BF16" };
         map.insert(
             t.name.clone(),
-            json!({"dtype": dtype, "shape": t.shape, "data_offsets": [offset, end]}),
+            json!({"dtype": t.dtype(), "shape": t.shape, "data_offsets": [offset, end]}),
         );
         offset = end;
     }

@@ -1,8 +1,8 @@
 //! Stored tensors on their way into memory.
 //!
-//! Secret: how bytes leave the mapped file. They are copied piece by piece, and what is checked (that every
-//! value is a finite number) and what is widened is the copy, so that a file that changes meanwhile cannot
-//! slip past a check. No tensor is ever in memory twice.
+//! Secret: how bytes leave the mapped file. They are copied piece by piece, and what is checked (every value a
+//! finite number, the digest that of the manifest) and what is widened is the copy, so that a file that changes
+//! meanwhile cannot slip past a check. No tensor is ever in memory twice.
 
 use half::{bf16, f16};
 
@@ -110,7 +110,7 @@ fn copy(view: &TensorView<'_>, to: &mut [u8]) -> Result<(), ModelError> {
         to.copy_from_slice(from);
         check.piece(to)?;
     }
-    Ok(())
+    check.end()
 }
 
 /// Converts the stored elements of `N` bytes one by one; the rule also gets an element's index.
@@ -131,7 +131,7 @@ fn convert<T, const N: usize>(
             *to = element(first + i, *b);
         }
     }
-    Ok(())
+    check.end()
 }
 
 /// As [`convert`], rounded to bf16; refuses finite values that rounding makes infinite.
@@ -160,11 +160,17 @@ struct Check<'a> {
     view: TensorView<'a>,
     /// Elements seen so far.
     elements: usize,
+    /// Of those bytes, where a manifest says what it must be.
+    hasher: Option<blake3::Hasher>,
 }
 
 impl<'a> Check<'a> {
     fn new(view: TensorView<'a>) -> Check<'a> {
-        Check { view, elements: 0 }
+        Check {
+            view,
+            elements: 0,
+            hasher: view.listed().map(|_| blake3::Hasher::new()),
+        }
     }
 
     fn piece(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
@@ -173,6 +179,16 @@ impl<'a> Check<'a> {
             return Err(self.view.not_finite(self.elements + at));
         }
         self.elements += bytes.len() / stored.bytes();
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(bytes);
+        }
         Ok(())
+    }
+
+    fn end(self) -> Result<(), ModelError> {
+        match self.hasher {
+            Some(hasher) => self.view.expect(&hasher.finalize()),
+            None => Ok(()),
+        }
     }
 }
