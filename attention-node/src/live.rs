@@ -118,6 +118,8 @@ impl Node {
             model_digest: digest.clone(),
             numerics_class: self.cfg.dtype.numerics_class(&self.cpu),
             capacity_bytes: 0,
+            process: String::new(),
+            failure_domain: String::new(),
         };
         let dialer = Dialer::to(Role::COORDINATING, self.cfg.tls.as_ref());
         let member = Member::start_by(membership, dialer)?;
@@ -200,7 +202,7 @@ impl Node {
                         tracing::info!(epoch, "ready");
                     }
                     // Last: who hears this may send requests at once.
-                    member.set_state(NodeState { epoch, ready: true, reason: String::new() });
+                    member.set_state(NodeState { epoch, ready: true, ..NodeState::default() });
                 },
                 _ = tick.tick() => member.set_load(load(&handle)),
             }
@@ -295,6 +297,7 @@ fn not_ready(reason: &str) -> NodeState {
         epoch: 0,
         ready: false,
         reason: reason.to_owned(),
+        failed: None,
     }
 }
 

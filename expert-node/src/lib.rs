@@ -42,6 +42,10 @@ pub struct ExpertNodeConfig {
     pub health: Option<String>,
     /// Bytes for resident experts; 0 is unlimited.
     pub capacity_bytes: u64,
+    /// Nodes with the same value are one process; empty: alone.
+    pub process: String,
+    /// What fails together with this node: a host, a rack; empty: nothing else.
+    pub failure_domain: String,
     /// How long a node that is asked to end goes on serving those that still
     /// send rows here.
     pub drain: Duration,
@@ -67,6 +71,8 @@ impl ExpertNodeConfig {
             tls: None,
             health: None,
             capacity_bytes: 0,
+            process: String::new(),
+            failure_domain: String::new(),
             drain: Self::DRAIN,
         }
     }

@@ -163,6 +163,8 @@ impl Node {
             model_digest: digest,
             numerics_class: self.numerics_class.clone(),
             capacity_bytes: self.cfg.capacity_bytes,
+            process: self.cfg.process.clone(),
+            failure_domain: self.cfg.failure_domain.clone(),
         };
         let dialer = Dialer::to(tls::Role::COORDINATING, self.cfg.tls.as_ref());
         let member = Member::start_by(membership, dialer)?;
@@ -277,6 +279,7 @@ impl Node {
             epoch,
             ready,
             reason: state.err().unwrap_or_default(),
+            failed: None,
         });
         self.health.set_serving(SERVICE_NAME, ready).await;
         self.health.set_serving("", ready).await;
@@ -333,6 +336,7 @@ impl Watch {
                 epoch: 0,
                 ready: false,
                 reason: format!("loading epoch {}: {done} of {wanted} experts", self.epoch),
+                failed: None,
             });
         }
     }

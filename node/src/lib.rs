@@ -10,6 +10,7 @@
 pub mod channel;
 pub mod config;
 pub mod exit;
+pub mod failpoint;
 pub mod keys;
 pub mod member;
 pub mod serve;

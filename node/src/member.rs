@@ -55,6 +55,11 @@ pub struct MemberConfig {
     pub numerics_class: String,
     /// Bytes for resident experts (expert nodes); 0 is unlimited.
     pub capacity_bytes: u64,
+    /// Nodes with the same value are one process and reach each other without a
+    /// wire. Empty: alone.
+    pub process: String,
+    /// What fails together with this node: a host, a rack. Empty: nothing else.
+    pub failure_domain: String,
 }
 
 /// What a node says about itself.
@@ -66,6 +71,20 @@ pub struct NodeState {
     pub ready: bool,
     /// Why not; empty when ready.
     pub reason: String,
+    /// The newest epoch that the node was given and cannot load, and why; it may
+    /// be ready at an older one all the same.
+    pub failed: Option<(u64, String)>,
+}
+
+/// What an expert node has measured of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Measured {
+    /// Rows executed in a second of work; 0: not known.
+    pub rows_per_second: f64,
+    /// Bytes of all experts in memory, those of every epoch.
+    pub resident_bytes: u64,
+    /// Bytes that further experts may take; None: not known.
+    pub free_bytes: Option<u64>,
 }
 
 /// Requests of an attention node.
@@ -136,10 +155,11 @@ struct Shared {
 }
 
 /// All that the owner of a membership has said so far.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 struct Said {
     state: NodeState,
     load: Load,
+    measured: Measured,
     draining: bool,
     leaving: bool,
 }
@@ -204,15 +224,17 @@ impl Member {
         })
     }
 
-    /// The newest placement the coordinator has published; None before the
-    /// first. Its epoch never falls; the same epoch comes again when its state
-    /// changes.
+    /// The newest placement the coordinator has published and not withdrawn;
+    /// None before the first. The same epoch comes again when its state or
+    /// anything else of it changes. Its epoch falls only when it was LOADING and
+    /// is withdrawn: then this is the active one again.
     pub fn placement(&self) -> watch::Receiver<Option<Arc<Placement>>> {
         self.shared.placement.clone()
     }
 
     /// The newest placement that is ACTIVE, while the next one may be loading;
-    /// None before the first. Its epoch only grows.
+    /// None before the first. Its epoch only grows, and with it or without it
+    /// the epoch that is the oldest anybody uses.
     pub fn active(&self) -> watch::Receiver<Option<Arc<Placement>>> {
         self.shared.active.clone()
     }
@@ -241,6 +263,7 @@ impl Member {
                 epoch,
                 ready,
                 reason,
+                failed: None,
             };
             said.load = load;
         });
@@ -252,6 +275,15 @@ impl Member {
         self.shared.said.send_if_modified(|said| {
             said.load = load;
             false
+        });
+    }
+
+    /// Tells the coordinator what this node has measured: at once when experts
+    /// have come or gone, with the next heartbeat otherwise.
+    pub fn set_measured(&self, measured: Measured) {
+        self.shared.said.send_if_modified(|said| {
+            let before = std::mem::replace(&mut said.measured, measured);
+            before.resident_bytes != measured.resident_bytes
         });
     }
 

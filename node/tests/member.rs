@@ -6,7 +6,9 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use guild_node::member::{Load, Member, MemberConfig, MemberError, NodeState, REASON_DIGEST};
+use guild_node::member::{
+    Load, Measured, Member, MemberConfig, MemberError, NodeState, REASON_DIGEST,
+};
 use guild_node::serve::{Server, bind};
 use guild_node::{ExitKind, HasExitKind, Shutdown, status};
 use guild_proto::cluster::v1::cluster_server::{Cluster, ClusterServer};
@@ -135,6 +137,8 @@ fn config(coordinator: &str) -> MemberConfig {
         model_digest: "d".into(),
         numerics_class: "c".into(),
         capacity_bytes: 5,
+        process: String::new(),
+        failure_domain: String::new(),
     }
 }
 
@@ -277,6 +281,126 @@ async fn the_active_placement_stays_while_the_next_one_loads() {
 }
 
 #[tokio::test]
+async fn a_withdrawn_placement_gives_way_to_the_active_one_and_does_not_come_back() {
+    let (fake, mut seen) = Fake::new(Duration::from_secs(60));
+    let (address, _) = fake.serve("127.0.0.1:0").await;
+    let member = Member::start(config(&address)).unwrap();
+    let mut newest = member.placement();
+    let stream = next(&mut seen, watch).await;
+    let tell = async |epoch, state| stream.send(Ok(placement(epoch, state))).await.unwrap();
+    let is = |epoch| move |p: &Option<Arc<Placement>>| p.as_ref().is_some_and(|p| p.epoch == epoch);
+    tell(4, PlacementState::Active).await;
+    tell(6, PlacementState::Loading).await;
+    newest.wait_for(is(6)).await.unwrap();
+    tell(6, PlacementState::Withdrawn).await;
+    let back = newest.wait_for(is(4)).await.unwrap().clone().unwrap();
+    assert_eq!(back.state(), PlacementState::Active);
+    // Late news of it, and of what came before it, are nothing new; what comes after it is.
+    tell(6, PlacementState::Loading).await;
+    tell(5, PlacementState::Loading).await;
+    tell(7, PlacementState::Loading).await;
+    newest.changed().await.unwrap();
+    assert!(is(7)(&newest.borrow_and_update()));
+    // An old withdrawal does not touch what is newer.
+    tell(6, PlacementState::Withdrawn).await;
+    tell(7, PlacementState::Active).await;
+    newest.changed().await.unwrap();
+    let active = newest.borrow_and_update().clone().unwrap();
+    assert_eq!((active.epoch, active.state()), (7, PlacementState::Active));
+}
+
+#[tokio::test]
+async fn a_withdrawn_epoch_is_named_to_the_next_coordinator() {
+    let (fake, mut seen) = Fake::new(Duration::from_millis(60));
+    let (address, _) = fake.serve("127.0.0.1:0").await;
+    let member = Member::start(config(&address)).unwrap();
+    let stream = next(&mut seen, watch).await;
+    next(&mut seen, |s| matches!(s, Seen::Beat(_)).then_some(())).await;
+    for (epoch, state) in [
+        (4, PlacementState::Active),
+        (9, PlacementState::Withdrawn),
+        (5, PlacementState::Active),
+    ] {
+        stream.send(Ok(placement(epoch, state))).await.unwrap();
+    }
+    let mut active = member.active();
+    let is_5 = |p: &Option<Arc<Placement>>| p.as_ref().is_some_and(|p| p.epoch == 5);
+    active.wait_for(is_5).await.unwrap();
+    let gone = status::not_found("UNKNOWN_NODE", "who?");
+    fake.beat.lock().unwrap().push_back(gone);
+    assert_eq!(next(&mut seen, registration).await.newest_epoch, 9);
+}
+
+#[tokio::test]
+async fn the_oldest_epoch_in_use_grows_and_never_falls() {
+    let (fake, mut seen) = Fake::new(Duration::from_secs(60));
+    let (address, _) = fake.serve("127.0.0.1:0").await;
+    let member = Member::start(config(&address)).unwrap();
+    let (mut newest, mut active) = (member.placement(), member.active());
+    let stream = next(&mut seen, watch).await;
+    for oldest_epoch in [3, 5, 4] {
+        let placement = Placement {
+            oldest_epoch,
+            ..placement(5, PlacementState::Active)
+        };
+        stream.send(Ok(placement)).await.unwrap();
+    }
+    for placements in [&mut active, &mut newest] {
+        let freed = |p: &Option<Arc<Placement>>| p.as_ref().is_some_and(|p| p.oldest_epoch == 5);
+        placements.wait_for(freed).await.unwrap();
+    }
+    stream
+        .send(Ok(placement(6, PlacementState::Loading)))
+        .await
+        .unwrap();
+    newest.changed().await.unwrap();
+    assert_eq!(active.borrow().as_ref().unwrap().oldest_epoch, 5);
+}
+
+#[tokio::test]
+async fn a_node_says_where_it_runs_what_it_has_measured_and_what_it_could_not_load() {
+    let (fake, mut seen) = Fake::new(Duration::from_secs(600));
+    let (address, _) = fake.serve("127.0.0.1:0").await;
+    let member = Member::start(MemberConfig {
+        process: "p".into(),
+        failure_domain: "rack-1".into(),
+        ..config(&address)
+    })
+    .unwrap();
+    let joined = next(&mut seen, registration).await;
+    assert_eq!(
+        (joined.process.as_str(), joined.failure_domain.as_str()),
+        ("p", "rack-1")
+    );
+    next(&mut seen, |s| matches!(s, Seen::Beat(_)).then_some(())).await;
+    // More bytes are news, another rate is not.
+    for (rows_per_second, resident_bytes) in [(1.0, 0), (2.0, 7)] {
+        member.set_measured(Measured {
+            rows_per_second,
+            resident_bytes,
+            free_bytes: Some(0),
+        });
+    }
+    let beat = next(&mut seen, |s| match s {
+        Seen::Beat(beat) => Some(beat),
+        _ => None,
+    })
+    .await;
+    let said = (beat.rows_per_second, beat.resident_bytes, beat.free_bytes);
+    assert_eq!(said, (2.0, 7, Some(0)));
+    assert_eq!((beat.failed_epoch, beat.failure.as_str()), (0, ""));
+    member.set_state(NodeState {
+        epoch: 4,
+        ready: true,
+        failed: Some((5, "no room".into())),
+        ..NodeState::default()
+    });
+    let beat = next(&mut seen, ready_beat).await;
+    assert_eq!((beat.epoch, beat.failed_epoch), (4, 5));
+    assert_eq!(beat.failure, "no room");
+}
+
+#[tokio::test]
 async fn a_node_without_a_lease_takes_no_placement_until_it_has_one_again() {
     let (fake, mut seen) = Fake::new(Duration::from_millis(300));
     let (address, _) = fake.serve("127.0.0.1:0").await;
@@ -335,6 +459,7 @@ async fn an_unknown_node_registers_again_with_the_newest_epoch_and_the_same_inca
         epoch: 9,
         ready: true,
         reason: String::new(),
+        failed: None,
     });
     assert_eq!(next(&mut seen, ready_beat).await.epoch, 9);
 }

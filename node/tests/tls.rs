@@ -230,7 +230,7 @@ async fn a_server_takes_its_own_cluster_in_the_right_role_and_nobody_else() {
         ("expired", changed(&|leaf| leaf.valid = (-30, -1))),
         ("not valid yet", changed(&|leaf| leaf.valid = (1, 30))),
         ("revoked", changed(&|leaf| leaf.serial = 77)),
-        ("expert", Some(ca.issue(&leaf("expert")))),
+        ("operator", Some(ca.issue(&leaf("operator")))),
         ("unheard-of role", Some(ca.issue(&leaf("admin")))),
         ("no role", changed(&|leaf| leaf.uris.clear())),
         (
@@ -252,7 +252,12 @@ async fn a_server_takes_its_own_cluster_in_the_right_role_and_nobody_else() {
     let plain = Dialer::Plain.lazy(&format!("127.0.0.1:{port}")).unwrap();
     assert!(asks(plain).await.is_err(), "plaintext was let in");
 
-    for role in ["attention", "coordinator", "attention/attention-0"] {
+    for role in [
+        "attention",
+        "expert",
+        "coordinator",
+        "attention/attention-0",
+    ] {
         let shown = Some(ca.issue(&leaf(role)));
         assert_eq!(asks(outsider(port, &ca, shown)).await, Ok(()), "{role}");
     }

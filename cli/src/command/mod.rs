@@ -34,6 +34,8 @@ use crate::shells::Place;
 
 /// Runs the command that this process was started with.
 pub(crate) fn run() -> Result<(), Failure> {
+    #[cfg(feature = "failpoints")]
+    guild_node::failpoint::arm().map_err(|error| Failure::of(&error))?;
     let config::Loaded {
         value: cli,
         origins,

@@ -272,6 +272,8 @@ impl Node {
             model_digest: coordinator.digest.clone(),
             numerics_class: NUMERICS.into(),
             capacity_bytes: 0,
+            process: String::new(),
+            failure_domain: String::new(),
         })
         .unwrap();
         expect("joining", || async { member.node_id().is_some() }).await;
@@ -309,6 +311,7 @@ impl Node {
                         epoch: placement.epoch,
                         ready: true,
                         reason: String::new(),
+                        failed: None,
                     });
                 }
                 if placements.changed().await.is_err() {
@@ -325,6 +328,7 @@ impl Node {
             epoch,
             ready: true,
             reason: String::new(),
+            failed: None,
         });
     }
 }
@@ -397,6 +401,8 @@ impl Attention {
             model_digest: "none".into(),
             numerics_class: NUMERICS.into(),
             capacity_bytes: 0,
+            process: String::new(),
+            failure_domain: String::new(),
         })
         .unwrap();
     }

@@ -220,6 +220,8 @@ impl Fake {
             model_digest: coordinator.digest.clone(),
             numerics_class: NUMERICS.into(),
             capacity_bytes: 0,
+            process: String::new(),
+            failure_domain: String::new(),
         })
         .unwrap();
         expect("joining", || async { member.node_id().is_some() }).await;
@@ -232,6 +234,7 @@ impl Fake {
                     epoch,
                     ready: epoch > 0,
                     reason: String::new(),
+                    failed: None,
                 });
                 if placements.changed().await.is_err() {
                     return;

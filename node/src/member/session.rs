@@ -3,6 +3,7 @@
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use guild_proto::cluster::v1::cluster_client::ClusterClient;
@@ -73,6 +74,8 @@ pub(super) struct Session {
     told: Told,
     node_id: watch::Sender<Option<u32>>,
     routed: routed::Slot,
+    /// The newest epoch that was withdrawn.
+    withdrawn: AtomicU64,
 }
 
 impl Session {
@@ -93,6 +96,7 @@ impl Session {
             told,
             node_id,
             routed,
+            withdrawn: AtomicU64::new(0),
         })
     }
 
@@ -144,9 +148,11 @@ impl Session {
                 model_digest: self.config.model_digest.clone(),
                 numerics_class: self.config.numerics_class.clone(),
                 capacity_bytes: self.config.capacity_bytes,
-                newest_epoch: self.newest_epoch(),
+                // An epoch that was withdrawn is not used again either.
+                newest_epoch: self.newest_epoch().max(self.withdrawn()),
                 incarnation: self.incarnation,
-                ..Default::default()
+                process: self.config.process.clone(),
+                failure_domain: self.config.failure_domain.clone(),
             };
             let asked = Instant::now();
             let (at, coordinator, mut client) = self.coordinators.current();
@@ -192,6 +198,7 @@ impl Session {
         loop {
             let mut pause = interval;
             let now = said.borrow_and_update().clone();
+            let (failed_epoch, failure) = now.state.failed.unwrap_or_default();
             let request = HeartbeatRequest {
                 node_id,
                 incarnation: self.incarnation,
@@ -205,7 +212,11 @@ impl Session {
                 running: now.load.running,
                 waiting: now.load.waiting,
                 draining: now.draining,
-                ..Default::default()
+                rows_per_second: now.measured.rows_per_second,
+                resident_bytes: now.measured.resident_bytes,
+                free_bytes: now.measured.free_bytes,
+                failed_epoch,
+                failure,
             };
             let sent = Instant::now();
             let (at, coordinator, mut client) = self.coordinators.current();
@@ -317,17 +328,33 @@ impl Session {
         }
     }
 
-    /// Passes a placement on, unless it is older than what was passed on before.
+    /// Passes a placement on, unless it is older than what was passed on before
+    /// or was withdrawn.
     fn take(&self, placement: Arc<Placement>) {
         let epoch = placement.epoch;
-        if placement.state() == PlacementState::Active {
-            self.told.active.send_if_modified(|known| {
-                let newer = known.as_ref().is_none_or(|known| known.epoch < epoch);
-                if newer {
-                    *known = Some(Arc::clone(&placement));
+        match placement.state() {
+            PlacementState::Withdrawn => return self.withdraw(epoch),
+            PlacementState::Active => {
+                let news = self.told.active.send_if_modified(|known| {
+                    let news = known.as_ref().is_none_or(|known| {
+                        let age = |p: &Placement| (p.epoch, p.oldest_epoch);
+                        age(known) <= age(&placement) && *known != placement
+                    });
+                    if news {
+                        *known = Some(Arc::clone(&placement));
+                    }
+                    news
+                });
+                if !news {
+                    tracing::debug!(epoch, "nothing new");
+                    return;
                 }
-                newer
-            });
+            }
+            _ if epoch <= self.withdrawn() => {
+                tracing::debug!(epoch, "withdrawn already");
+                return;
+            }
+            _ => {}
         }
         // An active placement is told of again before the one being loaded.
         if epoch < self.newest_epoch() {
@@ -339,6 +366,26 @@ impl Session {
             return;
         }
         self.told.placement.send_replace(Some(placement));
+    }
+
+    /// What loads at `epoch` will never be active: back to what is.
+    fn withdraw(&self, epoch: u64) {
+        self.withdrawn.fetch_max(epoch, Ordering::Relaxed);
+        let active = self.told.active.borrow().clone();
+        self.told.placement.send_if_modified(|newest| {
+            let gone = newest.as_ref().is_some_and(|newest| {
+                newest.state() != PlacementState::Active && newest.epoch <= epoch
+            });
+            if gone {
+                tracing::info!(epoch, "withdrawn");
+                *newest = active;
+            }
+            gone
+        });
+    }
+
+    fn withdrawn(&self) -> u64 {
+        self.withdrawn.load(Ordering::Relaxed)
     }
 
     async fn say_goodbye(&self, node_id: u32) {
