@@ -1,4 +1,8 @@
 //! Rows to slots: the tables of the newest placements, and the work itself.
+//!
+//! Secret: what an epoch and a slot stand for. Work is checked here as a whole,
+//! so that none that will be refused ever meets other work (`merge` runs what
+//! was let in), and every product is timed (`capacity`).
 
 use std::{
     sync::{
@@ -11,6 +15,11 @@ use std::{
 use guild_model::{Cpu, expert::Expert};
 use guild_node::member::Lease;
 use guild_transport::{ExchangeCode, ExchangeError, SlotHost, Work};
+
+use crate::{
+    capacity::{self, Capacity},
+    merge::{Merger, Merging, Order, Piece, Stopped},
+};
 
 /// Tables kept: the active placement, the one before it for those who have not
 /// heard of it yet, and the one that becomes active next.
@@ -28,6 +37,8 @@ pub struct Host {
     /// Elements in a row: `hidden_size`.
     width: usize,
     cpu: Cpu,
+    merger: Merger<Expert>,
+    capacity: Capacity,
     /// Oldest first, at most [`TABLES`].
     tables: RwLock<Vec<Arc<Table>>>,
     working: AtomicUsize,
@@ -45,12 +56,21 @@ impl Host {
             name: name.into(),
             width,
             cpu,
+            merger: Merger::new(Merging::default()),
+            capacity: Capacity::default(),
             tables: RwLock::new(Vec::new()),
             working: AtomicUsize::new(0),
             last_work: Mutex::new(None),
             lease: OnceLock::new(),
             unleased: AtomicU64::new(0),
         }
+    }
+
+    /// The same with a switch of the caller's.
+    #[must_use]
+    pub fn merging(mut self, merging: Merging) -> Self {
+        self.merger = Merger::new(merging);
+        self
     }
 
     /// Makes the host count what it answers while `lease` has run out. Only the
@@ -78,6 +98,46 @@ impl Host {
         tables.sort_by_key(|table| table.epoch);
         let old = tables.len().saturating_sub(TABLES);
         tables.drain(..old);
+    }
+
+    /// Lets go of the tables of epochs before `oldest`: nobody routes by them any
+    /// more. Work that has begun keeps its table.
+    pub fn forget_before(&self, oldest: u64) {
+        let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
+        tables.retain(|table| table.epoch >= oldest);
+    }
+
+    /// Lets go of the table of an epoch that was withdrawn.
+    pub fn withdraw(&self, epoch: u64) {
+        let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
+        tables.retain(|table| table.epoch != epoch);
+    }
+
+    /// The expert in a slot.
+    ///
+    /// # Errors
+    /// The epoch is not resident here, or has no such slot.
+    pub fn expert(&self, epoch: u64, slot: u32) -> Result<Arc<Expert>, ExchangeError> {
+        self.in_slot(self.table(epoch)?.as_ref(), slot)
+    }
+
+    /// Measures what this node can do with the experts it has, for
+    /// [`Host::rows_per_second`]. Takes some 50 ms of all threads the first time that
+    /// experts are resident, and nothing after that.
+    pub fn calibrate(&self) {
+        let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
+        let full = tables.iter().rfind(|table| !table.slots.is_empty());
+        let experts = full.map(|table| table.slots.iter().take(capacity::EXPERTS));
+        let experts: Vec<Arc<Expert>> = experts.into_iter().flatten().cloned().collect();
+        drop(tables);
+        self.capacity.calibrate(&experts, self.width, &self.cpu);
+    }
+
+    /// Rows (of one expert each) that this node can do in a second when it
+    /// decodes, as measured at [`Host::calibrate`] and at everything run since;
+    /// `None` before.
+    pub fn rows_per_second(&self) -> Option<f64> {
+        self.capacity.rows_per_second(self.cpu.threads())
     }
 
     /// The epochs that rows can be run by, oldest first.
@@ -108,6 +168,17 @@ impl Host {
         })
     }
 
+    fn in_slot(&self, table: &Table, slot: u32) -> Result<Arc<Expert>, ExchangeError> {
+        let found = table.slots.get(slot as usize);
+        found.cloned().ok_or_else(|| {
+            let (epoch, slots) = (table.epoch, table.slots.len());
+            self.error(
+                ExchangeCode::UnknownSlot,
+                format!("epoch {epoch} has {slots} slots here, there is no slot {slot}"),
+            )
+        })
+    }
+
     fn error(&self, code: ExchangeCode, message: String) -> ExchangeError {
         ExchangeError::new(code, self.name.as_str(), message)
     }
@@ -131,33 +202,39 @@ impl SlotHost for Host {
             self.unleased.fetch_add(1, Ordering::Relaxed);
         }
         // All or nothing: no row is computed for a batch that will be refused.
-        let mut jobs = Vec::with_capacity(work.slots.len());
-        for (slot, rows) in &work.slots {
-            let Some(expert) = table.slots.get(*slot as usize) else {
-                return Err(self.error(
-                    ExchangeCode::UnknownSlot,
-                    format!(
-                        "epoch {epoch} has {} slots here, there is no slot {slot}",
-                        table.slots.len()
-                    ),
-                ));
-            };
-            jobs.push((expert, rows));
-        }
-        let mut out = Vec::with_capacity(work.pairs() * width);
-        let mut gathered = Vec::new();
-        for (expert, rows) in jobs {
-            if rows.is_empty() {
-                continue;
+        let mut pieces = Vec::with_capacity(work.slots.len());
+        let mut at = 0;
+        for (slot, rows) in work.slots {
+            let expert = self.in_slot(&table, slot)?;
+            let pairs = rows.len();
+            if pairs > 0 {
+                pieces.push(Piece { expert, rows, at });
             }
-            gathered.clear();
-            for &row in rows {
-                let start = row as usize * width;
-                gathered.extend_from_slice(&work.rows[start..start + width]);
-            }
-            out.extend_from_slice(&expert.forward(&self.cpu, &gathered));
+            at += pairs;
         }
-        Ok(out)
+        let order = Order {
+            source: work.source,
+            deadline: work.deadline,
+            rows: work.rows,
+            width,
+            pieces,
+        };
+        let forward = |expert: &Expert, rows: &[f32]| {
+            let begun = Instant::now();
+            let out = expert.forward(&self.cpu, rows);
+            self.capacity.observe(rows.len() / width, begun.elapsed());
+            out
+        };
+        self.merger.run(order, forward).map_err(|why| match why {
+            Stopped::Late => self.error(
+                ExchangeCode::Deadline,
+                format!("epoch {epoch}: passed before all rows were computed"),
+            ),
+            Stopped::Panicked => self.error(
+                ExchangeCode::Internal,
+                format!("epoch {epoch}: an expert panicked; the log says where"),
+            ),
+        })
     }
 }
 

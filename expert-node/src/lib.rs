@@ -8,8 +8,10 @@
 //! the host and `proto` for the placement. It must not know attention, gates or
 //! weights of experts in a sum: rows come in and go out unweighted.
 
+mod capacity;
 pub mod host;
 mod live;
+pub mod merge;
 pub mod residents;
 
 use std::time::Duration;
@@ -17,7 +19,7 @@ use std::time::Duration;
 use guild_model::{Checkpoint, ModelError, checkpoint::Dtype};
 use guild_node::{ExitKind, HasExitKind, member::MemberError, serve::ServeError, tls::Tls};
 
-use crate::residents::LoadError;
+use crate::{merge::Merging, residents::LoadError};
 
 pub use live::run;
 
@@ -49,6 +51,8 @@ pub struct ExpertNodeConfig {
     /// How long a node that is asked to end goes on serving those that still
     /// send rows here.
     pub drain: Duration,
+    /// Counts products, and for measurements turns merging off; on, unless somebody does.
+    pub merging: Merging,
 }
 
 impl ExpertNodeConfig {
@@ -74,6 +78,7 @@ impl ExpertNodeConfig {
             process: String::new(),
             failure_domain: String::new(),
             drain: Self::DRAIN,
+            merging: Merging::default(),
         }
     }
 }

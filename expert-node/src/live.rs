@@ -59,7 +59,8 @@ pub async fn run(
     let checkpoint = cfg.model.clone();
     let width = checkpoint.config().hidden_size;
     let numerics_class = cfg.dtype.numerics_class(&cpu);
-    let host = Arc::new(Host::new(&cfg.name, width, cpu));
+    let host = Host::new(&cfg.name, width, cpu).merging(cfg.merging.clone());
+    let host = Arc::new(host);
 
     let closing = CancellationToken::new();
     let experts = service(
@@ -251,6 +252,8 @@ impl Node {
             Ok(Some(experts)) => {
                 tracing::info!(epoch, slots = experts.len(), "resident");
                 self.host.publish(epoch, experts);
+                let host = Arc::clone(&self.host);
+                on_thread("measuring this node", move || host.calibrate()).await?;
                 loading.tried = Some(epoch);
                 loading.epoch = epoch;
                 self.report(member, epoch, Ok(())).await;

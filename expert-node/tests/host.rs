@@ -10,6 +10,7 @@ use std::{
 
 use guild_expert_node::{
     host::Host,
+    merge::Merging,
     residents::{ExpertKey, LoadError, Progress, Residents},
 };
 use guild_model::{Checkpoint, Cpu, checkpoint::Dtype, expert::Expert};
@@ -98,6 +99,133 @@ fn rows_equal_the_expert_alone_whatever_the_grouping() {
         assert_eq!(bits(&out), bits(&expected), "{grouping:?}");
     }
     assert!(run(&host, 1, width, &[], &[]).unwrap().is_empty());
+}
+
+/// A reproducible sequence of numbers below `n`.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, n: usize) -> usize {
+        // xorshift64 (Marsaglia 2003).
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % n as u64) as usize
+    }
+}
+
+#[test]
+fn merged_rows_have_the_bits_of_rows_run_alone_in_every_interleaving() {
+    const SENDERS: u64 = 6;
+    const WORKS: usize = 40;
+    let checkpoint = checkpoint();
+    let width = checkpoint.config().hidden_size;
+    let merging = Merging::default();
+    let host = Host::new("e0", width, Cpu::new(2)).merging(merging.clone());
+    // The same experts in other slots of the next epoch, which merge with these.
+    let slots: Vec<ExpertKey> = (0..8).map(|expert| (1, expert)).collect();
+    let turned: Vec<ExpertKey> = slots.iter().rev().copied().collect();
+    let mut residents = Residents::new(checkpoint, Dtype::Auto, 0);
+    let before = load(&mut residents, &slots);
+    host.publish(1, before);
+    host.publish(2, load(&mut residents, &turned));
+
+    let work = |sender: u64, number: usize| {
+        let mut dice = Dice(1 + sender * 1000 + number as u64);
+        let n = 1 + dice.below(12);
+        let row = (0..n * width).map(|_| dice.below(2001) as f32 / 1000.0 - 1.0);
+        let row = Rows::from(row.collect::<Vec<_>>());
+        let slots = (0..dice.below(7)).map(|_| {
+            let rows = (0..dice.below(5)).map(|_| dice.below(n) as u32).collect();
+            (dice.below(8) as u32, rows)
+        });
+        let slots = slots.collect();
+        let mut work = Work {
+            epoch: 1 + dice.below(2) as u64,
+            width,
+            rows: row,
+            slots,
+            deadline: None,
+            source: sender,
+        };
+        // Now and then one that is refused, beside those that are not.
+        match dice.below(12) {
+            0 => work.epoch = 7,
+            1 => work.slots.push((8, vec![0])),
+            2 => work.width = width / 2,
+            _ => {}
+        }
+        work
+    };
+    let outcome = |out: Result<Vec<f32>, ExchangeError>| match out {
+        Ok(rows) => Ok(bits(&rows)),
+        Err(error) => Err(error.code),
+    };
+    let all = |host: &Host, sender| -> Vec<_> {
+        (0..WORKS)
+            .map(|number| outcome(host.execute(work(sender, number))))
+            .collect()
+    };
+    let alone: Vec<_> = (0..SENDERS).map(|sender| all(&host, sender)).collect();
+    let one_by_one = merging.products();
+    assert!(alone.iter().flatten().any(|out| out.is_err()));
+
+    // Until some have met, which the machine decides.
+    for round in 1.. {
+        let together: Vec<_> = std::thread::scope(|scope| {
+            let (all, host) = (&all, &host);
+            let senders: Vec<_> = (0..SENDERS)
+                .map(|sender| scope.spawn(move || all(host, sender)))
+                .collect();
+            let outcomes = senders.into_iter().map(|sender| sender.join().unwrap());
+            outcomes.collect()
+        });
+        assert_eq!(together, alone);
+        let all = merging.products();
+        assert_eq!(all.rows, (1 + round) * one_by_one.rows);
+        if all.products < (1 + round) * one_by_one.products {
+            break;
+        }
+        assert!(round < 200, "no rows have met");
+    }
+}
+
+#[test]
+fn tables_nobody_routes_by_go_when_they_are_forgotten_or_withdrawn() {
+    let checkpoint = checkpoint();
+    let width = checkpoint.config().hidden_size;
+    let host = Host::new("e0", width, Cpu::new(1));
+    let mut residents = Residents::new(checkpoint, Dtype::Auto, 0);
+    for epoch in 1..4 {
+        host.publish(epoch, load(&mut residents, &[(1, epoch as u32)]));
+    }
+    assert!(host.expert(2, 0).is_ok());
+    host.withdraw(3);
+    host.forget_before(2);
+    assert_eq!(host.epochs(), [2]);
+    assert_eq!(residents.len(), 1);
+    let code = |epoch, slot| host.expert(epoch, slot).unwrap_err().code;
+    assert_eq!(code(1, 0), ExchangeCode::UnknownEpoch);
+    assert_eq!(code(2, 1), ExchangeCode::UnknownSlot);
+}
+
+#[test]
+fn what_a_node_can_do_is_measured_once_it_has_experts() {
+    let checkpoint = checkpoint();
+    let width = checkpoint.config().hidden_size;
+    let host = Host::new("e0", width, Cpu::new(1));
+    host.calibrate();
+    assert_eq!(host.rows_per_second(), None);
+    let mut residents = Residents::new(checkpoint, Dtype::Auto, 0);
+    host.publish(1, load(&mut residents, &[(1, 0), (1, 1)]));
+    host.publish(2, Vec::new());
+    assert_eq!(host.rows_per_second(), None);
+    host.calibrate();
+    let rate = host.rows_per_second().unwrap();
+    assert!(rate.is_finite() && rate > 0.0, "{rate}");
+    // It holds no expert for that.
+    host.forget_before(2);
+    assert!(residents.is_empty());
 }
 
 #[test]

@@ -1,0 +1,201 @@
+//! What this node can do, in rows per second.
+//!
+//! Secret: how it is measured. When its first experts are resident, a few of
+//! them are run on few, some and many rows: that is the time a product of any
+//! number of rows should take here. Every real product is held against it, so a
+//! machine that becomes slower, or was busy when it was measured, shows; and
+//! because like is compared with like, it does not matter whether much prefill
+//! or only some decoding came by. What a cgroup takes away is known exactly and
+//! counts even when no load has met that limit yet (`quota`). Knows nothing of
+//! senders and placements.
+
+mod quota;
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use guild_model::{Cpu, expert::Expert};
+
+/// Rows of the products whose time is measured, ascending.
+const ROWS: [usize; 3] = [1, 8, 64];
+/// Rows of the product that the answer speaks of: decoding with some company.
+const TYPICAL_ROWS: usize = 8;
+/// What measuring may take, but for one product of each kind.
+const BUDGET: Duration = Duration::from_millis(50);
+/// Products of each kind, at most.
+const SAMPLES: usize = 16;
+/// Experts among which those take turns, so that weights come from where they
+/// come from when rows are served.
+pub(crate) const EXPERTS: usize = 16;
+/// Products of about this long altogether make the present speed, seconds.
+const MEMORY: f64 = 2.0;
+/// How much of that the first measurement is worth, seconds.
+const PRIOR: f64 = 0.25;
+
+/// Measures and remembers.
+#[derive(Debug, Default)]
+pub(crate) struct Capacity(Mutex<Option<Measured>>);
+
+#[derive(Debug)]
+struct Measured {
+    /// Seconds of a product of [`ROWS`], never less for more rows.
+    seconds: [f64; ROWS.len()],
+    /// What recent products should have taken, fading.
+    expected: f64,
+    /// What they took.
+    taken: f64,
+}
+
+impl Capacity {
+    /// Runs some of `experts` on rows of `width`, unless that was done before.
+    /// Takes about 50 ms, less where experts are small.
+    pub(crate) fn calibrate(&self, experts: &[Arc<Expert>], width: usize, cpu: &Cpu) {
+        if experts.is_empty() || self.lock().is_some() {
+            return;
+        }
+        let most = ROWS[ROWS.len() - 1];
+        // Nothing special: neither zeros nor numbers that overflow.
+        let x: Vec<f32> = (0..most * width)
+            .map(|i| ((i * 37 + 11) % 101) as f32 / 50.0 - 1.0)
+            .collect();
+        let mut turn = experts.iter().cycle();
+        let mut run = |rows: usize| {
+            let begun = Instant::now();
+            if let Some(expert) = turn.next() {
+                std::hint::black_box(expert.forward(cpu, &x[..rows * width]));
+            }
+            begun.elapsed().as_secs_f64()
+        };
+        // Threads that sleep, pages nobody has touched.
+        run(ROWS[0]);
+        let budget = BUDGET / ROWS.len() as u32;
+        let seconds = ROWS.map(|rows| {
+            let begun = Instant::now();
+            let mut times = vec![run(rows)];
+            while times.len() < SAMPLES && begun.elapsed() < budget {
+                times.push(run(rows));
+            }
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        });
+        self.lock().get_or_insert(Measured::new(seconds));
+    }
+
+    /// A product of `rows` rows took `time`.
+    pub(crate) fn observe(&self, rows: usize, time: Duration) {
+        if let Some(measured) = self.lock().as_mut() {
+            measured.observe(rows, time.as_secs_f64());
+        }
+    }
+
+    /// Rows per second of products of [`TYPICAL_ROWS`] on `threads` threads;
+    /// `None` before [`Capacity::calibrate`].
+    pub(crate) fn rows_per_second(&self, threads: usize) -> Option<f64> {
+        let share = quota::cpus().map_or(1.0, |cpus| cpus / threads.max(1) as f64);
+        let rate = self.lock().as_ref()?.rows_per_second(share);
+        rate.is_finite().then_some(rate)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Measured>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Measured {
+    fn new(mut seconds: [f64; ROWS.len()]) -> Self {
+        // A hiccup must not make more rows look cheaper.
+        for i in 1..seconds.len() {
+            seconds[i] = seconds[i].max(seconds[i - 1]);
+        }
+        Self {
+            seconds,
+            expected: PRIOR,
+            taken: PRIOR,
+        }
+    }
+
+    /// Seconds that a product should take: straight lines between what was measured.
+    fn seconds(&self, rows: usize) -> f64 {
+        let last = ROWS.len() - 1;
+        let right = ROWS.partition_point(|&point| point < rows).clamp(1, last);
+        let left = right - 1;
+        let slope = (self.seconds[right] - self.seconds[left]) / (ROWS[right] - ROWS[left]) as f64;
+        self.seconds[left] + slope * (rows.max(ROWS[0]) - ROWS[left]) as f64
+    }
+
+    fn observe(&mut self, rows: usize, taken: f64) {
+        let fade = (-taken / MEMORY).exp();
+        self.expected = self.expected * fade + self.seconds(rows);
+        self.taken = self.taken * fade + taken;
+    }
+
+    /// With `share` of the threads' time allowed. A limit that has been met
+    /// shows in the speed already; one that has not, caps it.
+    fn rows_per_second(&self, share: f64) -> f64 {
+        let speed = self.expected / self.taken;
+        let rate = TYPICAL_ROWS as f64 / self.seconds(TYPICAL_ROWS);
+        rate * speed.min(speed.max(1.0) * share.min(1.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured() -> Measured {
+        Measured::new([1.0e-3, 1.7e-3, 7.3e-3])
+    }
+
+    #[test]
+    fn a_product_is_expected_to_take_what_its_rows_say() {
+        let measured = measured();
+        for (rows, ms) in [
+            (0, 1.0),
+            (1, 1.0),
+            (2, 1.1),
+            (8, 1.7),
+            (36, 4.5),
+            (64, 7.3),
+            (128, 13.7),
+        ] {
+            let seconds = measured.seconds(rows);
+            assert!((seconds - ms * 1e-3).abs() < 1e-9, "{rows}: {seconds}");
+        }
+        let hiccup = Measured::new([2.0, 1.0, 1.5]);
+        assert_eq!(hiccup.seconds(64), 2.0);
+    }
+
+    #[test]
+    fn a_machine_that_slows_down_shows_it_whatever_its_batches_are() {
+        let rate = 8.0 / 1.7e-3;
+        for rows in [1, 5, 64, 500] {
+            let mut measured = measured();
+            let seconds = measured.seconds(rows);
+            let settle = |measured: &mut Measured, times: f64| {
+                for _ in 0..(40.0 / seconds) as usize {
+                    measured.observe(rows, seconds * times);
+                }
+                measured.rows_per_second(1.0) / rate
+            };
+            assert!((settle(&mut measured, 1.0) - 1.0).abs() < 0.02, "{rows}");
+            assert!((settle(&mut measured, 4.0) - 0.25).abs() < 0.02, "{rows}");
+            assert!((settle(&mut measured, 0.5) - 2.0).abs() < 0.02, "{rows}");
+        }
+    }
+
+    #[test]
+    fn a_quota_counts_once_whether_the_load_has_met_it_or_not() {
+        let rate = 8.0 / 1.7e-3;
+        let mut measured = measured();
+        assert!((measured.rows_per_second(0.25) / rate - 0.25).abs() < 1e-9);
+        // Throttled for three quarters of the time.
+        for _ in 0..10_000 {
+            measured.observe(8, 4.0 * 1.7e-3);
+        }
+        assert!((measured.rows_per_second(0.25) / rate - 0.25).abs() < 0.02);
+        // More than the threads could use is no gain.
+        assert!((measured.rows_per_second(8.0) / rate - 0.25).abs() < 0.02);
+    }
+}
