@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use super::state::MAX_PLACEMENT_BYTES;
 use super::{
     Candidate, ClusterStore, Hold, Leader, Leadership, MAX_NAME_BYTES, Observation, State,
-    StoreError,
+    StoreError, Validity,
 };
 
 /// First bytes of the file.
@@ -212,10 +212,15 @@ impl StoreFile {
             lock: Arc::new(Mutex::new(lock)),
         };
         let inherited = contents.state;
+        // A lock does not run out.
+        let validity = Validity {
+            lost: lost_rx,
+            until: None,
+        };
         Ok(Some(Leadership::new(
             leader,
             inherited,
-            lost_rx,
+            validity,
             Box::new(hold),
         )))
     }

@@ -2,8 +2,8 @@
 //!
 //! `PREFIX/leader` belongs to the leader's lease and is created only where it
 //! is absent; its create revision is the term, since etcd's revisions only
-//! grow. `PREFIX/state` is written in a transaction that compares both that
-//! revision and the state's own last one, so that neither a deposed leader nor
+//! grow. `PREFIX/state` is written in a transaction that compares that revision,
+//! the lease and the state's own last revision, so that neither a deposed leader nor
 //! a late duplicate of an earlier write can get in. Reads are linearizable.
 
 mod endpoints;
@@ -84,7 +84,7 @@ impl EtcdStore {
                 return Err(error);
             }
         };
-        let lost = lease.lost();
+        let validity = lease.validity();
         let hold = EtcdHold {
             shared: Arc::clone(shared),
             leader: leader.clone(),
@@ -95,7 +95,7 @@ impl EtcdStore {
         Ok(Some(Leadership::new(
             leader,
             inherited,
-            lost,
+            validity,
             Box::new(hold),
         )))
     }
@@ -290,6 +290,8 @@ impl Hold for EtcdHold {
             let txn = Txn::new()
                 .when([
                     Compare::create_revision(shared.leader_key(), CompareOp::Equal, term),
+                    // An etcd that was wiped counts its revisions anew; no two leases have one id.
+                    Compare::lease(shared.leader_key(), CompareOp::Equal, self.lease.id()),
                     Compare::mod_revision(shared.state_key(), CompareOp::Equal, *known),
                 ])
                 .and_then([TxnOp::put(shared.state_key(), state.encode(), None)])

@@ -1,7 +1,7 @@
 //! Following a store: hints make it quick, re-listing makes it right.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -14,7 +14,8 @@ const REWINDS_BELIEVED: u32 = 3;
 
 /// What the store holds, kept fresh for as long as somebody has the receiver:
 /// looked at after every hint and at least every `relist`. The last known
-/// contents stay while the store is away; None before the first look.
+/// contents stay while the store is away, but nobody is said to lead once it
+/// has been away for `relist`; None before the first look.
 pub fn follow(
     store: Arc<dyn ClusterStore>,
     relist: Duration,
@@ -36,14 +37,13 @@ async fn keep_looking(
 ) {
     let mut revision = 0;
     let mut rewinds = 0;
-    let mut away = false;
+    let mut away: Option<Instant> = None;
     loop {
         match store.observe().await {
             Ok(now) => {
-                if away {
+                if away.take().is_some() {
                     tracing::info!("the cluster store is back");
                 }
-                away = false;
                 rewinds = if now.revision < revision {
                     rewinds + 1
                 } else {
@@ -71,10 +71,16 @@ async fn keep_looking(
                 }
             }
             Err(error) => {
-                if !away {
+                let since = *away.get_or_insert_with(|| {
                     tracing::warn!("{error}");
+                    Instant::now()
+                });
+                if since.elapsed() >= relist {
+                    seen.send_if_modified(|known| {
+                        let known = known.as_mut();
+                        known.is_some_and(|known| known.leader.take().is_some())
+                    });
                 }
-                away = true;
                 // A hint from a store that is away would only spin.
                 tokio::time::sleep(relist).await;
                 continue;

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use super::{Candidate, ClusterStore, Hold, Leader, Leadership, Observation, State, StoreError};
+use super::{
+    Candidate, ClusterStore, Hold, Leader, Leadership, Observation, State, StoreError, Validity,
+};
 
 /// A store in memory. Clones share it.
 #[derive(Clone, Debug)]
@@ -108,7 +110,11 @@ impl Shared {
             term: leader.term,
         };
         self.bump(inner);
-        Some(Leadership::new(leader, inherited, lost_rx, Box::new(hold)))
+        let validity = Validity {
+            lost: lost_rx,
+            until: None,
+        };
+        Some(Leadership::new(leader, inherited, validity, Box::new(hold)))
     }
 }
 

@@ -19,7 +19,7 @@ mod url;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -167,6 +167,35 @@ pub fn open(url: &StoreUrl) -> Arc<dyn ClusterStore> {
     }
 }
 
+/// How long a leadership may be believed in: what its holder knows of its lease.
+#[derive(Clone, Debug)]
+pub struct Validity {
+    lost: watch::Receiver<Option<String>>,
+    /// When the lease runs out by this process's clock unless it is renewed before, which is
+    /// earlier than by the store's; None: it does not run out while the process lives.
+    until: Option<watch::Receiver<Instant>>,
+}
+
+impl Validity {
+    /// Whether nobody else can lead now. False at once when a process wakes that was frozen for
+    /// longer than its lease, whatever it may have been doing.
+    pub fn holds(&self) -> bool {
+        self.lost.borrow().is_none() && !self.has_run_out()
+    }
+
+    fn has_run_out(&self) -> bool {
+        let until = self.until.as_ref();
+        until.is_some_and(|until| Instant::now() >= *until.borrow())
+    }
+
+    /// Why it does not hold.
+    fn reason(&self) -> Option<String> {
+        let lost = self.lost.borrow().clone();
+        let run_out = || "the lease has run out by this process's clock".to_owned();
+        lost.or_else(|| self.has_run_out().then(run_out))
+    }
+}
+
 /// What a backend does for a leader.
 #[tonic::async_trait]
 trait Hold: fmt::Debug + Send + Sync {
@@ -182,7 +211,7 @@ trait Hold: fmt::Debug + Send + Sync {
 pub struct Leadership {
     leader: Leader,
     inherited: Option<State>,
-    lost: watch::Receiver<Option<String>>,
+    validity: Validity,
     /// No epoch below this one is written.
     floor: AtomicU64,
     hold: Box<dyn Hold>,
@@ -192,14 +221,14 @@ impl Leadership {
     fn new(
         leader: Leader,
         inherited: Option<State>,
-        lost: watch::Receiver<Option<String>>,
+        validity: Validity,
         hold: Box<dyn Hold>,
     ) -> Leadership {
         let floor = inherited.as_ref().map_or(0, |state| state.epoch);
         Leadership {
             leader,
             inherited,
-            lost,
+            validity,
             floor: AtomicU64::new(floor),
             hold,
         }
@@ -215,15 +244,20 @@ impl Leadership {
         self.inherited.as_ref()
     }
 
-    /// Whether the lease still holds, as far as is known here.
+    /// For those who give answers that only a leader may give.
+    pub fn validity(&self) -> Validity {
+        self.validity.clone()
+    }
+
+    /// Whether the lease still holds; see [`Validity::holds`].
     pub fn holds(&self) -> bool {
-        self.lost.borrow().is_none()
+        self.validity.holds()
     }
 
     /// Completes when this leader is deposed, with the reason. Comes before
     /// another one can lead, unless this process was frozen.
     pub async fn lost(&self) -> String {
-        let mut lost = self.lost.clone();
+        let mut lost = self.validity.lost.clone();
         match lost.wait_for(Option::is_some).await {
             Ok(reason) => reason.clone().unwrap_or_default(),
             Err(_) => "the lease is no longer renewed".to_owned(),
@@ -238,7 +272,7 @@ impl Leadership {
     /// Deposed, not available, or the state is too large or of an older epoch.
     pub async fn save(&self, state: &State) -> Result<u64, StoreError> {
         state.check()?;
-        if let Some(reason) = self.lost.borrow().clone() {
+        if let Some(reason) = self.validity.reason() {
             return Err(StoreError::Fenced {
                 term: self.term(),
                 reason,

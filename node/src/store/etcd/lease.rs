@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use etcd_client::Error;
 use tokio::sync::watch;
 
-use super::super::StoreError;
+use super::super::{StoreError, Validity};
 use super::endpoints::Endpoints;
 
 /// Renewals in one time to live.
@@ -22,6 +22,7 @@ pub(super) struct Lease {
     id: i64,
     endpoints: Endpoints,
     lost: watch::Sender<Option<String>>,
+    valid_until: watch::Receiver<Instant>,
     /// Dropped with the lease: the thread ends.
     renewing: watch::Sender<()>,
 }
@@ -37,10 +38,11 @@ impl Lease {
         let ttl = Duration::from_secs(granted.ttl().unsigned_abs());
         let (lost, _) = watch::channel(None);
         let (renewing, released) = watch::channel(());
+        let (renewed, valid_until) = watch::channel(asked + ttl);
         let renewal = Renewal {
             id: granted.id(),
             ttl,
-            valid_until: asked + ttl,
+            valid_until: renewed,
             endpoints: endpoints.anew(),
             lost: lost.clone(),
         };
@@ -55,6 +57,7 @@ impl Lease {
             id: granted.id(),
             endpoints: endpoints.anew(),
             lost,
+            valid_until,
             renewing,
         })
     }
@@ -63,9 +66,12 @@ impl Lease {
         self.id
     }
 
-    /// Says why once the lease is lost.
-    pub(super) fn lost(&self) -> watch::Receiver<Option<String>> {
-        self.lost.subscribe()
+    /// What is known of it here.
+    pub(super) fn validity(&self) -> Validity {
+        Validity {
+            lost: self.lost.subscribe(),
+            until: Some(self.valid_until.clone()),
+        }
     }
 
     /// It is known elsewhere that the lease is of no use any more.
@@ -93,7 +99,7 @@ struct Renewal {
     ttl: Duration,
     /// By this process's clock, counted from before the renewal was asked for:
     /// earlier than etcd's own count.
-    valid_until: Instant,
+    valid_until: watch::Sender<Instant>,
     endpoints: Endpoints,
     lost: watch::Sender<Option<String>>,
 }
@@ -127,10 +133,11 @@ impl Renewal {
                 true => self.ttl / RENEWALS_PER_TTL,
                 false => RETRY.min(self.ttl / RENEWALS_PER_TTL),
             };
-            let wake = (Instant::now() + pause).min(self.valid_until);
+            let valid_until = *self.valid_until.borrow();
+            let wake = (Instant::now() + pause).min(valid_until);
             tokio::time::sleep_until(wake.into()).await;
             let asked = Instant::now();
-            let left = self.valid_until.saturating_duration_since(asked);
+            let left = valid_until.saturating_duration_since(asked);
             if left.is_zero() {
                 return format!("the lease could not be renewed in time; {failure}");
             }
@@ -145,7 +152,7 @@ impl Renewal {
             });
             match tokio::time::timeout(left, renewed).await {
                 Ok(Ok(true)) => {
-                    self.valid_until = asked + self.ttl;
+                    self.valid_until.send_replace(asked + self.ttl);
                     failure.clear();
                 }
                 Ok(Ok(false)) => return "etcd has ended the lease".to_owned(),
