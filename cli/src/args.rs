@@ -16,11 +16,13 @@ use crate::failure::EXIT_CODES;
 use crate::listen::EPHEMERAL;
 
 mod experts;
+mod manifest;
 
 pub(crate) use experts::{
     Experts, ExpertsCommand, ExpertsEplb, ExpertsLoad, ExpertsLs, ExpertsPlan, ExpertsRecord,
     Leader, SplitArg,
 };
+pub(crate) use manifest::Manifest;
 
 /// Serves the DeepSeek-V3 family with its experts spread over ordinary machines.
 #[derive(Clone, Debug, Parser)]
@@ -48,6 +50,8 @@ pub(crate) enum Command {
     Chat(Chat),
     /// What a checkpoint is and what a cluster for it needs
     Inspect(Inspect),
+    /// Digests of a checkpoint: writes them, or holds its files against them
+    Manifest(Manifest),
     /// Writes a checkpoint of any shape with random weights
     RandomModel(RandomModel),
     /// Certificates for the nodes of a cluster, with a CA of their own

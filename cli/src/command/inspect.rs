@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 use guild_model::cache::LatentCache;
-use guild_model::checkpoint::{Dtype, Stored, TensorView};
+use guild_model::checkpoint::{Dtype, Stored, TensorView, manifest};
 use guild_model::config::{Scoring, TopkMethod};
 use guild_model::{Checkpoint, Config, Cpu, Isa};
 use guild_node::ExitKind;
@@ -65,6 +65,8 @@ fn describe_cpu(cpu: &Cpu) -> Result<(), Failure> {
 struct Report {
     model_type: String,
     digest: String,
+    /// Whether a manifest lists what the files must hold.
+    manifest: bool,
     parameters: u64,
     active_parameters: u64,
     max_context: u64,
@@ -152,6 +154,7 @@ impl Report {
         Ok(Self {
             model_type: c.model_type.clone(),
             digest,
+            manifest: checkpoint.has_manifest(),
             parameters: c.parameters(),
             active_parameters: c.active_parameters(),
             max_context: c.max_position_embeddings as u64,
@@ -182,6 +185,17 @@ impl Report {
         writeln!(out, "{}", model.display())?;
         let mut line = |name: &str, value: String| writeln!(out, "  {name:<15} {value}");
         line("digest", self.digest.clone())?;
+        line(
+            "manifest",
+            if self.manifest {
+                format!(
+                    "{}: weights are verified where they are loaded",
+                    manifest::FILE
+                )
+            } else {
+                "none: weights are not verified; `guild manifest --write` makes one".to_owned()
+            },
+        )?;
         line(
             "model",
             format!(

@@ -10,6 +10,7 @@ mod experts;
 mod generate;
 mod inspect;
 mod keys;
+mod manifest;
 mod random;
 mod reference;
 mod up;
@@ -48,6 +49,7 @@ pub(crate) fn run() -> Result<(), Failure> {
         Command::Generate(args) => generate::run(&args, &origins),
         Command::Chat(args) => chat::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Manifest(args) => manifest::run(&args),
         Command::RandomModel(args) => random::run(&args),
         Command::Certs(args) => certs::run(&args),
         Command::Keys(args) => keys::run(&args),
