@@ -12,8 +12,11 @@
 //! Combine: `id` u64, `epoch` u64, `format` u32, `width` u32, length of `rows`
 //! u64, `rows`, then u8 0 without a fault, or u8 1 and `code` u32, length of
 //! `message` u32, `message`, length of `node` u32, `node`.
+//!
+//! A chunk of a blob: `data` alone. The digest of the blob says whether the chunks
+//! are put together right.
 
-use crate::experts::v1::{CombineFrame, DispatchFrame};
+use crate::experts::v1::{BlobChunk, CombineFrame, DispatchFrame};
 
 /// A CRC-32C that is fed field by field.
 struct Crc(u32);
@@ -51,6 +54,19 @@ impl Crc {
             }
             self = self.bytes(&buffer[..piece.len() * 4]);
         }
+        self
+    }
+}
+
+impl BlobChunk {
+    /// The CRC-32C of `data`.
+    pub fn checksum(&self) -> u32 {
+        crc32c::crc32c(&self.data)
+    }
+
+    /// The same chunk with `crc` set to what its bytes give.
+    pub fn sealed(mut self) -> Self {
+        self.crc = self.checksum();
         self
     }
 }

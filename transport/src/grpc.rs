@@ -33,8 +33,9 @@ use tonic::{
 };
 
 use crate::{
-    Batch, ExchangeCode, ExchangeError,
+    Batch, ExchangeCode, ExchangeError, Fetch, FetchRequest,
     batch::{Arrived, Part, describe},
+    blob,
     links::{Dial, LinkLimits, remaining_ms},
     rows,
 };
@@ -55,6 +56,8 @@ struct Shared {
     runtime: runtime::Handle,
     dial: Dial,
     state: Mutex<State>,
+    /// The connection for blobs, once one was wanted.
+    blobs: tokio::sync::Mutex<Option<Channel>>,
     retired: CancellationToken,
 }
 
@@ -121,6 +124,7 @@ impl Link {
             runtime,
             dial,
             state: Mutex::new(state),
+            blobs: tokio::sync::Mutex::default(),
             retired: CancellationToken::new(),
         }))
     }
@@ -172,6 +176,20 @@ impl Link {
         shared.enqueue(frame);
         Ok(answered)
     }
+
+    /// Begins to fetch a blob.
+    pub(crate) async fn fetch(&self, wanted: FetchRequest) -> Result<Fetch, ExchangeError> {
+        let shared = &self.0;
+        let late = |what: String| blob::error(&shared.peer, &wanted, ExchangeCode::Deadline, what);
+        let mut until = Instant::now() + shared.limits.connect_timeout + shared.limits.fetch_stall;
+        if let Some(deadline) = wanted.deadline {
+            until = until.min(deadline);
+        }
+        let begun = tokio::time::timeout_at(until.into(), shared.begin(wanted));
+        begun
+            .await
+            .unwrap_or_else(|_| Err(late(format!("{} does not answer", shared.address))))
+    }
 }
 
 impl Drop for Link {
@@ -181,6 +199,45 @@ impl Drop for Link {
 }
 
 impl Shared {
+    /// The connection for blobs, made when there is none, and the first piece.
+    async fn begin(&self, wanted: FetchRequest) -> Result<Fetch, ExchangeError> {
+        let mut known = self.blobs.lock().await;
+        let channel = match &*known {
+            Some(channel) => channel.clone(),
+            None => {
+                let dialled = match self.endpoint(blob::WINDOW_BYTES, CONNECTION_WINDOW_BYTES) {
+                    Ok(endpoint) => (self.dial)(endpoint).await.map_err(|e| chain(&e)),
+                    Err(reason) => Err(reason),
+                };
+                let channel = dialled.map_err(|reason| {
+                    let what = format!("no connection to {}: {reason}", self.address);
+                    blob::error(&self.peer, &wanted, ExchangeCode::Unreachable, what)
+                })?;
+                known.insert(channel).clone()
+            }
+        };
+        drop(known);
+        let mut client = ExpertsClient::new(channel).max_decoding_message_size(MAX_FRAME_BYTES);
+        let request = guild_proto::experts::v1::FetchRequest {
+            epoch: wanted.epoch,
+            slot: wanted.slot,
+        };
+        let begun = match client.fetch(request).await {
+            Ok(chunks) => {
+                let stall = self.limits.fetch_stall;
+                Fetch::away(&self.peer, wanted, stall, chunks.into_inner()).await
+            }
+            Err(status) => Err(blob::refused(&self.peer, &wanted, &status)),
+        };
+        if let Err(error) = &begun
+            && error.code == ExchangeCode::Unreachable
+        {
+            // The next one dials again.
+            *self.blobs.lock().await = None;
+        }
+        begun
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -283,15 +340,7 @@ impl Shared {
         ),
         String,
     > {
-        let endpoint = Endpoint::from_shared(format!("http://{}", self.address))
-            .map_err(|error| chain(&error))?
-            .tcp_nodelay(true)
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .max_frame_size(HTTP2_FRAME_BYTES)
-            .http2_keep_alive_interval(self.limits.keepalive_interval)
-            .keep_alive_timeout(self.limits.keepalive_timeout)
-            .keep_alive_while_idle(true);
+        let endpoint = self.endpoint(STREAM_WINDOW_BYTES, CONNECTION_WINDOW_BYTES)?;
         let channel = (self.dial)(endpoint).await.map_err(|error| chain(&error))?;
         let mut client = ExpertsClient::new(channel)
             .max_decoding_message_size(MAX_FRAME_BYTES)
@@ -303,6 +352,18 @@ impl Shared {
             .map_err(|status| describe_status(&status))?
             .into_inner();
         Ok((client, frames, answers))
+    }
+
+    fn endpoint(&self, stream_window: u32, connection_window: u32) -> Result<Endpoint, String> {
+        Ok(Endpoint::from_shared(format!("http://{}", self.address))
+            .map_err(|error| chain(&error))?
+            .tcp_nodelay(true)
+            .initial_stream_window_size(stream_window)
+            .initial_connection_window_size(connection_window)
+            .max_frame_size(HTTP2_FRAME_BYTES)
+            .http2_keep_alive_interval(self.limits.keepalive_interval)
+            .keep_alive_timeout(self.limits.keepalive_timeout)
+            .keep_alive_while_idle(true))
     }
 
     fn open(&self, frames: mpsc::Sender<DispatchFrame>) {
@@ -451,7 +512,7 @@ impl State {
     }
 }
 
-fn describe_status(status: &tonic::Status) -> String {
+pub(crate) fn describe_status(status: &tonic::Status) -> String {
     let mut text = format!("{:?}: {}", status.code(), status.message());
     if let Some(source) = status.source() {
         text.push_str(": ");

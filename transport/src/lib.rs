@@ -9,9 +9,11 @@
 //!
 //! Leaves: `local` (a node of the same process, no serialisation) and `grpc`
 //! (one long-lived stream per pair of nodes). [`Links`] mixes them, and both
-//! make the same checks.
+//! make the same checks. What a slot holds can be fetched as well ([`Links::fetch`]),
+//! as bytes that mean nothing here.
 
 mod batch;
+mod blob;
 mod error;
 mod grpc;
 mod links;
@@ -26,6 +28,7 @@ use std::{
 };
 
 pub use batch::{Assignment, Batch, Handle, Returned};
+pub use blob::{CHUNK_BYTES, DIGEST_BYTES, Fetch, FetchRequest, SlotBlob};
 pub use error::{ExchangeCode, ExchangeError};
 pub use links::{Dial, LinkLimits, Links};
 pub use local::Switchboard;
@@ -71,6 +74,19 @@ pub trait SlotHost: Send + Sync + 'static {
     /// # Errors
     /// The epoch or a slot is unknown, or the node cannot compute.
     fn execute(&self, work: Work) -> Result<Vec<f32>, ExchangeError>;
+
+    /// What a slot holds, for a node that is to have a copy of it. Called on a
+    /// thread that may block. A host has nothing to give away unless it says so.
+    ///
+    /// # Errors
+    /// The epoch or the slot is unknown.
+    fn blob(&self, epoch: u64, slot: u32) -> Result<SlotBlob, ExchangeError> {
+        Err(ExchangeError::new(
+            ExchangeCode::UnknownSlot,
+            "",
+            format!("epoch {epoch}, slot {slot}: nothing is given away here"),
+        ))
+    }
 }
 
 /// Rows that have arrived at a node, checked: every index is within `rows`.

@@ -12,7 +12,8 @@ use tokio::runtime;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::{
-    Batch, ExchangeCode, ExchangeError, Fabric, Handle, NodeId, Returned, Switchboard, Work,
+    Batch, ExchangeCode, ExchangeError, Fabric, Fetch, FetchRequest, Handle, NodeId, Returned,
+    Switchboard, Work,
     batch::{Arrived, Awaited, Part, Reply, split},
     grpc, local, new_source,
     rows::Rows,
@@ -44,6 +45,8 @@ pub struct LinkLimits {
     /// A connection is given up when an answer is overdue by this much: pings
     /// may still be answered by a peer that no longer answers frames.
     pub stall_grace: Duration,
+    /// A blob is given up when nothing of it has come for this long.
+    pub fetch_stall: Duration,
 }
 
 impl Default for LinkLimits {
@@ -58,6 +61,7 @@ impl Default for LinkLimits {
             keepalive_interval: Duration::from_secs(5),
             keepalive_timeout: Duration::from_secs(5),
             stall_grace: Duration::from_secs(5),
+            fetch_stall: Duration::from_secs(5),
         }
     }
 }
@@ -159,6 +163,20 @@ impl Links {
                 })
             });
             peers.insert(*node, peer);
+        }
+    }
+
+    /// Begins to fetch what a slot of `node` holds, over a connection that is not
+    /// that of the rows.
+    ///
+    /// # Errors
+    /// The node is unknown, cannot be reached or refuses, or the blob has not the
+    /// length that was asked for; nothing has been allocated for it then.
+    pub async fn fetch(&self, node: NodeId, wanted: FetchRequest) -> Result<Fetch, ExchangeError> {
+        let peer = self.peer(node, wanted.epoch)?;
+        match &peer.link {
+            Link::Local(link) => link.fetch(wanted).await,
+            Link::Grpc(link) => link.fetch(wanted).await,
         }
     }
 

@@ -7,7 +7,9 @@ use std::{
     time::Instant,
 };
 
-use crate::{ExchangeCode, ExchangeError, SlotHost, Work, batch::describe};
+use crate::{
+    ExchangeCode, ExchangeError, Fetch, FetchRequest, SlotHost, Work, batch::describe, blob,
+};
 
 /// The nodes of this process, by name. Clones share one table.
 #[derive(Clone, Default)]
@@ -63,14 +65,29 @@ impl Link {
     /// Runs `work` on this thread: the nodes of a process share its cores, so a
     /// thread more would only add the cost of changing to it.
     pub(crate) fn execute(&self, work: Work) -> Result<Vec<f32>, ExchangeError> {
-        let Some(host) = self.board.get(&self.peer) else {
-            return Err(ExchangeError::new(
+        run(&self.peer, self.host()?.as_ref(), work)
+    }
+
+    /// The memory of the slot itself, in pieces: nothing is copied here.
+    pub(crate) async fn fetch(&self, wanted: FetchRequest) -> Result<Fetch, ExchangeError> {
+        let (host, peer) = (self.host()?, self.peer.clone());
+        let asked = tokio::task::spawn_blocking(move || {
+            blob::ask(&peer, host.as_ref(), wanted.epoch, wanted.slot)
+        });
+        let blob = asked
+            .await
+            .map_err(|error| blob::error(&self.peer, &wanted, ExchangeCode::Internal, error))??;
+        Fetch::here(&self.peer, wanted, blob)
+    }
+
+    fn host(&self) -> Result<Arc<dyn SlotHost>, ExchangeError> {
+        self.board.get(&self.peer).ok_or_else(|| {
+            ExchangeError::new(
                 ExchangeCode::Unreachable,
                 self.peer.as_str(),
                 "the node has left this process",
-            ));
-        };
-        run(&self.peer, host.as_ref(), work)
+            )
+        })
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 
 use guild_proto::{
     experts::v1::{
-        CombineFrame, DispatchFrame, RowFormat,
+        BlobChunk, CombineFrame, DispatchFrame, FetchRequest, RowFormat,
         experts_server::{Experts, ExpertsServer},
     },
     frame::Dispatch,
@@ -26,7 +26,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::{ExchangeCode, ExchangeError, SlotHost, Work, local, new_source, rows, rows::Rows};
+use crate::{
+    ExchangeCode, ExchangeError, SlotHost, Work, blob, local, new_source, rows, rows::Rows,
+};
 
 /// Limits of the serving end.
 #[derive(Debug, Clone)]
@@ -41,6 +43,10 @@ pub struct ServiceLimits {
     /// Frames given to the host at a time, a thread each; others wait their turn.
     /// What the host has at once it can compute together.
     pub max_executing: usize,
+    /// Blobs given away at a time; one more is refused as overloaded.
+    pub max_fetches: usize,
+    /// A blob is given up when its peer has taken nothing of it for this long.
+    pub fetch_stall: Duration,
 }
 
 impl Default for ServiceLimits {
@@ -52,6 +58,8 @@ impl Default for ServiceLimits {
             max_frames: 128,
             max_bytes: 2 << 30,
             max_executing: 32,
+            max_fetches: 8,
+            fetch_stall: Duration::from_secs(10),
         }
     }
 }
@@ -71,6 +79,7 @@ pub fn service(
         streams: Arc::new(Semaphore::new(limits.max_streams)),
         executing: Arc::new(Semaphore::new(limits.max_executing.max(1))),
         bytes: Arc::new(Semaphore::new(limits.max_bytes / BYTES_PERMIT)),
+        fetches: Arc::new(Semaphore::new(limits.max_fetches)),
         limits,
         closing,
     }));
@@ -92,6 +101,7 @@ struct Inner {
     executing: Arc<Semaphore>,
     /// In units of [`BYTES_PERMIT`].
     bytes: Arc<Semaphore>,
+    fetches: Arc<Semaphore>,
     closing: CancellationToken,
 }
 
@@ -115,6 +125,42 @@ impl Experts for Exchange {
             })?;
         let (answers, outgoing) = mpsc::channel(inner.limits.max_frames.max(1));
         tokio::spawn(inner.serve(request.into_inner(), answers, permit));
+        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
+    }
+
+    async fn fetch(
+        &self,
+        request: Request<FetchRequest>,
+    ) -> Result<Response<BoxStream<BlobChunk>>, Status> {
+        let FetchRequest { epoch, slot } = request.into_inner();
+        let inner = Arc::clone(&self.0);
+        if inner.closing.is_cancelled() {
+            return Err(Status::unavailable(format!("{} is draining", inner.node)));
+        }
+        let place = Arc::clone(&inner.fetches)
+            .try_acquire_owned()
+            .map_err(|_| {
+                Status::resource_exhausted(format!(
+                    "{} gives away {} blobs already, its limit",
+                    inner.node, inner.limits.max_fetches
+                ))
+            })?;
+        let asked = {
+            let inner = Arc::clone(&inner);
+            // A first call may compute the digest of the whole.
+            tokio::task::spawn_blocking(move || {
+                blob::ask(&inner.node, inner.host.as_ref(), epoch, slot)
+            })
+        };
+        let blob = asked
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(|error| blob::to_status(&error))?;
+        let (chunks, outgoing) = mpsc::channel(blob::CHUNKS_READY);
+        let (executing, most) = (Arc::clone(&inner.executing), inner.limits.max_executing);
+        let busy = move || executing.available_permits() < most;
+        let (stall, closing) = (inner.limits.fetch_stall, inner.closing.clone());
+        tokio::spawn(blob::give(blob, chunks, busy, stall, closing, place));
         Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
     }
 }
