@@ -15,9 +15,11 @@ use guild_node::tls::Role;
 use crate::failure::EXIT_CODES;
 use crate::listen::EPHEMERAL;
 
+mod bench;
 mod experts;
 mod manifest;
 
+pub(crate) use bench::{Api, Bench, BenchCommand, BenchCompare, BenchServe, Dataset, Objective};
 pub(crate) use experts::{
     Experts, ExpertsCommand, ExpertsEplb, ExpertsLoad, ExpertsLs, ExpertsPlan, ExpertsRecord,
     Leader, SplitArg,
@@ -48,6 +50,8 @@ pub(crate) enum Command {
     Generate(Generate),
     /// A conversation with a server
     Chat(Chat),
+    /// Load on a server, and what its clients see
+    Bench(Bench),
     /// What a checkpoint is and what a cluster for it needs
     Inspect(Inspect),
     /// Digests of a checkpoint: writes them, or holds its files against them

@@ -20,6 +20,7 @@ Exit codes:
   4  model: the checkpoint is missing, damaged or not the one served
   5  network: an address is taken, or a peer cannot be reached or refuses
   6  resources: memory, threads, handles or a limit of the server
+  7  verdict: a comparison found the new result worse
   130  ended by a second signal while draining
 
 Every flag can be given as GUILD_<FLAG> in the environment and by its name in a

@@ -1,9 +1,13 @@
-//! A small HTTP/1.1 client for `guild chat`: one request a connection, bodies read as they come.
+//! A small HTTP/1.1 client for `guild chat` and `guild bench`: bodies are read as they come, and a
+//! connection whose answer was read to its end serves the next request.
+
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use guild_node::channel::Dialer;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
+use hyper::client::conn::http1::SendRequest;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue};
 use hyper::{Method, Request, Response, Uri};
 use hyper_util::rt::TokioIo;
@@ -23,6 +27,26 @@ pub(crate) struct Server {
     dialer: Dialer,
     /// What `Authorization` says, if there is a key.
     bearer: Option<HeaderValue>,
+    idle: Idle,
+}
+
+type Connection = SendRequest<Full<Bytes>>;
+
+/// Connections on which nothing is under way.
+#[derive(Clone, Default)]
+struct Idle(Arc<Mutex<Vec<Connection>>>);
+
+impl Idle {
+    fn take(&self) -> Option<Connection> {
+        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // The server may have closed some meanwhile.
+        std::iter::from_fn(|| idle.pop()).find(Connection::is_ready)
+    }
+
+    fn put(&self, connection: Connection) {
+        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.push(connection);
+    }
 }
 
 impl Server {
@@ -66,12 +90,13 @@ impl Server {
             port: uri.port_u16().unwrap_or(usual),
             dialer,
             bearer,
+            idle: Idle::default(),
         })
     }
 
     /// GET, answered with JSON.
     pub(crate) async fn get(&self, path: &str) -> Result<serde_json::Value, Failure> {
-        let response = self.send(Method::GET, path, Bytes::new()).await?;
+        let (response, _) = self.send(Method::GET, path, Bytes::new()).await?;
         let whole = whole(response.into_body()).await?;
         serde_json::from_slice(&whole)
             .map_err(|_| Failure::network(format!("{self}{path} answered no JSON")))
@@ -83,12 +108,14 @@ impl Server {
         path: &str,
         body: &serde_json::Value,
     ) -> Result<Events, Failure> {
-        let response = self
+        let (response, connection) = self
             .send(Method::POST, path, Bytes::from(body.to_string()))
             .await?;
         Ok(Events {
             body: response.into_body(),
             buffer: Vec::new(),
+            connection: Some(connection),
+            idle: self.idle.clone(),
         })
     }
 
@@ -97,21 +124,15 @@ impl Server {
         method: Method,
         path: &str,
         body: Bytes,
-    ) -> Result<Response<Incoming>, Failure> {
+    ) -> Result<(Response<Incoming>, Connection), Failure> {
         let failed = |why: &dyn std::fmt::Display| {
             Failure::network(format!("{self}: {why}"))
                 .hint("is a Guild serving HTTP there? `guild up --model DIR` starts one")
         };
-        let stream = self
-            .dialer
-            .http1(&self.host, self.port)
-            .await
-            .map_err(|error| failed(&error))?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(|error| failed(&error))?;
-        // Ends with the body; its error comes out of the body as well.
-        tokio::spawn(connection);
+        let mut sender = match self.idle.take() {
+            Some(sender) => sender,
+            None => self.connect().await.map_err(|error| failed(&error))?,
+        };
         let mut request = Request::builder()
             .method(method)
             .uri(path)
@@ -127,7 +148,7 @@ impl Server {
             .await
             .map_err(|error| failed(&error))?;
         if response.status().is_success() {
-            return Ok(response);
+            return Ok((response, sender));
         }
         let status = response.status();
         let retry = response
@@ -141,6 +162,17 @@ impl Server {
             failure = failure.hint(format!("try again in {seconds} s"));
         }
         Err(failure)
+    }
+
+    async fn connect(&self) -> Result<Connection, String> {
+        let stream = self.dialer.http1(&self.host, self.port).await;
+        let stream = TokioIo::new(stream.map_err(|error| error.to_string())?);
+        let (sender, connection) = hyper::client::conn::http1::handshake(stream)
+            .await
+            .map_err(|error| error.to_string())?;
+        // Ends with the connection; its error comes out of the body as well.
+        tokio::spawn(connection);
+        Ok(sender)
     }
 }
 
@@ -191,6 +223,9 @@ async fn whole(mut body: Incoming) -> Result<Vec<u8>, Failure> {
 pub(crate) struct Events {
     body: Incoming,
     buffer: Vec<u8>,
+    /// For the next request, once this answer is at its end.
+    connection: Option<Connection>,
+    idle: Idle,
 }
 
 impl Events {
@@ -207,6 +242,7 @@ impl Events {
                 };
                 let data = data.trim_ascii();
                 if data == b"[DONE]" {
+                    self.finish().await;
                     return Ok(None);
                 }
                 return serde_json::from_slice(data)
@@ -226,8 +262,19 @@ impl Events {
                 Some(Err(error)) => {
                     return Err(Failure::network(format!("the answer broke off: {error}")));
                 }
-                None => return Ok(None),
+                None => {
+                    self.finish().await;
+                    return Ok(None);
+                }
             }
+        }
+    }
+
+    /// Reads what is left, which after `[DONE]` is the end of the body alone.
+    async fn finish(&mut self) {
+        while let Some(Ok(_)) = self.body.frame().await {}
+        if let Some(connection) = self.connection.take() {
+            self.idle.put(connection);
         }
     }
 }

@@ -19,6 +19,8 @@ pub enum ExitKind {
     Network = 5,
     /// The machine lacks memory, threads or file handles.
     Resources = 6,
+    /// A comparison found what it was asked to look for.
+    Verdict = 7,
 }
 
 impl ExitKind {

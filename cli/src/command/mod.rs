@@ -2,6 +2,7 @@
 //! line to the runtime.
 
 mod attention;
+mod bench;
 mod certs;
 mod chat;
 mod coordinator;
@@ -48,6 +49,7 @@ pub(crate) fn run() -> Result<(), Failure> {
         Command::ExpertNode(args) => expert::run(&args),
         Command::Generate(args) => generate::run(&args, &origins),
         Command::Chat(args) => chat::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Manifest(args) => manifest::run(&args),
         Command::RandomModel(args) => random::run(&args),
