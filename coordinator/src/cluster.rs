@@ -16,7 +16,9 @@ use guild_proto::cluster::v1::{
     LeaveResponse, NodeStatus, Placement, RegisterRequest, RegisterResponse, ReportLoadRequest,
     ReportLoadResponse, Role, StatusRequest, StatusResponse, WatchPlacementRequest,
 };
-use guild_scheduler::membership::{self, Refused, Registration, Report, UnknownNode};
+use guild_scheduler::membership::{
+    self, Measured, Refused, Registration, Report, UnknownNode,
+};
 use tokio_stream::wrappers::WatchStream;
 use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status};
@@ -73,6 +75,8 @@ impl Cluster for ClusterService {
             capacity_bytes: request.capacity_bytes,
             newest_epoch: request.newest_epoch,
             incarnation: request.incarnation,
+            process: request.process,
+            failure_domain: request.failure_domain,
         };
         let node_id = self
             .state
@@ -100,6 +104,12 @@ impl Cluster for ClusterService {
             running: beat.running,
             waiting: beat.waiting,
             draining: beat.draining,
+            measured: Measured {
+                rows_per_second: beat.rows_per_second,
+                resident_bytes: beat.resident_bytes,
+                free_bytes: beat.free_bytes,
+            },
+            failed: (beat.failed_epoch > 0).then_some((beat.failed_epoch, beat.failure)),
         };
         self.state
             .lead(|membership, now| {

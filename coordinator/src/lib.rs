@@ -42,6 +42,8 @@ const CLUSTER: &str = "guild.cluster.v1.Cluster";
 /// Time the cluster service gets to end its streams once the front door is shut.
 const CLUSTER_DRAIN: Duration = Duration::from_secs(1);
 
+/// What one step of a migration may take: some gigabytes from a slow disk.
+const COPY_DEADLINE: Duration = Duration::from_secs(120);
 /// Time that resigning the leadership may take.
 const RESIGNING: Duration = Duration::from_secs(1);
 
@@ -377,6 +379,8 @@ fn identify(config: &CoordinatorConfig) -> Result<(Settings, ServedModel), Model
         settle: config.settle,
         min_expert_nodes: config.min_expert_nodes,
         replicas: config.replicas,
+        redundant_experts: 0,
+        copy_deadline: COPY_DEADLINE,
     };
     let made_for = description.max_position_embeddings;
     let max_context = config

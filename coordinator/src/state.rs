@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use guild_node::store::Leader;
 use guild_proto::cluster::v1::{Placement, PlacementNode, PlacementState, Slot};
-use guild_scheduler::membership::{Action, Loss, Membership, Published, Settings};
+use guild_scheduler::membership::{Action, Loss, Membership, Outcome, Published, Settings};
 use guild_scheduler::placement::NodeId;
 use tokio::sync::{broadcast, watch};
 
@@ -177,6 +177,26 @@ impl ClusterState {
                 }
                 self.propose(inner);
             }
+            Action::StepBegun {
+                migration,
+                epoch,
+                copies,
+            } => tracing::info!(migration, epoch, copies, "a step of a migration is loading"),
+            Action::StepPublished { migration, epoch } => {
+                tracing::info!(migration, epoch, "a step of a migration is active");
+            }
+            Action::Withdrawn { epoch, reason } => {
+                tracing::warn!(epoch, "an epoch is withdrawn: {reason}");
+            }
+            Action::Freed { oldest_epoch } => {
+                tracing::info!(oldest_epoch, "earlier epochs are no longer used");
+            }
+            Action::MigrationEnded { migration, outcome } => match outcome {
+                Outcome::Completed => tracing::info!(migration, "a migration is complete"),
+                Outcome::RolledBack(reason) => {
+                    tracing::warn!(migration, "a migration was rolled back: {reason}");
+                }
+            },
             Action::Joined { node, name } => tracing::info!(node, name, "a node has joined"),
             Action::Lost { node, name, how } => {
                 match how {
@@ -260,16 +280,17 @@ fn to_wire(published: &Published) -> Placement {
         epoch: published.placement.epoch(),
         state: state.into(),
         nodes: nodes
-            .map(|(slots, (name, address))| PlacementNode {
+            .map(|(slots, node)| PlacementNode {
                 node_id: slots.node,
-                name: name.clone(),
-                address: address.clone(),
+                name: node.name.clone(),
+                address: node.address.clone(),
+                process: node.process.clone(),
+                rows_per_second: node.rows_per_second,
                 slots: slots
                     .slots
                     .iter()
                     .map(|&(layer, expert)| Slot { layer, expert })
                     .collect(),
-                ..Default::default()
             })
             .collect(),
         ..Default::default()

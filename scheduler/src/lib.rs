@@ -8,6 +8,8 @@ pub mod batch;
 pub mod eplb;
 pub mod load;
 pub mod membership;
+pub mod migration;
 pub mod placement;
 pub mod planner;
+pub mod rebalance;
 pub mod spread;

@@ -12,21 +12,31 @@
 //! the ACTIVE placement goes on without it under a new epoch, and missing copies
 //! are made up for by one that loads behind it. Only an expert without any live
 //! home takes ACTIVE back.
+//!
+//! A migration moves experts between live nodes by the same epochs: see
+//! [`Membership::migrate`]. Lost homes come before it.
 
+mod epochs;
+mod moving;
 mod planning;
 mod snapshot;
+mod status;
 mod types;
 mod words;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use crate::placement::{NodeId, Shortfall};
+use crate::placement::{NodeId, Placement, Shortfall};
 
+use moving::{BackOff, Moving};
+
+pub use moving::{BACK_OFF, MAX_BACK_OFF};
 pub use snapshot::{Snapshot, SnapshotError};
+pub use status::{DrainError, Drained, MigrateError, MigrationStatus, Outcome, Phase};
 pub use types::{
-    Action, Loss, MAX_NODES, MAX_TEXT, Node, Published, Refused, Registration, Report, Role,
-    Settings, UnknownNode,
+    Action, Loss, MAX_NODES, MAX_TEXT, Measured, Node, Placed, Published, Refused, Registration,
+    Report, Role, Settings, UnknownNode,
 };
 
 /// Highest epoch a node may report; no cluster lives long enough to pass it.
@@ -34,7 +44,7 @@ pub const MAX_EPOCH: u64 = 1 << 62;
 /// Incarnations of lost nodes that are remembered.
 const MAX_REMEMBERED: usize = 4096;
 /// The state of a cluster's membership.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Membership {
     settings: Settings,
     nodes: BTreeMap<NodeId, Node>,
@@ -56,6 +66,26 @@ pub struct Membership {
     served: bool,
     /// Incarnations that have got their epochs from here.
     remembered: VecDeque<u64>,
+    /// The newest epoch that has been active.
+    last_active: u64,
+    /// What has been active before, and is still in use.
+    retired: Vec<Placement>,
+    oldest_epoch: u64,
+    withdrawn: Option<u64>,
+    moving: Option<Moving>,
+    status: MigrationStatus,
+    /// Incarnations of the nodes that an operator has emptied.
+    drained: BTreeSet<u64>,
+    /// Nodes, by name, that have failed as destinations.
+    backed_off: BTreeMap<String, BackOff>,
+    /// When a node that had failed may be tried again.
+    retry_at: Option<Duration>,
+    /// Drains that have failed are not begun again before.
+    rest_until: Duration,
+    /// Why lost homes could not be restored the last time.
+    loading_failure: String,
+    /// The time of the last event.
+    clock: Duration,
     actions: Vec<Action>,
 }
 
@@ -75,6 +105,18 @@ impl Membership {
             shortfall: None,
             served: false,
             remembered: VecDeque::new(),
+            last_active: 0,
+            retired: Vec::new(),
+            oldest_epoch: 0,
+            withdrawn: None,
+            moving: None,
+            status: MigrationStatus::default(),
+            drained: BTreeSet::new(),
+            backed_off: BTreeMap::new(),
+            retry_at: None,
+            rest_until: Duration::ZERO,
+            loading_failure: String::new(),
+            clock: now,
             actions: Vec::new(),
         };
         if membership.needs_no_expert_node() {
@@ -126,8 +168,11 @@ impl Membership {
                 address: new.address,
                 numerics_class: new.numerics_class,
                 report: Report::default(),
-                incarnation: new.incarnation,
+                process: new.process,
+                failure_domain: new.failure_domain,
+                speed: 0.0,
                 capacity_bytes: new.capacity_bytes,
+                incarnation: new.incarnation,
                 resident: 0,
                 last_seen: now,
             },
@@ -158,6 +203,11 @@ impl Membership {
             .filter(|node| node.incarnation == incarnation)
             .ok_or(UnknownNode(id))?;
         truncate(&mut report.reason);
+        if let Some((_, failure)) = &mut report.failed {
+            truncate(failure);
+        }
+        node.speed = coarse(report.measured.rows_per_second, node.speed);
+        let failed = report.failed.clone();
         let returns = node.role == Role::Expert && node.report.draining && !report.draining;
         // A node that cannot load an epoch still has the one before it.
         node.resident = match report.ready {
@@ -168,6 +218,9 @@ impl Membership {
         self.note_seen(now, id);
         if returns && self.has_holes() {
             self.plan_at.get_or_insert(now);
+        }
+        if let Some((epoch, failure)) = failed {
+            self.cannot_load(now, id, epoch, &failure);
         }
         self.step(now);
         Ok(())
@@ -238,6 +291,11 @@ impl Membership {
         (wanted, has)
     }
 
+    /// What does not change.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
     /// All members by id.
     pub fn nodes(&self) -> impl Iterator<Item = &Node> {
         self.nodes.values()
@@ -280,8 +338,11 @@ impl Membership {
             ("address", &new.address),
             ("numerics_class", &new.numerics_class),
             ("model_digest", &new.model_digest),
+            ("process", &new.process),
+            ("failure_domain", &new.failure_domain),
         ] {
-            if text.is_empty() {
+            let optional = ["process", "failure_domain"].contains(&name);
+            if text.is_empty() && !optional {
                 return field(name, "must not be empty");
             }
             if text.len() > MAX_TEXT {
@@ -356,9 +417,13 @@ impl Membership {
         };
         self.actions.push(Action::Lost {
             node: id,
-            name: node.name,
+            name: node.name.clone(),
             how,
         });
+        if how != Loss::Silent {
+            self.drained.remove(&node.incarnation);
+        }
+        self.lost_to_migration(id, &node.name);
         let held = [&self.active, &self.next]
             .into_iter()
             .flatten()
@@ -371,6 +436,7 @@ impl Membership {
 
     /// Everything that follows from the present state and time.
     fn step(&mut self, now: Duration) {
+        self.clock = self.clock.max(now);
         let silent: Vec<NodeId> = self
             .nodes
             .values()
@@ -381,12 +447,19 @@ impl Membership {
             self.remove(now, id, Loss::Silent);
         }
         self.judge(now);
+        if self.retry_at.take_if(|at| now >= *at).is_some()
+            && (self.shortfall.is_some() || self.has_holes())
+        {
+            self.plan_at.get_or_insert(now);
+        }
         if self.plan_at.is_some_and(|at| now >= at) {
             self.plan_at = None;
             self.plan();
             self.forget_overtaken();
             self.judge(now);
         }
+        self.free();
+        self.advance(now);
     }
 
     fn of_role(&self, role: Role) -> impl Iterator<Item = &Node> {
@@ -395,7 +468,7 @@ impl Membership {
 
     fn usable_experts(&self) -> impl Iterator<Item = &Node> {
         self.of_role(Role::Expert)
-            .filter(|node| !node.report.draining)
+            .filter(|node| !node.report.draining && !self.is_drained(node))
     }
 
     fn needs_no_expert_node(&self) -> bool {
@@ -411,6 +484,21 @@ impl Membership {
             self.settings.min_expert_nodes.max(1)
         }
     }
+}
+
+/// A measured speed in steps of a quarter octave; it stays at the last one
+/// unless it has moved by most of a step.
+fn coarse(measured: f64, last: f64) -> f64 {
+    const STEPS: f64 = 4.0;
+    const REACH: f64 = 0.75;
+    if !measured.is_normal() || measured < 0.0 {
+        return last;
+    }
+    let steps = measured.log2() * STEPS;
+    if last > 0.0 && (steps - last.log2() * STEPS).abs() < REACH {
+        return last;
+    }
+    (steps.round() / STEPS).exp2()
 }
 
 fn truncate(text: &mut String) {

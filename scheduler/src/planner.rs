@@ -105,6 +105,17 @@ pub struct Policy {
     pub max_copies_per_layer: usize,
     /// A layer is planned afresh if that beats the search by this much.
     pub fresh_gain: f64,
+    /// Homes that every expert keeps once it has them, and is given beyond the
+    /// budget when it has not, as far as there are nodes; in two failure domains
+    /// where there are two.
+    pub min_homes: usize,
+    /// Homes of a layer in all, beyond which balance adds none.
+    pub max_homes: usize,
+    /// Experts of each layer that each node has room for, [layers, nodes], where
+    /// it is less than the node's slots. Empty: it is the slots everywhere.
+    pub room: Vec<Vec<u32>>,
+    /// Nodes, by their numbers, that keep what they hold and are given nothing.
+    pub closed: Vec<u32>,
 }
 
 impl Default for Policy {
@@ -117,6 +128,10 @@ impl Default for Policy {
             hot: 4.0,
             max_copies_per_layer: 32,
             fresh_gain: 0.25,
+            min_homes: 1,
+            max_homes: usize::MAX,
+            room: Vec::new(),
+            closed: Vec::new(),
         }
     }
 }
@@ -158,6 +173,15 @@ pub enum PlanError {
         /// Experts of a layer.
         experts: u32,
     },
+    /// The policy's room is not that of these layers and nodes, or a node holds
+    /// more than it has room for.
+    #[error("room: layer {layer} has no room for each of the {nodes} nodes and all they hold")]
+    Room {
+        /// The layer's index.
+        layer: u32,
+        /// Number of nodes.
+        nodes: usize,
+    },
     /// A shot has another shape than the cluster.
     #[error("shots[{shot}]: not {layers} layers of {experts} experts")]
     Shot {
@@ -188,23 +212,113 @@ pub enum PlanError {
 /// A cluster that makes no sense, or live nodes without room for every expert.
 pub fn plan(cluster: &Cluster, shots: &[&Shot], policy: &Policy) -> Result<Plan, PlanError> {
     check(cluster, shots)?;
-    let nodes = board::Nodes::new(&cluster.nodes);
-    let mut boards: Vec<Board> = (cluster.layers.iter().enumerate())
-        .map(|(row, layer)| {
-            let seen: Vec<&[u64]> = shots.iter().map(|s| s.rows[row].as_slice()).collect();
-            Board::new(&nodes, layer, cluster.experts as usize, &seen, policy.split)
-        })
+    let views = views(cluster, policy)?;
+    let nodes: Vec<board::Nodes> = (views.iter())
+        .map(|view| board::Nodes::new(view, policy))
         .collect();
+    let mut boards = boards(cluster, shots, policy, &nodes);
     let before: Vec<f64> = boards.iter().map(|b| b.objective()).collect();
     let copies = policy.budget_bytes / cluster.expert_bytes.max(1);
     let mut budget = usize::try_from(copies).unwrap_or(usize::MAX);
 
+    for (board, view) in boards.iter_mut().zip(&views) {
+        budget = secure::rehome(board, view, budget);
+        secure::replicate(board);
+    }
     for board in &mut boards {
-        budget = secure::rehome(board, &cluster.nodes, budget);
+        secure::part(board, &mut budget);
     }
     let unprotected = secure::protect(&mut boards, policy, &mut budget);
-    search::improve(&mut boards, cluster, policy, &mut budget);
-    Ok(explain::explain(cluster, &boards, &before, unprotected))
+    search::improve(&mut boards, cluster, &views, policy, &mut budget);
+    Ok(explain::explain(
+        cluster,
+        &views,
+        &boards,
+        &before,
+        unprotected,
+    ))
+}
+
+/// Lays every layer out anew by the sum of the shots as EPLB does, whatever it
+/// moves, with the rows of the layout given to the nodes that hold most of them.
+/// Of the policy only homes and room count.
+///
+/// # Errors
+/// As [`plan`].
+pub fn afresh(cluster: &Cluster, shots: &[&Shot], policy: &Policy) -> Result<Plan, PlanError> {
+    check(cluster, shots)?;
+    let views = views(cluster, policy)?;
+    let nodes: Vec<board::Nodes> = (views.iter())
+        .map(|view| board::Nodes::new(view, policy))
+        .collect();
+    let mut boards = boards(cluster, shots, policy, &nodes);
+    let before: Vec<f64> = boards.iter().map(|b| b.objective()).collect();
+    for (row, (board, view)) in boards.iter_mut().zip(&views).enumerate() {
+        let sum = |e: usize| shots.iter().map(|s| s.rows[row][e] as f64).sum();
+        let rows: Vec<f64> = (0..cluster.experts as usize).map(sum).collect();
+        search::relay_evenly(board, &cluster.layers[row], view, policy, &rows);
+        secure::rehome(board, view, usize::MAX);
+        secure::replicate(board);
+    }
+    let unprotected = Vec::new();
+    Ok(explain::explain(
+        cluster,
+        &views,
+        &boards,
+        &before,
+        unprotected,
+    ))
+}
+
+fn boards<'a>(
+    cluster: &Cluster,
+    shots: &[&Shot],
+    policy: &Policy,
+    nodes: &'a [board::Nodes],
+) -> Vec<Board<'a>> {
+    (cluster.layers.iter().zip(nodes).enumerate())
+        .map(|(row, (layer, nodes))| {
+            let seen: Vec<&[u64]> = shots.iter().map(|s| s.rows[row].as_slice()).collect();
+            Board::new(nodes, layer, cluster.experts as usize, &seen, policy.split)
+        })
+        .collect()
+}
+
+/// The nodes as each layer sees them: with its own room.
+fn views(cluster: &Cluster, policy: &Policy) -> Result<Vec<Vec<Node>>, PlanError> {
+    let (layers, nodes) = (&cluster.layers, &cluster.nodes);
+    if policy.room.is_empty() {
+        return Ok(vec![nodes.clone(); layers.len()]);
+    }
+    let view = |(row, layer): (usize, &Layer)| {
+        let room = policy
+            .room
+            .get(row)
+            .filter(|room| room.len() == nodes.len());
+        let view: Vec<Node> = (nodes.iter().zip(room.into_iter().flatten()))
+            .map(|(node, &room)| Node {
+                slots: node.slots.min(room),
+                ..node.clone()
+            })
+            .collect();
+        let holds = |(node, held): (&Node, &Vec<Option<u32>>)| held.len() <= node.slots as usize;
+        let live = view.iter().filter(|node| node.live);
+        let room: usize = live.map(|n| n.slots.min(cluster.experts) as usize).sum();
+        if view.len() != nodes.len() || !view.iter().zip(&layer.slots).all(holds) {
+            Err(PlanError::Room {
+                layer: layer.layer,
+                nodes: nodes.len(),
+            })
+        } else if room < cluster.experts as usize {
+            Err(PlanError::NoRoom {
+                room,
+                experts: cluster.experts,
+            })
+        } else {
+            Ok(view)
+        }
+    };
+    layers.iter().enumerate().map(view).collect()
 }
 
 /// Load over capacity of every node, [layers, nodes], when one shot meets a
@@ -219,7 +333,7 @@ pub fn node_loads(
     split: Split,
 ) -> Result<Vec<Vec<f64>>, PlanError> {
     check(cluster, &[shot])?;
-    let nodes = board::Nodes::new(&cluster.nodes);
+    let nodes = board::Nodes::new(&cluster.nodes, &Policy::default());
     let loads = (cluster.layers.iter().zip(&shot.rows))
         .map(|(layer, rows)| score::loads(&nodes, layer, rows, split))
         .collect();

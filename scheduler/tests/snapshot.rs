@@ -21,6 +21,8 @@ fn settings(digest: &str) -> Settings {
         settle: SETTLE,
         min_expert_nodes: 2,
         replicas: 1,
+        redundant_experts: 0,
+        copy_deadline: Duration::from_secs(10),
     }
 }
 
@@ -34,6 +36,8 @@ fn registration(role: Role, name: &str, incarnation: u64) -> Registration {
         capacity_bytes: 0,
         newest_epoch: 0,
         incarnation,
+        process: String::new(),
+        failure_domain: String::new(),
     }
 }
 

@@ -10,8 +10,8 @@ use guild_proto::cluster::v1::{
     ExpertLoadResponse, ExpertNodeLoad, LoadShot, ReportLoadRequest, Slot,
 };
 use guild_scheduler::load::{Delta, LoadError, MAX_CELLS, Meter, Shot, balancedness};
-use guild_scheduler::membership::Published;
-use guild_scheduler::placement::NodeId;
+use guild_scheduler::membership::{Placed, Published};
+use guild_scheduler::placement::{NodeId, NodeSlots};
 
 /// Span of a shot.
 const SHOT: Duration = Duration::from_secs(1);
@@ -159,7 +159,7 @@ fn nodes(layers: &[u32], experts: usize, rows: &[u64], active: &Published) -> Ve
         let homes = homes.get(&(layer, expert)).copied().unwrap_or(1);
         Some((at, rows as f64 / homes as f64))
     };
-    let one = |(node, (name, _)): (&guild_scheduler::placement::NodeSlots, &(String, String))| {
+    let one = |(node, placed): (&NodeSlots, &Placed)| {
         let mut sums = vec![0.0; layers.len()];
         for (at, rows) in node.slots.iter().filter_map(share) {
             sums[at] += rows;
@@ -167,7 +167,7 @@ fn nodes(layers: &[u32], experts: usize, rows: &[u64], active: &Published) -> Ve
         let slot = |&(layer, expert): &(u32, u32)| Slot { layer, expert };
         ExpertNodeLoad {
             node_id: node.node,
-            name: name.clone(),
+            name: placed.name.clone(),
             slots: node.slots.iter().map(slot).collect(),
             rows: sums,
         }

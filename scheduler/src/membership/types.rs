@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use crate::placement::{NodeId, Placement};
 
+use super::status::Outcome;
+
 /// Nodes a cluster has at most.
 pub const MAX_NODES: usize = 4096;
 /// Bytes of a node's name, its address and of one reason.
@@ -28,6 +30,11 @@ pub struct Settings {
     /// Homes of every expert, each on another node, as far as nodes and their
     /// memory allow.
     pub replicas: u32,
+    /// Further homes that a layer may have in all, for balance: those of the
+    /// first placement leave them out.
+    pub redundant_experts: u32,
+    /// Time that one step of a migration has to be copied in.
+    pub copy_deadline: Duration,
 }
 
 /// What a node does.
@@ -67,10 +74,25 @@ pub struct Registration {
     pub newest_epoch: u64,
     /// Drawn at process start.
     pub incarnation: u64,
+    /// Nodes of one value run in one process; empty: alone.
+    pub process: String,
+    /// What fails together with it; empty: nothing else.
+    pub failure_domain: String,
+}
+
+/// What an expert node has measured of itself.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Measured {
+    /// Rows it executes in a second; 0: not known.
+    pub rows_per_second: f64,
+    /// Bytes of all experts in memory, those of every epoch.
+    pub resident_bytes: u64,
+    /// Bytes that further experts may take; None: not known.
+    pub free_bytes: Option<u64>,
 }
 
 /// What a node says about itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Report {
     /// Newest epoch it has loaded or serves by.
     pub epoch: u64,
@@ -84,6 +106,10 @@ pub struct Report {
     pub waiting: u32,
     /// It is about to leave: nothing new goes there.
     pub draining: bool,
+    /// What it has measured (expert nodes).
+    pub measured: Measured,
+    /// The newest epoch that it was given and cannot load, and why.
+    pub failed: Option<(u64, String)>,
 }
 
 /// Why a node may not join.
@@ -155,9 +181,46 @@ pub enum Loss {
 /// What follows from an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Tell everybody about [`Membership::active`](super::Membership::active) and
-    /// [`Membership::next`](super::Membership::next).
+    /// Tell everybody about [`Membership::active`](super::Membership::active),
+    /// [`Membership::next`](super::Membership::next),
+    /// [`Membership::withdrawn`](super::Membership::withdrawn) and
+    /// [`Membership::oldest_epoch`](super::Membership::oldest_epoch).
     Publish,
+    /// A step of a migration is LOADING.
+    StepBegun {
+        /// Number of the migration.
+        migration: u64,
+        /// The epoch.
+        epoch: u64,
+        /// Experts to be copied.
+        copies: usize,
+    },
+    /// A step of a migration is ACTIVE.
+    StepPublished {
+        /// Number of the migration.
+        migration: u64,
+        /// The epoch.
+        epoch: u64,
+    },
+    /// A LOADING epoch will never be active.
+    Withdrawn {
+        /// The epoch.
+        epoch: u64,
+        /// Why.
+        reason: String,
+    },
+    /// Nobody uses an epoch before this one any more: its experts can go.
+    Freed {
+        /// The oldest epoch that is still in use.
+        oldest_epoch: u64,
+    },
+    /// A migration is over.
+    MigrationEnded {
+        /// Its number.
+        migration: u64,
+        /// How it ended.
+        outcome: Outcome,
+    },
     /// A node is a member now.
     Joined {
         /// Its id.
@@ -177,7 +240,7 @@ pub enum Action {
 }
 
 /// A placement as the nodes are told of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Published {
     /// The homes, and the epoch.
     pub placement: Placement,
@@ -186,8 +249,23 @@ pub struct Published {
     /// The epoch as which its homes were loaded: an earlier one when it is what
     /// has been left of that.
     pub(super) loaded_as: u64,
-    /// Name and address of every node in the placement, in its order.
-    pub nodes: Vec<(String, String)>,
+    /// It has been active and has lost an expert's last home since.
+    pub(super) was_active: bool,
+    /// Every node in the placement, in its order.
+    pub nodes: Vec<Placed>,
+}
+
+/// A node of a placement, as others have to know it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Placed {
+    /// Its name.
+    pub name: String,
+    /// Where it is reached.
+    pub address: String,
+    /// As in [`Registration::process`].
+    pub process: String,
+    /// Its speed when the epoch was made, as [`Node::speed`].
+    pub rows_per_second: f64,
 }
 
 /// A member as others see it.
@@ -205,8 +283,16 @@ pub struct Node {
     pub numerics_class: String,
     /// Its last word.
     pub report: Report,
+    /// As in [`Registration::process`].
+    pub process: String,
+    /// As in [`Registration::failure_domain`].
+    pub failure_domain: String,
+    /// Measured rows a second in coarse steps, so that noise changes nothing;
+    /// 0: not known.
+    pub speed: f64,
+    /// Bytes for experts; 0 is unlimited.
+    pub capacity_bytes: u64,
     pub(super) incarnation: u64,
-    pub(super) capacity_bytes: u64,
     /// Newest epoch whose experts it has.
     pub(super) resident: u64,
     /// When it was last heard of.

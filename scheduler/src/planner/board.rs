@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::window::fold;
-use super::{Layer, Node, Reason, Split};
+use super::{Layer, Node, Policy, Reason, Split};
 use crate::spread::level;
 
 /// Rounds of water-filling from an even split, when a board is set up.
@@ -18,12 +18,17 @@ pub(super) struct Nodes {
     pub(super) slots: Vec<usize>,
     pub(super) domain: Vec<u32>,
     pub(super) live: Vec<bool>,
+    /// Nodes that may be given something.
+    pub(super) open: Vec<bool>,
+    /// Homes that every expert keeps, and homes beyond which none is added.
+    pub(super) min_homes: usize,
+    pub(super) max_homes: usize,
     /// Capacity of all live nodes.
     total: f64,
 }
 
 impl Nodes {
-    pub(super) fn new(nodes: &[Node]) -> Nodes {
+    pub(super) fn new(nodes: &[Node], policy: &Policy) -> Nodes {
         let live = nodes.iter().filter(|n| n.live);
         Nodes {
             capacity: nodes.iter().map(|n| n.capacity).collect(),
@@ -32,6 +37,11 @@ impl Nodes {
                 .collect(),
             domain: nodes.iter().map(|n| n.domain).collect(),
             live: nodes.iter().map(|n| n.live).collect(),
+            open: (nodes.iter())
+                .map(|n| n.live && !policy.closed.contains(&n.id))
+                .collect(),
+            min_homes: policy.min_homes,
+            max_homes: policy.max_homes,
             total: live.map(|n| n.capacity).sum(),
         }
     }
@@ -312,19 +322,38 @@ impl<'a> Board<'a> {
         self.rows.len()
     }
 
-    /// Whether `edit` leaves the expert with a home, and a hot one as safe as it is.
+    /// Whether a step gives something to nodes only that may be given something.
+    pub(super) fn is_open(&self, step: &Step) -> bool {
+        let mut targets = step.edits().filter_map(|edit| edit.to);
+        targets.all(|to| self.nodes.open[to as usize])
+    }
+
+    /// Whether a step adds no home to a layer that has as many as it may.
+    pub(super) fn is_modest(&self, step: &Step) -> bool {
+        let leave = step.edits().filter(|edit| edit.from.is_some()).count();
+        let come = step.copies();
+        let all: usize = self.held.iter().map(Vec::len).sum();
+        come <= leave || all + come - leave <= self.nodes.max_homes
+    }
+
+    /// Homes that an expert is to keep.
+    pub(super) fn least(&self, expert: u32) -> usize {
+        let hot = 1 + usize::from(self.hot[expert as usize]);
+        hot.max(self.nodes.min_homes)
+    }
+
+    /// Whether `edit` leaves the expert with the homes it is to keep, and with two
+    /// failure domains if it has them and is to keep two homes.
     pub(super) fn allows(&self, edit: Edit) -> bool {
         let homes = &self.homes[edit.expert as usize];
         let Some(from) = edit.from else { return true };
         let after = homes.iter().copied().filter(|&n| n != from).chain(edit.to);
         let left = after.clone().count();
-        if left == 0 {
+        let least = self.least(edit.expert);
+        if left < least.min(homes.len()).max(1) {
             return false;
         }
-        if !self.hot[edit.expert as usize] || homes.len() < 2 {
-            return true;
-        }
-        left >= 2 && self.spans(after) >= self.spans(homes.iter().copied())
+        least < 2 || homes.len() < 2 || self.spans(after) >= self.spans(homes.iter().copied())
     }
 
     /// 2 when the nodes are of different failure domains, else 1.

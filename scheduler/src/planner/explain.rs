@@ -4,13 +4,16 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use super::board::Board;
-use super::{Cluster, Layer};
+use super::{Cluster, Layer, Node};
 
 /// Why an expert comes to a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
     /// It has no live home: outside the budget.
     Lost,
+    /// It has fewer homes than it is to have (outside the budget), or all of them
+    /// in one failure domain.
+    Replica,
     /// It is hot and has no second home in another failure domain.
     Hot,
     /// Its layer has a cold start or is laid out afresh.
@@ -79,7 +82,7 @@ pub struct Plan {
     pub reports: Vec<LayerReport>,
     /// Bytes moved within the budget.
     pub bytes: u64,
-    /// Bytes moved for experts that had no live home, outside the budget.
+    /// Bytes moved for homes that were lost, outside the budget.
     pub lost_bytes: u64,
     /// Hot experts, (layer, expert), for which there was no room or no budget
     /// for a second home in another failure domain.
@@ -93,16 +96,18 @@ impl Plan {
     }
 }
 
-impl fmt::Display for Move {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Move {
+    /// The move with the nodes as the caller calls them.
+    pub fn in_words(&self, name: &dyn Fn(u32) -> String) -> String {
         let Move {
             layer,
             expert,
-            node,
             slot,
             bytes,
             kind,
+            ..
         } = self;
+        let node = name(self.node);
         let MoveKind::Copy {
             source,
             replaces,
@@ -110,29 +115,26 @@ impl fmt::Display for Move {
             gain,
         } = kind
         else {
-            return write!(
-                f,
-                "layer {layer}: expert {expert} leaves node {node} slot {slot}"
-            );
+            return format!("layer {layer}: expert {expert} leaves {node} slot {slot}");
         };
-        write!(
-            f,
-            "layer {layer}: expert {expert} to node {node} slot {slot}"
-        )?;
-        match source {
-            Some(source) => write!(f, " from node {source}")?,
-            None => write!(f, " from the checkpoint")?,
-        }
-        if let Some(replaces) = replaces {
-            write!(f, " in place of expert {replaces}")?;
-        }
-        match reason {
-            Reason::Lost => write!(f, ": it has no live home")?,
-            Reason::Hot => write!(f, ": it is hot and has no home in another failure domain")?,
-            Reason::Fresh => write!(f, ": its layer is laid out afresh")?,
-            Reason::Balance => write!(f, ": the worst node's load falls by {:.1} %", gain * 100.0)?,
-        }
-        write!(f, " ({bytes} bytes)")
+        let source = source.map_or_else(|| "the checkpoint".to_owned(), name);
+        let place = replaces.map_or_else(String::new, |e| format!(" in place of expert {e}"));
+        let why = match reason {
+            Reason::Lost => "it has no live home".to_owned(),
+            Reason::Replica => "it is to have more homes, or homes further apart".to_owned(),
+            Reason::Hot => "it is hot and has no home in another failure domain".to_owned(),
+            Reason::Fresh => "its layer is laid out afresh".to_owned(),
+            Reason::Balance => format!("the worst node's load falls by {:.1} %", gain * 100.0),
+        };
+        format!(
+            "layer {layer}: expert {expert} to {node} slot {slot} from {source}{place}: {why} ({bytes} bytes)"
+        )
+    }
+}
+
+impl fmt::Display for Move {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.in_words(&|node| format!("node {node}")))
     }
 }
 
@@ -153,6 +155,7 @@ impl fmt::Display for LayerReport {
 
 pub(super) fn explain(
     cluster: &Cluster,
+    views: &[Vec<Node>],
     boards: &[Board],
     before: &[f64],
     unprotected: Vec<(usize, u32)>,
@@ -167,11 +170,12 @@ pub(super) fn explain(
             .map(|(row, expert)| (cluster.layers[row].layer, expert))
             .collect(),
     };
-    for ((board, layer), &before) in boards.iter().zip(&cluster.layers).zip(before) {
+    let rows = boards.iter().zip(&cluster.layers).zip(views).zip(before);
+    for (((board, layer), view), &before) in rows {
         let first = plan.moves.len();
         let mut lost = lost(cluster, layer);
         let slots = (0..cluster.nodes.len())
-            .map(|n| node(cluster, board, layer, n, &mut lost, &mut plan))
+            .map(|n| node(cluster, board, layer, (n, &view[n]), &mut lost, &mut plan))
             .collect();
         let copies = plan.moves[first..]
             .iter()
@@ -209,11 +213,10 @@ fn node(
     cluster: &Cluster,
     board: &Board,
     layer: &Layer,
-    n: usize,
+    (n, node): (usize, &Node),
     lost: &mut BTreeSet<u32>,
     plan: &mut Plan,
 ) -> Vec<Option<u32>> {
-    let node = &cluster.nodes[n];
     let present = &layer.slots[n];
     if !node.live {
         return Vec::new();
@@ -258,7 +261,7 @@ fn node(
             Some(why) => why,
         };
         let bytes = cluster.expert_bytes;
-        let sum = if reason == Reason::Lost {
+        let sum = if matches!(reason, Reason::Lost | Reason::Replica) {
             &mut plan.lost_bytes
         } else {
             &mut plan.bytes

@@ -1,7 +1,7 @@
 //! Descent from the present placement, and which layers' steps are worth it.
 
 use super::board::{Board, Edit, Step};
-use super::{Cluster, Layer, Policy, Reason, fresh, secure};
+use super::{Cluster, Layer, Node, Policy, Reason, fresh, secure};
 
 /// Nodes that are relieved in one step: those that add most to the penalty.
 const HOT_NODES: usize = 3;
@@ -43,11 +43,12 @@ struct Trail {
 pub(super) fn improve(
     boards: &mut [Board],
     cluster: &Cluster,
+    views: &[Vec<Node>],
     policy: &Policy,
     budget: &mut usize,
 ) {
-    let mut trails: Vec<Trail> = (boards.iter().zip(&cluster.layers))
-        .map(|(board, layer)| Trail::descend(board, layer, cluster, policy, *budget))
+    let mut trails: Vec<Trail> = (boards.iter().zip(&cluster.layers).zip(views))
+        .map(|((board, layer), view)| Trail::descend(board, layer, view, policy, *budget))
         .collect();
     loop {
         let mut best: Option<(f64, usize, usize)> = None;
@@ -80,7 +81,7 @@ impl Trail {
     fn descend(
         board: &Board,
         layer: &Layer,
-        cluster: &Cluster,
+        view: &[Node],
         policy: &Policy,
         budget: usize,
     ) -> Trail {
@@ -118,7 +119,7 @@ impl Trail {
             .copied()
             .fold(f64::INFINITY, f64::min);
         if reached > 1.0 + policy.fresh_gain {
-            trail.fresh = afresh(&board, layer, cluster, reached - policy.fresh_gain, budget);
+            trail.fresh = afresh(&board, layer, view, reached - policy.fresh_gain, budget);
         }
         trail
     }
@@ -181,7 +182,8 @@ fn best_step(board: &mut Board, copies: usize) -> Option<Step> {
                 ground.candidates(board, from, &mut steps);
             }
         }
-        steps.retain(|step| step.copies() <= copies);
+        steps
+            .retain(|step| step.copies() <= copies && board.is_open(step) && board.is_modest(step));
         let best = pick(board, &steps, PROGRESS * all);
         if best.is_some() {
             return best;
@@ -343,32 +345,71 @@ fn by_share(board: &Board, node: u32) -> Vec<(f64, u32)> {
 }
 
 /// A fresh layout of the layer, relabelled, if it ends below `below`, fits the
-/// budget and leaves every hot expert as safe as it is.
+/// budget and leaves every expert as safe as it is.
 fn afresh(
     board: &Board,
     layer: &Layer,
-    cluster: &Cluster,
+    view: &[Node],
     below: f64,
     budget: usize,
 ) -> Option<(Layer, usize, f64)> {
-    let layout = fresh::fresh(&cluster.nodes, &board.rows[0]);
-    let layout = fresh::relabel(&cluster.nodes, &layer.slots, layout);
+    if board.nodes.open != board.nodes.live {
+        return None;
+    }
+    let layout = fresh::fresh(view, &board.rows[0]);
+    let layout = fresh::relabel(view, &layer.slots, layout);
     let mut trial = board.clone();
     let layout = Layer {
         layer: layer.layer,
         slots: layout,
     };
     relay(&mut trial, &layout, 0.0);
-    let safe = (board.homes.iter().zip(&trial.homes).zip(&board.hot)).all(|((old, new), hot)| {
-        let kept = new.len() >= old.len().min(2);
-        !hot || kept && board.spans(new.iter().copied()) >= board.spans(old.iter().copied())
-    });
+    let safe = (0u32..)
+        .zip(board.homes.iter().zip(&trial.homes))
+        .all(|(expert, (old, new))| {
+            let least = board.least(expert);
+            let kept = new.len() >= old.len().min(least);
+            kept && (least < 2
+                || board.spans(new.iter().copied()) >= board.spans(old.iter().copied()))
+        });
+    let homes = |board: &Board| board.held.iter().map(Vec::len).sum::<usize>();
+    let safe = safe && homes(&trial) <= board.nodes.max_homes.max(homes(board));
     let news = |(had, has): (&Vec<Option<u32>>, &Vec<u32>)| {
         has.iter().filter(|&&e| !had.contains(&Some(e))).count()
     };
     let cost = layer.slots.iter().zip(&trial.held).map(news).sum();
     let objective = trial.objective();
     (safe && objective < below && cost <= budget).then_some((layout, cost, objective))
+}
+
+/// Lays a board out by EPLB, which knows like nodes only, with as many homes as
+/// the layer may have.
+pub(super) fn relay_evenly(
+    board: &mut Board,
+    layer: &Layer,
+    view: &[Node],
+    policy: &Policy,
+    rows: &[f64],
+) {
+    let live = view.iter().filter(|node| node.live).count().max(1);
+    let most = policy
+        .max_homes
+        .div_ceil(live)
+        .max(rows.len().div_ceil(live));
+    let even = |node: &Node| Node {
+        capacity: 1.0,
+        slots: node.slots.min(u32::try_from(most).unwrap_or(u32::MAX)),
+        live: node.live,
+        ..node.clone()
+    };
+    let even: Vec<Node> = view.iter().map(even).collect();
+    let layout = fresh::fresh(&even, rows);
+    let slots = fresh::relabel(&even, &layer.slots, layout);
+    let layout = Layer {
+        layer: layer.layer,
+        slots,
+    };
+    relay(board, &layout, 0.0);
 }
 
 /// Lays a board out anew.

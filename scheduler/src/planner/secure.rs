@@ -1,4 +1,4 @@
-//! Before balance: every expert has a live home, hot ones have two.
+//! Before balance: every expert has as many live homes as it is to have.
 
 use super::board::{Board, Edit, Step};
 use super::{Node, Policy, Reason, fresh};
@@ -41,7 +41,14 @@ pub(super) fn rehome(board: &mut Board, nodes: &[Node], budget: usize) -> usize 
 }
 
 fn start(board: &mut Board, nodes: &[Node], by_load: &[u32], budget: usize) -> usize {
-    let layout = fresh::fresh(nodes, &board.rows[0]);
+    // What takes nothing holds nothing of such a layer.
+    let nodes: Vec<Node> = (nodes.iter().zip(&board.nodes.open))
+        .map(|(node, &live)| Node {
+            live,
+            ..node.clone()
+        })
+        .collect();
+    let layout = fresh::fresh(&nodes, &board.rows[0]);
     let mut targets: Vec<Vec<u32>> = vec![Vec::new(); board.homes.len()];
     for (node, held) in (0u32..).zip(&layout) {
         for &expert in held.iter().flatten() {
@@ -75,6 +82,59 @@ fn start(board: &mut Board, nodes: &[Node], by_load: &[u32], budget: usize) -> u
     left
 }
 
+/// Gives every expert as many homes as it is to have, as far as there are nodes
+/// and room, whatever the budget; the most loaded first, each time to another
+/// failure domain if it has one only.
+pub(super) fn replicate(board: &mut Board) {
+    let most = board.nodes.live().count();
+    let mut short: Vec<u32> = (0u32..)
+        .zip(&board.homes)
+        .filter_map(|(e, homes)| (homes.len() < board.nodes.min_homes.min(most)).then_some(e))
+        .collect();
+    let rows = &board.rows[0];
+    short.sort_by(|&a, &b| rows[b as usize].total_cmp(&rows[a as usize]));
+    for expert in short {
+        while board.homes[expert as usize].len() < board.nodes.min_homes.min(most) {
+            let apart = another_home(board, expert, usize::MAX, true);
+            let Some(step) = apart.or_else(|| another_home(board, expert, usize::MAX, false))
+            else {
+                break;
+            };
+            take(board, &step, Reason::Replica, 0.0);
+        }
+    }
+}
+
+/// Moves a home of every expert whose homes are all of one failure domain to
+/// another one, if it is to have two, into free slots, while the budget lasts.
+pub(super) fn part(board: &mut Board, budget: &mut usize) {
+    if board.nodes.min_homes < 2 || board.spans(board.nodes.live()) < 2 {
+        return;
+    }
+    for expert in 0..board.homes.len() as u32 {
+        let homes = board.homes[expert as usize].clone();
+        if *budget == 0 || homes.len() < 2 || board.spans(homes.iter().copied()) > 1 {
+            continue;
+        }
+        let away = |n: &u32| board.spans(homes.iter().copied().chain([*n])) > 1;
+        let targets: Vec<u32> = (board.nodes.live())
+            .filter(|n| board.has_room(*n) && away(n))
+            .collect();
+        let moves = homes.iter().flat_map(|&from| {
+            targets.iter().map(move |&to| Edit {
+                expert,
+                from: Some(from),
+                to: Some(to),
+            })
+        });
+        let steps = moves.map(|edit| Step([Some(edit), None, None])).collect();
+        if let Some(step) = best(board, steps) {
+            *budget -= step.copies();
+            take(board, &step, Reason::Replica, 0.0);
+        }
+    }
+}
+
 /// Marks the hot experts and gives each a second home in another failure domain
 /// (on another node, where all live nodes are of one domain), the most loaded
 /// first, while the budget lasts. Returns (board, expert) of those left alone.
@@ -97,7 +157,7 @@ pub(super) fn protect(
     bare.sort_by(|a, b| b.0.total_cmp(&a.0));
     let mut left = Vec::new();
     for (_, at, expert) in bare {
-        match second_home(&mut boards[at], expert, *budget) {
+        match another_home(&mut boards[at], expert, *budget, true) {
             Some(step) => {
                 *budget -= step.copies();
                 take(&mut boards[at], &step, Reason::Hot, 0.0);
@@ -115,12 +175,13 @@ fn is_safe(board: &Board, expert: u32) -> bool {
     homes.len() >= 2 && board.spans(homes.iter().copied()) >= all || board.nodes.live().count() < 2
 }
 
-fn second_home(board: &mut Board, expert: u32, budget: usize) -> Option<Step> {
+/// The best way to one more home; `apart`: so that there are two failure domains.
+fn another_home(board: &mut Board, expert: u32, budget: usize, apart: bool) -> Option<Step> {
     if budget == 0 {
         return None;
     }
     let homes = board.homes[expert as usize].clone();
-    let apart = board.spans(board.nodes.live()) > 1;
+    let apart = apart && board.spans(board.nodes.live()) > 1;
     let fits = |board: &Board, n: u32| {
         !homes.contains(&n) && (!apart || board.spans(homes.iter().copied().chain([n])) > 1)
     };
@@ -195,6 +256,9 @@ pub(super) fn spares(board: &Board, node: Option<u32>) -> impl Iterator<Item = E
 fn best(board: &mut Board, steps: Vec<Step>) -> Option<Step> {
     let mut best: Option<(Step, f64)> = None;
     for step in steps {
+        if !board.is_open(&step) {
+            continue;
+        }
         let delta = board.delta(&step, 0..1);
         if best.is_none_or(|(_, lowest)| delta < lowest) {
             best = Some((step, delta));

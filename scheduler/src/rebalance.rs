@@ -1,0 +1,305 @@
+//! From what the leader knows to what is worth moving.
+//!
+//! Secret of this module: how a cluster looks to the planner: which nodes may be
+//! given experts, how much room of each layer they have, how fast they are, what
+//! fails together. It reads the membership and changes nothing; a proposal is
+//! begun with [`Membership::migrate`].
+
+use std::collections::BTreeMap;
+
+use crate::load::Shot;
+use crate::membership::{Membership, Node, Role, Settings};
+use crate::placement::{NodeId, NodeSlots};
+use crate::planner::{self, Cluster, Layer, Plan, PlanError, Split};
+
+/// Who plans.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// The planner: improves what is there under the budget.
+    #[default]
+    Guild,
+    /// EPLB as published, made anew for the whole window, whatever it moves: what
+    /// the planner is compared with.
+    Eplb,
+}
+
+/// What a proposal may do.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Policy {
+    /// Who plans.
+    pub mode: Mode,
+    /// Bytes that may move for balance.
+    pub budget_bytes: u64,
+    /// How attention nodes share rows out among replicas.
+    pub split: Split,
+}
+
+impl Default for Policy {
+    fn default() -> Policy {
+        Policy {
+            mode: Mode::Guild,
+            budget_bytes: u64::MAX,
+            split: Split::Filled,
+        }
+    }
+}
+
+/// What is worth moving.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Proposal {
+    /// Where everything is to be; the active placement if nothing is worth it.
+    pub target: Vec<NodeSlots>,
+    /// What moves and why, in words.
+    pub moves: Vec<String>,
+    /// Bytes that move.
+    pub bytes: u64,
+    /// Load over capacity of the worst node relative to perfect balance (1),
+    /// mean over the layers, as it is.
+    pub before: f64,
+    /// The same with the target.
+    pub after: f64,
+}
+
+/// There is nothing to propose from.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum ProposeError {
+    /// No placement is active.
+    #[error("no placement is active; experts are moved when the cluster is ready")]
+    NotActive,
+    /// The model has no routed experts.
+    #[error("the model has no routed experts")]
+    NoExperts,
+    /// The planner cannot plan for this cluster.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+}
+
+/// Plans the next placement from the active one and a window of shots, oldest
+/// first, whose rows are in the order of the settings' layers. The same inputs
+/// give the same proposal.
+///
+/// # Errors
+/// Nothing is active, or the planner refuses the cluster or a shot.
+pub fn propose(
+    membership: &Membership,
+    shots: &[&Shot],
+    policy: &Policy,
+) -> Result<Proposal, ProposeError> {
+    let active = membership.active().ok_or(ProposeError::NotActive)?;
+    let settings = membership.settings();
+    if settings.layers.is_empty() || settings.experts == 0 {
+        return Err(ProposeError::NoExperts);
+    }
+    let view = View::new(membership, active.placement.nodes());
+    let room = view.room(settings);
+    let cluster = view.cluster(settings, &room);
+    let with = view.policy(settings, policy, room);
+    let plan = match policy.mode {
+        Mode::Guild => planner::plan(&cluster, shots, &with)?,
+        Mode::Eplb => planner::afresh(&cluster, shots, &with)?,
+    };
+    let mean = |of: fn(&planner::LayerReport) -> f64| {
+        plan.reports.iter().map(of).sum::<f64>() / plan.reports.len() as f64
+    };
+    let (before, after) = (mean(|report| report.before), mean(|report| report.after));
+    let bytes = plan.bytes.saturating_add(plan.lost_bytes);
+    let moves = view.words(&plan);
+    Ok(Proposal {
+        target: view.target(&plan.layers),
+        moves,
+        bytes,
+        before,
+        after,
+    })
+}
+
+/// The expert nodes as the planner is to see them.
+struct View<'a> {
+    nodes: Vec<Seen<'a>>,
+    layers: &'a [u32],
+}
+
+/// One expert node.
+struct Seen<'a> {
+    node: &'a Node,
+    /// It may keep what it holds: it is not to be emptied.
+    stays: bool,
+    /// Experts may come to it.
+    open: bool,
+    /// Slots in all; `u64::MAX`: any number.
+    capacity: u64,
+    /// [layers]: the experts of each that it holds.
+    held: Vec<Vec<u32>>,
+}
+
+impl<'a> View<'a> {
+    fn new(membership: &'a Membership, active: &[NodeSlots]) -> View<'a> {
+        let layers = &membership.settings().layers;
+        let rows: BTreeMap<u32, usize> = layers.iter().copied().zip(0..).collect();
+        let held = |id: NodeId| {
+            let mut held = vec![Vec::new(); layers.len()];
+            let here = active.iter().filter(|slots| slots.node == id);
+            for (layer, expert) in here.flat_map(|slots| &slots.slots) {
+                if let Some(&row) = rows.get(layer) {
+                    held[row].push(*expert);
+                }
+            }
+            held
+        };
+        let experts = membership.nodes().filter(|node| node.role == Role::Expert);
+        View {
+            nodes: experts
+                .map(|node| Seen {
+                    node,
+                    stays: !node.report.draining && !membership.is_drained(node),
+                    open: membership.is_open(node),
+                    capacity: membership.capacity_slots(node),
+                    held: held(node.id),
+                })
+                .collect(),
+            layers,
+        }
+    }
+
+    /// Rows a second in ratios, when all are known.
+    fn speeds(&self) -> Vec<f64> {
+        let known = { self.nodes.iter() }.all(|seen| !seen.stays || seen.node.speed > 0.0);
+        let speed = |seen: &Seen| match known && seen.node.speed > 0.0 {
+            true => seen.node.speed,
+            false => 1.0,
+        };
+        self.nodes.iter().map(speed).collect()
+    }
+
+    /// What fails together: a named domain, else a process, else a node.
+    fn domains(&self) -> Vec<u32> {
+        let mut known: BTreeMap<(u8, String), u32> = BTreeMap::new();
+        let mut number = |seen: &Seen| {
+            let node = seen.node;
+            let key = match (node.failure_domain.as_str(), node.process.as_str()) {
+                ("", "") => (0, node.id.to_string()),
+                ("", process) => (1, process.to_owned()),
+                (domain, _) => (2, domain.to_owned()),
+            };
+            let next = known.len() as u32;
+            *known.entry(key).or_insert(next)
+        };
+        self.nodes.iter().map(&mut number).collect()
+    }
+
+    /// Experts of each layer that each node may hold, [layers, nodes]. A node of
+    /// finite memory keeps one slot free: a copy that replaces another expert is
+    /// there beside it for a while.
+    fn room(&self, settings: &Settings) -> Vec<Vec<u32>> {
+        let experts = u64::from(settings.experts);
+        let homes = homes(settings) as f64;
+        let speeds = self.speeds();
+        let all: f64 = { self.nodes.iter().zip(&speeds) }
+            .filter(|(seen, _)| seen.stays)
+            .map(|(_, speed)| speed)
+            .sum();
+        let mut room = vec![Vec::with_capacity(self.nodes.len()); self.layers.len()];
+        for (seen, speed) in self.nodes.iter().zip(&speeds) {
+            let held: Vec<u64> = seen.held.iter().map(|held| held.len() as u64).collect();
+            let mine = match seen.capacity {
+                u64::MAX => {
+                    let share = (homes * speed / all).ceil() as u64 + 1;
+                    held.iter()
+                        .map(|&held| held.max(share.min(experts)))
+                        .collect()
+                }
+                capacity => levelled(&held, capacity.saturating_sub(1), experts),
+            };
+            for (row, mine) in room.iter_mut().zip(mine) {
+                row.push(mine as u32);
+            }
+        }
+        room
+    }
+
+    fn cluster(&self, settings: &Settings, room: &[Vec<u32>]) -> Cluster {
+        let (speeds, domains) = (self.speeds(), self.domains());
+        let node = |(n, seen): (usize, &Seen)| planner::Node {
+            id: seen.node.id,
+            capacity: speeds[n],
+            slots: room.iter().map(|row| row[n]).max().unwrap_or(0),
+            domain: domains[n],
+            live: seen.stays,
+        };
+        let layer = |(row, &layer): (usize, &u32)| Layer {
+            layer,
+            slots: (self.nodes.iter())
+                .map(|seen| seen.held[row].iter().copied().map(Some).collect())
+                .collect(),
+        };
+        Cluster {
+            nodes: self.nodes.iter().enumerate().map(node).collect(),
+            layers: self.layers.iter().enumerate().map(layer).collect(),
+            experts: settings.experts,
+            expert_bytes: settings.slot_bytes,
+        }
+    }
+
+    fn policy(&self, settings: &Settings, policy: &Policy, room: Vec<Vec<u32>>) -> planner::Policy {
+        let closed = self.nodes.iter().filter(|seen| seen.stays && !seen.open);
+        planner::Policy {
+            budget_bytes: policy.budget_bytes,
+            split: policy.split,
+            min_homes: settings.replicas.max(1) as usize,
+            max_homes: homes(settings) as usize,
+            room,
+            closed: closed.map(|seen| seen.node.id).collect(),
+            ..planner::Policy::default()
+        }
+    }
+
+    fn words(&self, plan: &Plan) -> Vec<String> {
+        let names: BTreeMap<NodeId, &str> = { self.nodes.iter() }
+            .map(|seen| (seen.node.id, seen.node.name.as_str()))
+            .collect();
+        let name = |id: u32| {
+            names
+                .get(&id)
+                .map_or_else(String::new, |name| (*name).to_owned())
+        };
+        plan.moves.iter().map(|m| m.in_words(&name)).collect()
+    }
+
+    /// What a plan has every node hold, by ascending node.
+    fn target(&self, planned: &[Layer]) -> Vec<NodeSlots> {
+        let node = |(n, seen): (usize, &Seen)| NodeSlots {
+            node: seen.node.id,
+            slots: (planned.iter())
+                .flat_map(|layer| {
+                    let held = layer.slots[n].iter().flatten();
+                    held.map(|&expert| (layer.layer, expert))
+                })
+                .collect(),
+        };
+        let nodes = self.nodes.iter().enumerate().map(node);
+        nodes.filter(|node| !node.slots.is_empty()).collect()
+    }
+}
+
+/// Homes that a layer may have in all.
+fn homes(settings: &Settings) -> u64 {
+    let replicas = u64::from(settings.replicas.max(1));
+    u64::from(settings.experts) * replicas + u64::from(settings.redundant_experts)
+}
+
+/// Shares `room` slots out over layers so that the least is highest; none gets
+/// less than it holds, nor more than `most`.
+fn levelled(held: &[u64], room: u64, most: u64) -> Vec<u64> {
+    let at = |level: u64| held.iter().map(move |&held| held.max(level));
+    let fits = |level: &u64| at(*level).sum::<u64>() <= room;
+    let level = (1..=most).take_while(fits).last().unwrap_or(0);
+    let mut rooms: Vec<u64> = at(level).collect();
+    let mut left = room.saturating_sub(rooms.iter().sum());
+    for mine in &mut rooms {
+        if left > 0 && *mine == level && level < most {
+            *mine += 1;
+            left -= 1;
+        }
+    }
+    rooms
+}
