@@ -2,14 +2,15 @@
 //!
 //! Secret: what is done when an expert cannot be reached. Routes are logical; they are resolved
 //! by the newest placement at every attempt. Each node gets its part in a message of its own:
-//! a part that fails or is overdue goes to other homes of its experts at once, while the rows of
-//! all other parts stay; the first answer for a row counts, and any is as good, because homes
-//! compute the same bits. Without another home the part is repeated until the exchange's
+//! a part that fails, is silent or takes much longer than the other parts do goes to other homes
+//! of its experts at once, while the rows of all other parts stay; the first answer for a row
+//! counts, and any is as good, because homes compute the same bits. Without another home the part is repeated until the exchange's
 //! deadline. Either every row comes back or the exchange fails with its origin named: there is
 //! no partial result that anybody could sum. It must not know what a request is.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt};
@@ -21,11 +22,13 @@ use guild_transport::{
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
-use crate::peers::{Out, Peers};
+use crate::peers::{Out, Peers, Plan, Trust, Wanted};
 use crate::view::View;
 
 mod fault;
 mod late;
+#[cfg(test)]
+mod tests;
 
 pub use fault::ExchangeFailure;
 use fault::Fault;
@@ -46,8 +49,8 @@ const SILENCE_GRACE: Duration = Duration::from_millis(250);
 pub struct Patience {
     /// One layer's exchange in all, retries included, before its requests fail.
     pub deadline: Duration,
-    /// One node's answer, at least, before other homes of its experts are asked; more where it
-    /// usually takes long.
+    /// One node's answer, at least, before the node is suspected; more where it usually takes
+    /// long. Other homes of its experts are asked as soon as it is later than nodes usually are.
     pub suspect_after: Duration,
 }
 
@@ -103,11 +106,23 @@ struct Target {
 /// What one node was asked for in one message.
 struct Part {
     node: NodeId,
-    name: String,
+    /// What it was sent by. A placement is in use for as long as parts of it are away.
+    view: Arc<View>,
+    /// By which the peers know the message.
+    number: u64,
     targets: Vec<u32>,
     /// Neither answered, nor failed, nor given up.
     open: bool,
-    overdue_at: Option<Instant>,
+    /// When it is late enough for others to be asked, too; None: they were, or nobody knows.
+    late_at: Option<Instant>,
+    /// When its node is suspected; None: it is.
+    suspect_at: Option<Instant>,
+}
+
+impl Part {
+    fn name(&self) -> &str {
+        self.view.name(self.node).unwrap_or_default()
+    }
 }
 
 struct Answer {
@@ -155,10 +170,8 @@ impl<F: Fabric + 'static> Exchange<F> {
             epoch: 0,
             fault: Fault::retryable("no answer before the deadline"),
         };
-        if let Some(view) = away.view() {
-            away.probe(&view);
-        }
         away.send((0..targets as u32).collect());
+        away.probe();
         away
     }
 }
@@ -195,9 +208,7 @@ impl<F: Fabric + 'static> Away<'_, F> {
                 retry_at = Some(now + backoff);
                 backoff = (backoff * 2).min(BACKOFF_MAX);
             }
-            let overdue_at = self.parts.iter().filter(|part| part.open);
-            let overdue_at = overdue_at.filter_map(|part| part.overdue_at).min();
-            let wake = [retry_at, overdue_at]
+            let wake = [retry_at, self.overdue_at()]
                 .into_iter()
                 .flatten()
                 .fold(end, Instant::min);
@@ -274,9 +285,7 @@ impl<F: Fabric + 'static> Away<'_, F> {
                     ..Fault::retryable("the expert has no home in the present placement")
                 };
             }
-            let peers = &self.exchange.peers;
-            let layer = self.layer as u32;
-            let (plan, _) = peers.choose(&view, layer, &wanted, &self.failed, false);
+            let plan = self.choose(&view, &wanted, &self.failed, Trust::Suspected);
             let mut parts: Vec<_> = plan.into_iter().collect();
             // Nodes of this process work while they are sent to: the others begin before.
             parts.sort_by_key(|(node, _)| self.exchange.fabric.is_here(*node));
@@ -295,26 +304,55 @@ impl<F: Fabric + 'static> Away<'_, F> {
         targets.iter().map(expert).collect()
     }
 
+    /// Homes for pairs of a target and its expert, outside `avoid` and trusted at least so far.
+    fn choose(
+        &self,
+        view: &View,
+        targets: &[(u32, u32)],
+        avoid: &BTreeSet<NodeId>,
+        least: Trust,
+    ) -> Plan {
+        let (plan, _) = self.exchange.peers.choose(&Wanted {
+            view,
+            layer: self.layer as u32,
+            targets,
+            avoid,
+            least,
+            near: &|node| self.exchange.fabric.is_here(node),
+        });
+        plan
+    }
+
     /// Sends one message. `part` has targets and their slots at the node.
     fn post(
         &mut self,
-        view: &View,
+        view: &Arc<View>,
         node: NodeId,
         part: &[(u32, u32)],
     ) -> Result<(), ExchangeError> {
-        let out = self.exchange.peers.send(node, part.len());
+        let peers = &self.exchange.peers;
+        let out = peers.send(view, node, part.len());
+        let sent = Instant::now();
         let handle = self.hand_over(view, node, part)?;
-        let patience = self.exchange.peers.patience(node, part.len());
+        let rows = part.len() as u64;
+        let late_after = peers.late_after(node, rows);
+        let suspect_after = peers.suspect_after(node, rows);
+        if self.exchange.fabric.is_here(node) {
+            let local = &peers.counters().local;
+            local.fetch_add(1, Ordering::Relaxed);
+        }
         let index = self.parts.len();
         for &(target, _) in part {
             self.state[target as usize].parts += 1;
         }
         self.parts.push(Part {
             node,
-            name: view.name(node).unwrap_or_default().to_owned(),
+            view: Arc::clone(view),
+            number: out.number(),
             targets: part.iter().map(|&(target, _)| target).collect(),
             open: true,
-            overdue_at: Some(Instant::now() + patience),
+            late_at: late_after.map(|after| sent + after),
+            suspect_at: Some(sent + suspect_after),
         });
         let fabric = Arc::clone(&self.exchange.fabric);
         let answer = async move {
@@ -361,7 +399,7 @@ impl<F: Fabric + 'static> Away<'_, F> {
         let (node, width) = (*node, self.x.len() / self.routes.rows().max(1));
         match returned {
             Ok(returned) if returned.rows.len() == targets.len() * width => {
-                out.answered();
+                out.answered(returned.arrived);
                 for (row, &target) in returned.rows.chunks_exact(width).zip(targets) {
                     let state = &mut self.state[target as usize];
                     if !state.here {
@@ -398,10 +436,7 @@ impl<F: Fabric + 'static> Away<'_, F> {
     /// Notes a failure of `node`, which gets nothing more before the next pause.
     fn blame(&mut self, node: NodeId, error: ExchangeError) {
         self.failed.insert(node);
-        if matches!(
-            error.code,
-            ExchangeCode::Unreachable | ExchangeCode::Deadline | ExchangeCode::Draining
-        ) {
+        if is_away(&error) {
             self.exchange.peers.suspect(node);
         }
         self.fault = error.into();
@@ -420,9 +455,7 @@ impl<F: Fabric + 'static> Away<'_, F> {
             self.send(stranded);
             let retries = (self.parts.len() - before) as u64;
             let counters = self.exchange.peers.counters();
-            counters
-                .retries
-                .fetch_add(retries, std::sync::atomic::Ordering::Relaxed);
+            counters.retries.fetch_add(retries, Ordering::Relaxed);
             self.attempts += u32::from(retries > 0);
         }
     }
@@ -431,16 +464,22 @@ impl<F: Fabric + 'static> Away<'_, F> {
     fn leave_the_gone(&mut self) {
         let Some(view) = self.view() else { return };
         for part in 0..self.parts.len() {
-            let Part {
-                node, open, name, ..
-            } = &self.parts[part];
+            let Part { node, open, .. } = &self.parts[part];
             if *open && !view.has_node(*node) {
                 self.fault = Fault {
-                    node: name.clone(),
+                    node: self.parts[part].name().to_owned(),
                     ..Fault::retryable("the node has left the placement")
                 };
                 self.close(part);
             }
         }
     }
+}
+
+/// Whether an error says that its node is not to be reached.
+fn is_away(error: &ExchangeError) -> bool {
+    matches!(
+        error.code,
+        ExchangeCode::Unreachable | ExchangeCode::Deadline | ExchangeCode::Draining
+    )
 }

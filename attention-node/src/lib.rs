@@ -56,6 +56,10 @@ pub struct AttentionNodeConfig {
     /// `host:port` where health alone is answered without TLS, for probes that have no
     /// certificate; None: nowhere.
     pub health: Option<String>,
+    /// Nodes with the same value are one process; empty: alone.
+    pub process: String,
+    /// What fails together with this node: a host, a rack; empty: nothing else.
+    pub failure_domain: String,
     /// Memory for the latent KV cache.
     pub kv_memory: KvMemory,
     /// Positions of a KV page.
@@ -107,6 +111,8 @@ impl AttentionNodeConfig {
             coordinator: coordinator.into(),
             tls: None,
             health: None,
+            process: String::new(),
+            failure_domain: String::new(),
             kv_memory: KvMemory::Auto,
             page_tokens: Self::PAGE_TOKENS,
             max_running: Self::MAX_RUNNING,

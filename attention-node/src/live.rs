@@ -2,12 +2,15 @@
 //!
 //! Secret: the order of these and what the outside is told meanwhile. The node is ready when the
 //! trunk is loaded, the engine alive and a placement active; it keeps to the last active
-//! placement when the coordinator falls silent.
+//! placement when the coordinator falls silent, and says that it serves by a new one as soon as
+//! no row is away by the one before.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures::future::{BoxFuture, FutureExt};
+use futures::stream::{FuturesUnordered, StreamExt};
 use guild_model::trunk::Trunk;
 use guild_model::{Checkpoint, Config, Cpu};
 use guild_node::Shutdown;
@@ -36,8 +39,8 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 const PROGRESS_PERCENT: u64 = 10;
 
 /// Runs an attention node on `listener` until `shutdown`; then it takes no more requests, lets
-/// those it has end within the drain limit, leaves the cluster and returns. Expert nodes found in
-/// `switchboard` by name are reached without a network.
+/// those it has end within the drain limit, leaves the cluster and returns. Expert nodes of the same
+/// process are reached by name through `switchboard`, without a network.
 ///
 /// # Errors
 /// The checkpoint, the limits or the listener cannot be used, the coordinator refuses this node,
@@ -118,8 +121,8 @@ impl Node {
             model_digest: digest.clone(),
             numerics_class: self.cfg.dtype.numerics_class(&self.cpu),
             capacity_bytes: 0,
-            process: String::new(),
-            failure_domain: String::new(),
+            process: self.cfg.process.clone(),
+            failure_domain: self.cfg.failure_domain.clone(),
         };
         let dialer = Dialer::to(Role::COORDINATING, self.cfg.tls.as_ref());
         let member = Member::start_by(membership, dialer)?;
@@ -173,6 +176,7 @@ impl Node {
             self.cfg.patience,
         )?;
         member.count_routed(engine.routed_rows());
+        let exchanged = engine.exchange_counters();
         let ended = engine.spawn(&self.cfg.name);
         let mut ended = ended.map_err(|source| Error::Thread {
             name: "engine".to_owned(),
@@ -181,20 +185,15 @@ impl Node {
 
         self.wait_for("no placement is active yet");
         member.set_state(not_ready("no placement is active yet"));
-        let mut placements = member.active();
-        placements.mark_changed();
+        let mut route = Route::new(self, member, links, views);
         let mut tick = interval(LOAD_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 () = self.shutdown.requested() => break,
                 end = &mut ended => return Err(engine_failed(end)),
-                Ok(()) = placements.changed() => {
-                    let newest = placements.borrow_and_update().clone();
-                    let Some(view) = newest.and_then(|p| self.adopt(&p, &links)) else { continue };
-                    let epoch = view.epoch();
-                    let first = views.send_replace(Some(Arc::new(view))).is_none();
-                    if first {
+                epoch = route.follow() => {
+                    if !route.reports {
                         let (engine, digest) = (handle.clone(), digest.clone());
                         self.phase.send_replace(Phase::Serving { engine, digest });
                         self.health.set_serving(SERVICE_NAME, true).await;
@@ -202,12 +201,25 @@ impl Node {
                         tracing::info!(epoch, "ready");
                     }
                     // Last: who hears this may send requests at once.
-                    member.set_state(NodeState { epoch, ready: true, ..NodeState::default() });
+                    route.report(epoch);
                 },
                 _ = tick.tick() => member.set_load(load(&handle)),
             }
         }
-        self.drain(&handle, &mut ended, member).await
+        let follow = async {
+            loop {
+                let epoch = route.follow().await;
+                if route.reports {
+                    route.report(epoch);
+                }
+            }
+        };
+        let outcome = tokio::select! {
+            outcome = self.drain(&handle, &mut ended, member) => outcome,
+            never = follow => never,
+        };
+        exchanged.log();
+        outcome
     }
 
     /// Lets running requests end, within the limit.
@@ -278,7 +290,11 @@ impl Node {
                 return None;
             }
         }
-        links.set_nodes(&endpoints, self.switchboard.as_ref());
+        let process = &self.cfg.process;
+        links.set_nodes_where(&endpoints, |node| {
+            let here = self.switchboard.as_ref();
+            here.filter(|_| view.runs_in(node, process))
+        });
         tracing::info!(
             epoch = view.epoch(),
             nodes = endpoints.len(),
@@ -289,6 +305,77 @@ impl Node {
 
     fn wait_for(&self, reason: &str) {
         self.phase.send_replace(Phase::Waiting(reason.to_owned()));
+    }
+}
+
+/// The way from the placements that are published to the one that is served by.
+struct Route<'a> {
+    node: &'a Node,
+    member: &'a Member,
+    links: Arc<Links>,
+    placements: watch::Receiver<Option<Arc<Placement>>>,
+    views: watch::Sender<Option<Arc<View>>>,
+    /// Ends of the views that rows may still be away by.
+    leaving: FuturesUnordered<BoxFuture<'static, ()>>,
+    /// Whether the coordinator was told of an epoch.
+    reports: bool,
+}
+
+impl<'a> Route<'a> {
+    fn new(
+        node: &'a Node,
+        member: &'a Member,
+        links: Arc<Links>,
+        views: watch::Sender<Option<Arc<View>>>,
+    ) -> Route<'a> {
+        let mut placements = member.active();
+        placements.mark_changed();
+        Route {
+            node,
+            member,
+            links,
+            placements,
+            views,
+            leaving: FuturesUnordered::new(),
+            reports: false,
+        }
+    }
+
+    /// Serves by every placement that becomes active. Completes with an epoch when rows go by it
+    /// and none is away by an earlier one; may be dropped and called again at any time.
+    async fn follow(&mut self) -> u64 {
+        loop {
+            tokio::select! {
+                Ok(()) = self.placements.changed() => {
+                    let newest = self.placements.borrow_and_update().clone();
+                    let view = newest.and_then(|newest| self.node.adopt(&newest, &self.links));
+                    let Some(view) = view else { continue };
+                    let epoch = view.epoch();
+                    match self.views.send_replace(Some(Arc::new(view))) {
+                        None => return epoch,
+                        Some(before) => self.leaving.push(before.left().boxed()),
+                    }
+                }
+                Some(()) = self.leaving.next() => {
+                    let epoch = self.views.borrow().as_ref().map(|view| view.epoch());
+                    if let Some(epoch) = epoch.filter(|_| self.leaving.is_empty()) {
+                        return epoch;
+                    }
+                }
+                // The membership has ended: what is known stays.
+                else => std::future::pending::<()>().await,
+            }
+        }
+    }
+
+    /// Tells the coordinator, at once, which epoch this node serves by.
+    fn report(&mut self, epoch: u64) {
+        self.reports = true;
+        self.member.set_state(NodeState {
+            epoch,
+            ready: true,
+            ..NodeState::default()
+        });
     }
 }
 

@@ -31,6 +31,9 @@ use tonic::{Code, Request, Response, Status};
 /// Far above what anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Of the node and of its experts.
+const PROCESS: &str = "all-in-one";
+
 /// What the coordinator has heard, and what it publishes.
 #[derive(Clone)]
 struct Coordinator {
@@ -107,6 +110,7 @@ fn wire(homes: &Homes, state: PlacementState) -> Placement {
         name: name(n.node),
         address: "127.0.0.1:1".to_owned(),
         slots: n.slots.iter().map(slot).collect(),
+        process: PROCESS.to_owned(),
         ..Default::default()
     };
     Placement {
@@ -154,6 +158,7 @@ impl Cluster1 {
         let cfg = AttentionNodeConfig {
             drain,
             max_context: Some(4000),
+            process: PROCESS.to_owned(),
             ..AttentionNodeConfig::new(checkpoint, "attention-1", &address, url)
         };
         let shutdown = Shutdown::new();

@@ -43,7 +43,7 @@ impl<F: Fabric + 'static> Away<'_, F> {
         if node.is_empty()
             && let Some(silent) = self.parts.iter().find(|part| part.open)
         {
-            node = silent.name.clone();
+            node = silent.name().to_owned();
         }
         ExchangeFailure {
             layer: self.layer,

@@ -25,6 +25,7 @@ use guild_transport::{
     SlotHost, Switchboard, Work,
 };
 use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
 
 /// Generous: nothing waits for it unless something is wrong.
 pub const DEADLINE: Duration = Duration::from_secs(60);
@@ -269,7 +270,11 @@ impl Fabric for Wire {
             Some(Fate::Slow(more)) => tokio::time::sleep(more).await,
             Some(Fate::Dead | Fate::Silent) => std::future::pending::<()>().await,
         }
-        self.links.combine(handle).await
+        let returned = self.links.combine(handle).await?;
+        Ok(Returned {
+            arrived: Instant::now(),
+            ..returned
+        })
     }
 }
 
