@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod client;
+pub mod etcd;
 pub mod golden;
 pub mod house;
 pub mod http;

@@ -3,7 +3,7 @@
 //! run, once each and in one stream. Every case prints a line of JSON with the
 //! longest stall that a client saw.
 
-#![allow(clippy::unwrap_used, clippy::print_stdout)]
+#![allow(clippy::unwrap_used)]
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -15,8 +15,8 @@ use guild_proto::inference::v1::generate_response::Event;
 use guild_proto::inference::v1::inference_client::InferenceClient;
 use guild_proto::inference::v1::{GenerateRequest, Usage};
 use guild_tests::client::{Answer, Logprobs, greedy, request};
-use guild_tests::http;
 use guild_tests::process::{Guild, START_LIMIT, demo, free_port};
+use guild_tests::{house, http};
 
 /// No stall of a test may be longer; what is measured is printed.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
@@ -219,13 +219,11 @@ impl Watch {
 
     fn report(&self, case: &str, streams: usize, resumed: usize) {
         let longest = self.longest_ms.load(Ordering::SeqCst);
-        println!(
-            "{}",
-            serde_json::json!({
-                "test": "resume", "case": case, "streams": streams, "failed": 0, "resumed": resumed,
-                "tokens": self.tokens.load(Ordering::SeqCst), "longest_stall_ms": longest,
-            })
-        );
+        house::line(&serde_json::json!({
+            "test": "resume", "case": case, "whole": streams, "failed": 0, "wrong": 0,
+            "longest_stall_ms": longest, "resumed": resumed,
+            "tokens": self.tokens.load(Ordering::SeqCst),
+        }));
         assert!(
             longest < STALL_LIMIT.as_millis() as usize,
             "{case}: {longest} ms"

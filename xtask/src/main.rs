@@ -5,6 +5,7 @@
 // Printing is this program's work.
 #![allow(clippy::print_stderr)]
 
+mod chaos;
 mod python;
 mod recipe;
 mod system;
@@ -26,6 +27,13 @@ enum Recipe {
     Test {
         /// Only tests whose name contains this
         filter: Option<String>,
+    },
+    /// The bars with real processes: nodes, networks, coordinators and stores that fail under load,
+    /// with limits on stalls; prints a table and leaves target/chaos.jsonl
+    Chaos {
+        /// Every combination, and outages of their full length: about an hour
+        #[arg(long)]
+        long: bool,
     },
     /// The checks without the tests: format, clippy, docs, cargo-deny when installed
     Lint,
@@ -61,6 +69,7 @@ enum Recipe {
 fn main() -> ExitCode {
     let outcome = match Args::parse().recipe {
         Recipe::Test { filter } => recipe::test(filter.as_deref()),
+        Recipe::Chaos { long } => chaos::run(long),
         Recipe::Lint => recipe::lint(),
         Recipe::Fmt => recipe::fmt(),
         Recipe::Demo { flags } => recipe::demo(&flags),

@@ -9,8 +9,11 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{python, system};
 
+/// What is tested has fail points that act; what `demo` and the README serve has none.
+pub(crate) const FAIL_POINTS: &str = "guild/failpoints";
+
 /// Runs steps and remembers what became of each for the closing summary.
-struct Steps {
+pub(crate) struct Steps {
     recipe: &'static str,
     root: PathBuf,
     started: Instant,
@@ -18,7 +21,7 @@ struct Steps {
 }
 
 impl Steps {
-    fn new(recipe: &'static str) -> Self {
+    pub(crate) fn new(recipe: &'static str) -> Self {
         Self {
             recipe,
             root: root(),
@@ -27,7 +30,7 @@ impl Steps {
         }
     }
 
-    fn run(&mut self, name: &str, command: &mut Command) -> Result<()> {
+    pub(crate) fn run(&mut self, name: &str, command: &mut Command) -> Result<()> {
         eprintln!("== {name}: {}", shown(command));
         let begun = Instant::now();
         let status = command
@@ -53,12 +56,12 @@ impl Steps {
         Ok(())
     }
 
-    fn skip(&mut self, name: &str, why: &str) {
+    pub(crate) fn skip(&mut self, name: &str, why: &str) {
         eprintln!("== {name}: skipped, {why}");
         self.done.push(format!("{name} SKIPPED ({why})"));
     }
 
-    fn finish(self) {
+    pub(crate) fn finish(self) {
         let all = self.started.elapsed().as_secs();
         eprintln!(
             "== {} passed in {all}s: {}",
@@ -74,7 +77,14 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     checks(&mut steps)?;
     steps.run(
         "build",
-        &mut cargo(&["build", "--workspace", "--bins", "--tests"]),
+        &mut cargo(&[
+            "build",
+            "--workspace",
+            "--bins",
+            "--tests",
+            "--features",
+            FAIL_POINTS,
+        ]),
     )?;
 
     let target = target_dir()?;
@@ -92,6 +102,8 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
             "--workspace",
             "--no-fail-fast",
             "--no-tests=pass",
+            "--features",
+            FAIL_POINTS,
         ];
         nextest.extend(filter);
         cargo(&nextest)
@@ -103,6 +115,8 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
             "--lib",
             "--bins",
             "--tests",
+            "--features",
+            FAIL_POINTS,
         ];
         test.extend(filter);
         cargo(&test)
@@ -244,14 +258,14 @@ fn root() -> PathBuf {
     here.parent().unwrap_or(here).to_path_buf()
 }
 
-fn cargo(args: &[&str]) -> Command {
+pub(crate) fn cargo(args: &[&str]) -> Command {
     let mut command = Command::new("cargo");
     command.args(args);
     command
 }
 
 /// Where cargo builds: honours CARGO_TARGET_DIR and every cargo configuration.
-fn target_dir() -> Result<PathBuf> {
+pub(crate) fn target_dir() -> Result<PathBuf> {
     let output = Command::new("cargo")
         .args(["metadata", "--no-deps", "--format-version", "1"])
         .current_dir(root())

@@ -7,5 +7,7 @@
 
 mod control;
 mod frames;
+mod network;
 mod nodes;
+mod rolling;
 mod slow;
