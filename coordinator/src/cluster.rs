@@ -1,5 +1,6 @@
 //! guild.cluster.v1 over the membership: checks what comes in, words what goes out.
 
+mod operate;
 mod rules;
 
 use std::sync::Arc;
@@ -12,13 +13,13 @@ use guild_node::tls::{self, Identity};
 use guild_node::{Shutdown, serve, status};
 use guild_proto::cluster::v1::cluster_server::Cluster;
 use guild_proto::cluster::v1::{
-    ExpertLoadRequest, ExpertLoadResponse, HeartbeatRequest, HeartbeatResponse, LeaveRequest,
-    LeaveResponse, NodeStatus, Placement, RegisterRequest, RegisterResponse, ReportLoadRequest,
-    ReportLoadResponse, Role, StatusRequest, StatusResponse, WatchPlacementRequest,
+    DrainNodeRequest, DrainNodeResponse, ExpertLoadRequest, ExpertLoadResponse, HeartbeatRequest,
+    HeartbeatResponse, LeaveRequest, LeaveResponse, MigrationStatus, NodeStatus, Placement,
+    RebalanceRequest, RebalanceResponse, RegisterRequest, RegisterResponse, ReportLoadRequest,
+    ReportLoadResponse, Role, StatusRequest, StatusResponse, WatchMigrationRequest,
+    WatchPlacementRequest,
 };
-use guild_scheduler::membership::{
-    self, Measured, Refused, Registration, Report, UnknownNode,
-};
+use guild_scheduler::membership::{self, Measured, Refused, Registration, Report, UnknownNode};
 use tokio_stream::wrappers::WatchStream;
 use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status};
@@ -171,7 +172,7 @@ impl Cluster for ClusterService {
         _request: Request<StatusRequest>,
     ) -> Result<Response<StatusResponse>, Status> {
         let reason = self.state.waiting_for().borrow().clone();
-        let (epoch, nodes) = self.state.with(|membership, _| {
+        let (epoch, nodes, (replicas_wanted, replicas)) = self.state.with(|membership, _| {
             let published = membership.published();
             let slots = |id| {
                 published
@@ -194,10 +195,16 @@ impl Cluster for ClusterService {
                     epoch: node.report.epoch,
                     slots: slots(node.id),
                     numerics_class: node.numerics_class.clone(),
-                    ..Default::default()
+                    process: node.process.clone(),
+                    failure_domain: node.failure_domain.clone(),
+                    draining: node.report.draining || membership.is_drained(node),
+                    rows_per_second: node.report.measured.rows_per_second,
+                    resident_bytes: node.report.measured.resident_bytes,
+                    free_bytes: node.report.measured.free_bytes,
                 })
                 .collect();
-            (published.map_or(0, |p| p.placement.epoch()), nodes)
+            let epoch = published.map_or(0, |p| p.placement.epoch());
+            (epoch, nodes, membership.redundancy())
         });
         Ok(Response::new(StatusResponse {
             ready: reason.is_none(),
@@ -206,7 +213,8 @@ impl Cluster for ClusterService {
             model: self.state.model.clone(),
             model_digest: self.state.digest.clone(),
             nodes,
-            ..Default::default()
+            replicas_wanted,
+            replicas,
         }))
     }
 
@@ -240,6 +248,30 @@ impl Cluster for ClusterService {
             .map_err(follower)?;
         let answer = self.state.load.answer(active.as_ref(), shots_after);
         Ok(Response::new(answer))
+    }
+
+    async fn rebalance(
+        &self,
+        request: Request<RebalanceRequest>,
+    ) -> Result<Response<RebalanceResponse>, Status> {
+        let answer = operate::rebalance(&self.state, request.into_inner()).await?;
+        Ok(Response::new(answer))
+    }
+
+    async fn drain_node(
+        &self,
+        request: Request<DrainNodeRequest>,
+    ) -> Result<Response<DrainNodeResponse>, Status> {
+        let answer = operate::drain_node(&self.state, request.get_ref())?;
+        Ok(Response::new(answer))
+    }
+
+    async fn watch_migration(
+        &self,
+        _request: Request<WatchMigrationRequest>,
+    ) -> Result<Response<BoxStream<MigrationStatus>>, Status> {
+        let stream = operate::watch_migration(&self.state, &self.end)?;
+        Ok(Response::new(stream))
     }
 }
 
@@ -276,7 +308,10 @@ fn follower(refused: NotLeading) -> Status {
     let leader = refused.leader.map(|leader| leader.candidate.address);
     let message = match &leader {
         Some(leader) => format!("this coordinator does not lead, the one at {leader} does"),
-        None => "no coordinator leads at present".to_owned(),
+        None => match refused.deposed {
+            Some(why) => format!("no coordinator leads at present: {why}"),
+            None => "no coordinator leads at present".to_owned(),
+        },
     };
     let leader = leader.map(|leader| (LEADER_KEY, leader));
     status::with_reason(Code::Unavailable, REASON_NOT_LEADER, message, leader)

@@ -27,6 +27,7 @@ use guild_node::tls::{FrontTls, Role, Tls};
 use guild_node::{ExitKind, HasExitKind, Shutdown};
 use guild_proto::cluster::v1::cluster_server::ClusterServer;
 use guild_scheduler::membership::Settings;
+use guild_scheduler::rebalance::Mode;
 use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::service::Routes;
@@ -42,8 +43,6 @@ const CLUSTER: &str = "guild.cluster.v1.Cluster";
 /// Time the cluster service gets to end its streams once the front door is shut.
 const CLUSTER_DRAIN: Duration = Duration::from_secs(1);
 
-/// What one step of a migration may take: some gigabytes from a slow disk.
-const COPY_DEADLINE: Duration = Duration::from_secs(120);
 /// Time that resigning the leadership may take.
 const RESIGNING: Duration = Duration::from_secs(1);
 
@@ -65,6 +64,12 @@ pub struct CoordinatorConfig {
     /// Homes of every expert, each on another node, as far as nodes and their
     /// memory allow.
     pub replicas: u32,
+    /// Homes that each layer may have beyond these: room for copies of hot experts.
+    pub redundant_experts: u32,
+    /// How the load of the expert nodes is kept even.
+    pub rebalance: Rebalance,
+    /// What the copies of one step of a migration may take.
+    pub copy_deadline: Duration,
     /// How long to wait for further expert nodes after one has joined.
     pub settle: Duration,
     /// A node that is silent for this long is taken for dead.
@@ -89,6 +94,30 @@ pub struct CoordinatorConfig {
     pub advertise: Option<String>,
     /// A leader that the store has not heard of for so long is deposed.
     pub leader_ttl: Duration,
+    /// Where one owner ends the coordinator and its nodes; None: the coordinator
+    /// does not wait for nodes to leave.
+    pub farewell: Option<Farewell>,
+}
+
+/// How the load of the expert nodes is kept even while the cluster serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rebalance {
+    /// Who plans.
+    pub planner: Mode,
+    /// Between two plans; None: only when an operator asks for one.
+    pub interval: Option<Duration>,
+    /// Bytes that one plan may move.
+    pub budget_bytes: u64,
+}
+
+/// How an owner ends a coordinator together with its nodes: doors first, then
+/// the nodes, while they still have somebody to say goodbye to.
+#[derive(Clone, Debug, Default)]
+pub struct Farewell {
+    /// Triggered by the coordinator: the doors are shut and no stream is left.
+    pub doors_shut: Shutdown,
+    /// Triggered by the owner: the nodes have left.
+    pub nodes_left: Shutdown,
 }
 
 impl CoordinatorConfig {
@@ -96,6 +125,15 @@ impl CoordinatorConfig {
     pub const MIN_EXPERT_NODES: usize = 1;
     /// Homes of every expert, by default.
     pub const REPLICAS: u32 = 1;
+    /// Homes of a layer beyond its replicas, by default.
+    pub const REDUNDANT_EXPERTS: u32 = 0;
+    /// Time between two plans, by default.
+    pub const REBALANCE_INTERVAL: Duration = Duration::from_secs(60);
+    /// Bytes that one plan may move, by default: a second or two of 10 GbE.
+    pub const REBALANCE_BUDGET: u64 = 1 << 30;
+    /// What the copies of one step may take, by default: some gigabytes from a
+    /// slow disk.
+    pub const COPY_DEADLINE: Duration = Duration::from_secs(120);
     /// Settle time, by default.
     pub const SETTLE: Duration = Duration::from_millis(500);
     /// Lease, by default.
@@ -121,6 +159,13 @@ impl CoordinatorConfig {
             max_context: None,
             min_expert_nodes: CoordinatorConfig::MIN_EXPERT_NODES,
             replicas: CoordinatorConfig::REPLICAS,
+            redundant_experts: CoordinatorConfig::REDUNDANT_EXPERTS,
+            rebalance: Rebalance {
+                planner: Mode::Guild,
+                interval: Some(CoordinatorConfig::REBALANCE_INTERVAL),
+                budget_bytes: CoordinatorConfig::REBALANCE_BUDGET,
+            },
+            copy_deadline: CoordinatorConfig::COPY_DEADLINE,
             settle: CoordinatorConfig::SETTLE,
             lease: CoordinatorConfig::LEASE,
             drain: CoordinatorConfig::DRAIN,
@@ -132,6 +177,7 @@ impl CoordinatorConfig {
             store: StoreUrl::Memory,
             advertise: None,
             leader_ttl: CoordinatorConfig::LEADER_TTL,
+            farewell: None,
         }
     }
 }
@@ -214,7 +260,12 @@ pub async fn run(
         "serving this model"
     );
 
-    let state = ClusterState::new(settings, model.name.clone(), model.digest.clone());
+    let state = ClusterState::new(
+        settings,
+        model.name.clone(),
+        model.digest.clone(),
+        config.rebalance,
+    );
     let election_end = Shutdown::new();
     let mut election = Election::begin(&config, &listeners, &state, election_end.clone()).await?;
     let nodes = AttentionNodes::new(
@@ -252,6 +303,10 @@ pub async fn run(
             grpc.run(listeners.grpc, shutdown.clone(), config.drain),
         );
         // Nodes stay members until the last stream is through.
+        if let Some(farewell) = &config.farewell {
+            farewell.doors_shut.trigger();
+            farewell.nodes_left.requested().await;
+        }
         cluster_end.trigger();
         result
     };
@@ -272,6 +327,7 @@ pub async fn run(
             ended.map_err(|_| CoordinatorError::Ended("the election"))??;
         }
         () = state.keep_time() => return Err(CoordinatorError::Ended("the clock")),
+        () = state.keep_balance() => return Err(CoordinatorError::Ended("the planner")),
         () = report_health(&state, &health) => return Err(CoordinatorError::Ended("health")),
         () = drain_begins => {}
     }
@@ -379,8 +435,8 @@ fn identify(config: &CoordinatorConfig) -> Result<(Settings, ServedModel), Model
         settle: config.settle,
         min_expert_nodes: config.min_expert_nodes,
         replicas: config.replicas,
-        redundant_experts: 0,
-        copy_deadline: COPY_DEADLINE,
+        redundant_experts: config.redundant_experts,
+        copy_deadline: config.copy_deadline,
     };
     let made_for = description.max_position_embeddings;
     let max_context = config

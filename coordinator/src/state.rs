@@ -3,18 +3,25 @@
 
 mod leading;
 mod load;
+mod rebalance;
+mod wire;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use guild_node::store::Leader;
-use guild_proto::cluster::v1::{Placement, PlacementNode, PlacementState, Slot};
-use guild_scheduler::membership::{Action, Loss, Membership, Outcome, Published, Settings};
+use guild_node::store::{Leader, Validity};
+use guild_scheduler::membership::{
+    Action, Loss, Membership, MigrationStatus, Outcome, Settings, Snapshot,
+};
 use guild_scheduler::placement::NodeId;
 use tokio::sync::{broadcast, watch};
 
+use crate::Rebalance;
+
 pub(crate) use leading::NotLeading;
 use load::LoadBook;
+pub(crate) use rebalance::RebalanceError;
+pub(crate) use wire::Placements;
 
 /// Shortest lease: heartbeats cannot be kept much below a third of it.
 pub(crate) const MIN_LEASE: Duration = Duration::from_millis(100);
@@ -22,6 +29,8 @@ pub(crate) const MIN_LEASE: Duration = Duration::from_millis(100);
 pub(crate) const MAX_LEASE: Duration = Duration::from_secs(600);
 /// How often time is told to the membership, at most and at least.
 const TICK: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(200));
+/// Ticks that may be missed before this process counts as having been frozen.
+const FROZEN_TICKS: u32 = 4;
 /// Losses that a slow listener may miss; it then looks at the membership itself.
 const LOSSES: usize = 256;
 /// What the cluster waits for while nobody has ever led it.
@@ -32,7 +41,7 @@ const DRAINING: &str = "the coordinator is shutting down";
 /// The membership, its clock, and those who follow it.
 pub(crate) struct ClusterState {
     inner: Mutex<Inner>,
-    start: Instant,
+    settings: Settings,
     tick: Duration,
     pub(crate) lease: Duration,
     pub(crate) model: String,
@@ -46,61 +55,115 @@ pub(crate) struct ClusterState {
     lost: broadcast::Sender<NodeId>,
     /// What attention nodes report to this coordinator while it leads.
     pub(crate) load: LoadBook,
-}
-
-/// What nodes are told of: both may hold at the same time.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Placements {
-    /// Requests are served by it.
-    active: Option<Arc<Placement>>,
-    /// Newer, and not active (yet).
-    next: Option<Arc<Placement>>,
-}
-
-impl Placements {
-    fn of(membership: &Membership) -> Placements {
-        Placements {
-            active: membership.active().map(to_wire).map(Arc::new),
-            next: membership.next().map(to_wire).map(Arc::new),
-        }
-    }
-
-    /// What differs from `told`, oldest first; `told` is brought up to it.
-    pub(crate) fn news(self, told: &mut Placements) -> Vec<Arc<Placement>> {
-        let news = [(&self.active, &told.active), (&self.next, &told.next)];
-        let news = news.into_iter().filter(|(now, was)| now != was);
-        let news = news.filter_map(|(now, _)| now.clone()).collect();
-        *told = self;
-        news
-    }
+    rebalance: Rebalance,
+    /// As the leader sees it.
+    migration: watch::Sender<MigrationStatus>,
 }
 
 struct Inner {
     /// The leader's own; what it has written, with the others.
     membership: Membership,
+    /// What the store holds of it, as far as is known.
+    written: Option<Arc<Snapshot>>,
+    clock: Clock,
     draining: bool,
-    leading: bool,
+    /// None: it follows.
+    leading: Option<Validity>,
     /// Whom this coordinator follows.
     leader: Option<Leader>,
+    /// How its own leadership has ended, if it has.
+    deposed: Option<String>,
+    /// Epochs that the log has, and whether as active.
+    announced: Vec<(u64, bool)>,
+}
+
+impl Inner {
+    /// Whether nobody else can lead now.
+    fn leads(&self) -> bool {
+        self.leading.as_ref().is_some_and(Validity::holds)
+    }
+
+    /// Logs what the placements are, once each.
+    fn announce(&mut self) {
+        let membership = &self.membership;
+        let all = [membership.active(), membership.next()];
+        let mut now = Vec::new();
+        for published in all.into_iter().flatten() {
+            let epoch = published.placement.epoch();
+            now.push((epoch, published.active));
+            if self.announced.contains(&(epoch, published.active)) {
+                continue;
+            }
+            tracing::info!(
+                epoch,
+                active = published.active,
+                nodes = published.nodes.len(),
+                homes = published.placement.homes(),
+                "placement"
+            );
+            let (wanted, has) = membership.redundancy();
+            if published.active && has < wanted && !self.draining {
+                tracing::warn!(
+                    wanted,
+                    has,
+                    "experts have fewer copies than --replicas asks for: more expert nodes or memory would help"
+                );
+            }
+        }
+        self.announced = now;
+    }
+}
+
+/// Time in which this process runs. While it is frozen it hears nobody, so nobody's silence
+/// counts.
+struct Clock {
+    /// Of the last look.
+    at: Instant,
+    /// Then.
+    time: Duration,
+    /// More than that between two looks was spent frozen.
+    most: Duration,
+}
+
+impl Clock {
+    fn now(&mut self) -> Duration {
+        let at = Instant::now();
+        self.time += (at - self.at).min(self.most);
+        self.at = at;
+        self.time
+    }
 }
 
 impl ClusterState {
-    pub(crate) fn new(settings: Settings, model: String, digest: String) -> Arc<ClusterState> {
+    pub(crate) fn new(
+        settings: Settings,
+        model: String,
+        digest: String,
+        rebalance: Rebalance,
+    ) -> Arc<ClusterState> {
         let tick = (settings.lease / 8)
             .min(settings.settle / 4)
             .clamp(TICK.0, TICK.1);
         let load = LoadBook::new(&settings.layers, settings.experts);
         let state = ClusterState {
-            start: Instant::now(),
             tick,
             lease: settings.lease,
+            settings: settings.clone(),
             model,
             digest,
             inner: Mutex::new(Inner {
                 membership: Membership::new(settings, Duration::ZERO),
+                written: None,
+                clock: Clock {
+                    at: Instant::now(),
+                    time: Duration::ZERO,
+                    most: tick * FROZEN_TICKS,
+                },
                 draining: false,
-                leading: false,
+                leading: None,
                 leader: None,
+                deposed: None,
+                announced: Vec::new(),
             }),
             placements: watch::Sender::new(Placements::default()),
             proposal: watch::Sender::new(None),
@@ -108,6 +171,8 @@ impl ClusterState {
             waiting_for: watch::Sender::new(Some("starting".to_owned())),
             lost: broadcast::Sender::new(LOSSES),
             load,
+            rebalance,
+            migration: watch::Sender::default(),
         };
         state.with(|_, _| ());
         Arc::new(state)
@@ -123,11 +188,20 @@ impl ClusterState {
         // A panic elsewhere must not take the cluster down with it: the
         // membership is consistent between its own calls.
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = event(&mut inner, self.start.elapsed());
+        let now = inner.clock.now();
+        let result = event(&mut inner, now);
         for action in inner.membership.take_actions() {
-            self.carry_out(&inner, action);
+            self.carry_out(&mut inner, action);
         }
-        let unled = !inner.leading && inner.leader.is_none();
+        self.migration.send_if_modified(|known| {
+            let now = inner.membership.migration();
+            let news = inner.leads() && known != now;
+            if news {
+                known.clone_from(now);
+            }
+            news
+        });
+        let unled = inner.leading.is_none() && inner.leader.is_none();
         let waiting = match inner.draining {
             true => Some(DRAINING.to_owned()),
             false if unled && inner.membership.active().is_none() => Some(LEADERLESS.to_owned()),
@@ -151,30 +225,10 @@ impl ClusterState {
         result
     }
 
-    fn carry_out(&self, inner: &Inner, action: Action) {
+    fn carry_out(&self, inner: &mut Inner, action: Action) {
         match action {
             Action::Publish => {
-                let membership = &inner.membership;
-                for published in [membership.active(), membership.next()]
-                    .into_iter()
-                    .flatten()
-                {
-                    tracing::info!(
-                        epoch = published.placement.epoch(),
-                        active = published.active,
-                        nodes = published.nodes.len(),
-                        homes = published.placement.homes(),
-                        "placement"
-                    );
-                }
-                let (wanted, has) = membership.redundancy();
-                if membership.active().is_some() && has < wanted {
-                    tracing::warn!(
-                        wanted,
-                        has,
-                        "experts have fewer copies than --replicas asks for: more expert nodes or memory would help"
-                    );
-                }
+                inner.announce();
                 self.propose(inner);
             }
             Action::StepBegun {
@@ -227,6 +281,11 @@ impl ClusterState {
         self.waiting_for.subscribe()
     }
 
+    /// The migration under way, or the last one, and every change of it.
+    pub(crate) fn migration(&self) -> watch::Receiver<MigrationStatus> {
+        self.migration.subscribe()
+    }
+
     /// Completes when `node` is no longer a member.
     pub(crate) async fn lost(&self, node: NodeId) {
         let mut losses = self.lost.subscribe();
@@ -260,39 +319,12 @@ impl ClusterState {
         loop {
             interval.tick().await;
             self.with_inner(|inner, now| {
-                if inner.leading {
+                if inner.leads() {
                     self.load.tick(now);
                     inner.membership.tick(now);
                     self.propose(inner);
                 }
             });
         }
-    }
-}
-
-fn to_wire(published: &Published) -> Placement {
-    let state = match published.active {
-        true => PlacementState::Active,
-        false => PlacementState::Loading,
-    };
-    let nodes = published.placement.nodes().iter().zip(&published.nodes);
-    Placement {
-        epoch: published.placement.epoch(),
-        state: state.into(),
-        nodes: nodes
-            .map(|(slots, node)| PlacementNode {
-                node_id: slots.node,
-                name: node.name.clone(),
-                address: node.address.clone(),
-                process: node.process.clone(),
-                rows_per_second: node.rows_per_second,
-                slots: slots
-                    .slots
-                    .iter()
-                    .map(|&(layer, expert)| Slot { layer, expert })
-                    .collect(),
-            })
-            .collect(),
-        ..Default::default()
     }
 }

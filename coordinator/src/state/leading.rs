@@ -10,10 +10,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use guild_node::Shutdown;
 use guild_node::store::{
     Candidate, ClusterStore, Leader, Leadership, Observation, State, StoreError, follow,
 };
+use guild_node::{Shutdown, failpoint};
 use guild_scheduler::membership::{Membership, Snapshot};
 use tokio::sync::watch;
 
@@ -36,19 +36,28 @@ pub(super) struct Proposal {
 pub(crate) struct NotLeading {
     /// Who does, as far as is known.
     pub(crate) leader: Option<Leader>,
+    /// How this coordinator was deposed, if it was and nobody is known to lead since.
+    pub(crate) deposed: Option<String>,
 }
 
 impl ClusterState {
-    /// Like [`with`](ClusterState::with), for what only the leader may do.
+    /// Like [`with`](ClusterState::with), for what only the leader may do. The lease is looked at
+    /// before and after: the answer of one that was frozen in between is nobody's.
     pub(crate) fn lead<R>(
         &self,
         event: impl FnOnce(&mut Membership, Duration) -> R,
     ) -> Result<R, NotLeading> {
-        self.with_inner(|inner, now| match inner.leading {
-            true => Ok(event(&mut inner.membership, now)),
-            false => Err(NotLeading {
+        self.with_inner(|inner, now| {
+            if inner.leads() {
+                let answer = event(&mut inner.membership, now);
+                if inner.leads() {
+                    return Ok(answer);
+                }
+            }
+            Err(NotLeading {
                 leader: inner.leader.clone(),
-            }),
+                deposed: inner.deposed.clone(),
+            })
         })
     }
 
@@ -102,7 +111,7 @@ impl ClusterState {
                 }
             };
             tracing::warn!(term, "this coordinator no longer leads: {why}");
-            self.step_down();
+            self.step_down(why);
         }
     }
 
@@ -120,8 +129,11 @@ impl ClusterState {
     fn mirror(&self, seen: &Observation) {
         self.with_inner(|inner, now| {
             inner.leader.clone_from(&seen.leader);
-            if inner.leading {
+            if inner.leading.is_some() {
                 return;
+            }
+            if seen.leader.is_some() {
+                inner.deposed = None;
             }
             if let Some(state) = &seen.state {
                 self.resume(inner, now, state);
@@ -141,6 +153,7 @@ impl ClusterState {
         };
         let ours = inner.membership.snapshot();
         if ours == snapshot {
+            inner.written = Some(Arc::new(snapshot));
             return;
         }
         if ours.newest_epoch() > snapshot.newest_epoch() {
@@ -160,6 +173,7 @@ impl ClusterState {
             // Nobody listening is fine: nothing is running there then.
             let _ = self.lost.send(gone);
         }
+        inner.written = Some(Arc::new(snapshot));
     }
 
     /// Goes on from what the leader before has left, or from what is known here
@@ -176,16 +190,32 @@ impl ClusterState {
                 tracing::error!("cannot go on from what is known here: {error}");
             }
             inner.membership.take_actions();
-            inner.leading = true;
+            inner.leading = Some(leadership.validity());
+            inner.deposed = None;
             self.propose(inner);
         });
         self.leads.send_replace(true);
     }
 
-    fn step_down(&self) {
-        self.with_inner(|inner, _| {
-            inner.leading = false;
+    /// What was decided and not written has never been: nobody was told of it, and its epochs are
+    /// the next leader's to use.
+    fn step_down(&self, why: String) {
+        self.with_inner(|inner, now| {
+            inner.leading = None;
             inner.leader = None;
+            inner.deposed = Some(why);
+            let Some(written) = &inner.written else {
+                return;
+            };
+            if **written == inner.membership.snapshot() {
+                return;
+            }
+            let mut membership = Membership::new(self.settings.clone(), now);
+            match membership.resume(now, written) {
+                Ok(()) => inner.membership = membership,
+                Err(error) => tracing::error!("cannot go back to what is written: {error}"),
+            }
+            inner.membership.take_actions();
         });
         self.proposal.send_replace(None);
         self.leads.send_replace(false);
@@ -194,7 +224,7 @@ impl ClusterState {
     /// Notes what is to be written now. Told under the lock, so that the last is
     /// the newest.
     pub(super) fn propose(&self, inner: &Inner) {
-        if !inner.leading {
+        if !inner.leads() {
             return;
         }
         let snapshot = inner.membership.snapshot();
@@ -218,6 +248,7 @@ impl ClusterState {
         let mut proposals = self.proposal.subscribe();
         proposals.mark_changed();
         let mut complained = false;
+        let mut told = Placements::default();
         while proposals.changed().await.is_ok() {
             let Some(proposal) = proposals.borrow_and_update().clone() else {
                 continue;
@@ -230,9 +261,15 @@ impl ClusterState {
                     Err(error) => return format!("the membership cannot be written: {error}"),
                 },
             };
-            match leadership.save(&state).await {
+            let saved = match pass(proposal.placements.fail_points(&told)).await {
+                Ok(()) => leadership.save(&state).await,
+                Err(fired) => Err(fired),
+            };
+            match saved {
                 Ok(_) => {
                     complained = false;
+                    told.clone_from(&proposal.placements);
+                    self.with_inner(|inner, _| inner.written = Some(proposal.snapshot));
                     self.placements.send_replace(proposal.placements);
                 }
                 Err(StoreError::Fenced { reason, .. }) => return reason,
@@ -249,4 +286,23 @@ impl ClusterState {
         }
         "the coordinator ends".to_owned()
     }
+}
+
+/// Passes fail points on a thread that may block. One that fires is as if the
+/// store could not be written.
+async fn pass(points: Vec<&'static str>) -> Result<(), StoreError> {
+    if points.is_empty() {
+        return Ok(());
+    }
+    let passed =
+        tokio::task::spawn_blocking(move || points.into_iter().try_for_each(failpoint::at));
+    let reason = match passed.await {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(fired)) => fired.to_string(),
+        Err(panic) => panic.to_string(),
+    };
+    Err(StoreError::Unavailable {
+        store: "of this test".to_owned(),
+        reason,
+    })
 }

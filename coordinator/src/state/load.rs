@@ -90,6 +90,12 @@ impl LoadBook {
         });
     }
 
+    /// The closed shots of the window, oldest first: what is planned by.
+    pub(super) fn shots(&self) -> Vec<Shot> {
+        let shots = self.with(|inner| inner.meter.window().cloned().collect());
+        shots.unwrap_or_default()
+    }
+
     /// All that is known, over the homes of `active`; shots after number
     /// `shots_after`, if asked for.
     pub(crate) fn answer(

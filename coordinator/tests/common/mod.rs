@@ -26,7 +26,7 @@ use guild_proto::inference::v1::{
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 use tonic::codegen::BoxStream;
 use tonic::transport::Channel;
@@ -80,7 +80,8 @@ async fn send(
 pub(crate) struct Coordinator {
     /// Where nodes join.
     pub(crate) cluster: String,
-    grpc: String,
+    /// The front door.
+    pub(crate) grpc: String,
     http: String,
     /// Of the model it serves.
     pub(crate) digest: String,
@@ -101,22 +102,28 @@ impl Coordinator {
 
     /// One whose streams wait so long for another attention node.
     pub(crate) async fn start_with(resume_wait: Duration) -> Coordinator {
-        Coordinator::listen_on("127.0.0.1:0", resume_wait).await
+        Coordinator::start_by(|config| config.resume_wait = resume_wait).await
     }
 
-    async fn listen_on(address: &str, resume_wait: Duration) -> Coordinator {
+    /// One that is told something else.
+    pub(crate) async fn start_by(tell: impl FnOnce(&mut CoordinatorConfig)) -> Coordinator {
+        Coordinator::listen_on("127.0.0.1:0", tell).await
+    }
+
+    async fn listen_on(address: &str, tell: impl FnOnce(&mut CoordinatorConfig)) -> Coordinator {
         let listeners = Listeners {
             cluster: bind(address).await.unwrap(),
             http: bind("127.0.0.1:0").await.unwrap(),
             grpc: bind("127.0.0.1:0").await.unwrap(),
         };
         let checkpoint = Checkpoint::open(&checkpoint()).unwrap();
-        let config = CoordinatorConfig {
+        let mut config = CoordinatorConfig {
             lease: LEASE,
             settle: Duration::from_millis(150),
-            resume_wait,
+            resume_wait: RESUME_WAIT,
             ..CoordinatorConfig::new(checkpoint.clone())
         };
+        tell(&mut config);
         let shutdown = Shutdown::new();
         let description = checkpoint.config();
         Coordinator {
@@ -133,9 +140,14 @@ impl Coordinator {
 
     /// Another process on the same address, which knows nothing of this one.
     pub(crate) async fn restart(self) -> Coordinator {
+        self.restart_by(|_| ()).await
+    }
+
+    /// Another process on the same address, which is told something else.
+    pub(crate) async fn restart_by(self, tell: impl FnOnce(&mut CoordinatorConfig)) -> Coordinator {
         self.task.abort();
         let _ = self.task.await;
-        Coordinator::listen_on(&self.cluster, RESUME_WAIT).await
+        Coordinator::listen_on(&self.cluster, tell).await
     }
 
     /// (layer, expert) pairs of the model.
@@ -244,6 +256,11 @@ impl Coordinator {
     }
 }
 
+/// Runs one prompt to its end at a front door.
+pub(crate) async fn generate_at(address: &str, ids: &[u32]) -> Result<Vec<Event>, Status> {
+    all(open(address, ids).await?).await
+}
+
 async fn all(mut stream: Streaming<GenerateResponse>) -> Result<Vec<Event>, Status> {
     let mut events = Vec::new();
     while let Some(event) = stream.message().await? {
@@ -299,11 +316,29 @@ impl Node {
         Placement::clone(found.unwrap().as_ref().unwrap())
     }
 
+    /// What the coordinator calls it.
+    pub(crate) fn id(&self) -> u32 {
+        self.member.node_id().unwrap()
+    }
+
+    /// Its membership.
+    pub(crate) fn member(&self) -> &Member {
+        &self.member
+    }
+
     /// Claims to have loaded every placement there is and will be.
     pub(crate) fn follow(&self) {
+        self.report_all(self.member.placement());
+    }
+
+    /// Serves by every placement that is active, as attention nodes do.
+    pub(crate) fn serve(&self) {
+        self.report_all(self.member.active());
+    }
+
+    fn report_all(&self, mut placements: watch::Receiver<Option<Arc<Placement>>>) {
         let member = self.member.clone();
         tokio::spawn(async move {
-            let mut placements = member.placement();
             loop {
                 let newest = placements.borrow_and_update().clone();
                 if let Some(placement) = newest {
