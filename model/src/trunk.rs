@@ -32,7 +32,7 @@ pub struct Trunk {
 
 impl Trunk {
     /// Reads an attention node's share of a checkpoint; routed experts are not touched. `progress` hears
-    /// stored bytes done and in all, from any thread, and at the end (all, all).
+    /// stored bytes done and in all, from any thread, now and then and at the end (all, all).
     ///
     /// # Errors
     /// A tensor that is missing or cannot be used.

@@ -220,6 +220,13 @@ pub(crate) fn apply(cpu: &Cpu, weight: MatrixRef<'_>, x: &[f32]) -> Vec<f32> {
     out
 }
 
+/// Bytes from one word about progress to the next: less is done before anybody has read it.
+const TELL_BYTES: u64 = 32 << 20;
+
+fn worth_telling(before: u64, after: u64) -> bool {
+    before / TELL_BYTES < after / TELL_BYTES
+}
+
 /// Reads the tensors of one role from a checkpoint, and tells how far it is.
 pub(crate) struct Loader<'a> {
     ckpt: &'a Checkpoint,
@@ -230,7 +237,8 @@ pub(crate) struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    /// `total` is the stored bytes that will be read, `progress` hears of those done.
+    /// `total` is the stored bytes that will be read, `progress` hears of those done: every [`TELL_BYTES`], and of
+    /// the end.
     pub(crate) fn new(
         ckpt: &'a Checkpoint,
         dtype: Dtype,
@@ -300,8 +308,10 @@ impl<'a> Loader<'a> {
 
     fn count(&self, tensor: &str) {
         let bytes = self.ckpt.stored_bytes(tensor);
-        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        (self.progress)(done.min(self.total), self.total);
+        let before = self.done.fetch_add(bytes, Ordering::Relaxed);
+        if worth_telling(before, before + bytes) {
+            (self.progress)((before + bytes).min(self.total), self.total);
+        }
     }
 }
 
@@ -374,6 +384,18 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn progress_is_told_in_steps_that_a_person_can_follow() {
+        let sizes = [1 << 20; 100];
+        let ends = sizes.iter().scan(0, |end, size| {
+            *end += size;
+            Some(*end)
+        });
+        let told = ends.filter(|&end| worth_telling(end - (1 << 20), end));
+        assert_eq!(told.collect::<Vec<_>>(), [32 << 20, 64 << 20, 96 << 20]);
+        assert!(worth_telling(5, 500 << 20));
     }
 
     #[test]
