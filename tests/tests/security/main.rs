@@ -1,18 +1,27 @@
 //! A closed cluster of real processes: certificates by `guild certs`, keys by `guild keys`, and
 //! nobody else gets in.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+mod keys;
+mod outsider;
+mod ports;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use guild_node::RECHECK;
 use guild_node::channel::Dialer;
 use guild_node::tls::{Role, Roots, Tls, TlsFiles};
 use guild_proto::cluster::v1::cluster_client::ClusterClient;
-use guild_proto::cluster::v1::{self, RegisterRequest};
+use guild_proto::cluster::v1::{
+    self, DrainNodeRequest, HeartbeatRequest, RebalanceRequest, RegisterRequest, StatusRequest,
+};
+use guild_tests::house::line;
 use guild_tests::process::{Guild, START_LIMIT, demo, free_port, guild};
-use serde_json::Value;
+use outsider::Ca;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tonic::Code;
 use tonic::transport::Channel;
@@ -20,6 +29,8 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
+/// Clients that ask while certificates change.
+const CLIENTS: usize = 3;
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -204,6 +215,11 @@ fn callers(of: Role) -> &'static [Role] {
     }
 }
 
+/// One of those that are let in: what is wrong with a certificate that names it is something else.
+fn caller(of: Role) -> Role {
+    callers(of)[0]
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_closed_cluster_serves_its_own_and_refuses_everybody_else() {
     let cluster = Closed::start().await;
@@ -234,35 +250,52 @@ async fn a_closed_cluster_serves_its_own_and_refuses_everybody_else() {
     let elsewhere = TempDir::new().unwrap();
     let others = Certs::make(&elsewhere.path().join("certs"), &[]);
     let namesake = Certs::make(&elsewhere.path().join("other"), &["--cluster", "other"]);
+    let (own, foreign) = (Ca::of(&certs.0), Ca::of(&others.0));
+    let mut refused = 0;
+    let mut refuse = |let_in: bool, who: &str, of: Role| {
+        assert!(!let_in, "{who} is let in by the {of}");
+        refused += 1;
+    };
     for (of, address) in &cluster.internal {
+        let of = *of;
         let peers: &'static [Role] = match of {
             Role::Coordinator => Role::COORDINATING,
             Role::Attention => Role::ATTENDING,
-            Role::Expert => Role::TAKING_ROWS,
-            Role::Operator => &[],
+            _ => Role::TAKING_ROWS,
         };
         for role in Role::ALL {
             let asks = async |tls: Tls| {
                 answers(Dialer::Mutual { tls, peers }.lazy(address).unwrap()).await
             };
-            let may = callers(*of).contains(&role);
-            assert_eq!(asks(certs.open(role)).await, may, "{role} at {of}");
-            assert!(
-                !asks(others.open(role)).await,
-                "{role} of another CA at {of}"
-            );
-            assert!(
-                !asks(namesake.open(role)).await,
-                "{role} of another cluster at {of}"
-            );
+            if callers(of).contains(&role) {
+                assert!(asks(certs.open(role)).await, "{role} at {of}");
+            } else {
+                let who = format!("the role {role}");
+                refuse(asks(certs.open(role)).await, &who, of);
+                let shows = own.dial(address, Some(own.right(role)));
+                refuse(answers(shows).await, &who, of);
+            }
+            let who = format!("{role} of another CA");
+            refuse(asks(others.open(role)).await, &who, of);
+            let shows = own.dial(address, Some(foreign.right(role)));
+            refuse(answers(shows).await, &who, of);
+            let who = format!("{role} of another cluster");
+            refuse(asks(namesake.open(role)).await, &who, of);
         }
-        assert!(
-            !answers(Dialer::Plain.lazy(address).unwrap()).await,
-            "plaintext at {of}"
-        );
-        let nobody = certs.anonymous().lazy(address).unwrap();
-        assert!(!answers(nobody).await, "nobody at {of}");
+        let right = own.dial(address, Some(own.right(caller(of))));
+        assert!(answers(right).await, "the outsider's own tools work");
+        for (wrong, shown) in own.useless(caller(of)) {
+            let let_in = answers(own.dial(address, Some(shown))).await;
+            refuse(let_in, wrong, of);
+        }
+        let plain = Dialer::Plain.lazy(address).unwrap();
+        refuse(answers(plain).await, "plaintext", of);
+        refuse(answers(own.dial(address, None)).await, "nobody", of);
     }
+    line(&json!({
+        "test": "security", "case": "internal_ports", "ports": cluster.internal.len(),
+        "refused": refused, "failed": 0,
+    }));
 
     // A node is what its certificate says.
     let tls = certs.open(Role::Attention);
@@ -276,25 +309,52 @@ async fn a_closed_cluster_serves_its_own_and_refuses_everybody_else() {
     };
     let refused = client.register(request).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
+    // And may do what its role may do: nodes change no placement, operators are no nodes.
+    let asked = client.drain_node(DrainNodeRequest::default()).await;
+    assert_eq!(asked.unwrap_err().code(), Code::PermissionDenied);
+    let asked = client.rebalance(RebalanceRequest::default()).await;
+    assert_eq!(asked.unwrap_err().code(), Code::PermissionDenied);
+    let tls = certs.open(Role::Operator);
+    let dialer = Dialer::to(Role::COORDINATING, Some(&tls));
+    let mut client = ClusterClient::new(dialer.lazy(&cluster.internal[0].1).unwrap());
+    let asked = client.heartbeat(HeartbeatRequest::default()).await;
+    assert_eq!(asked.unwrap_err().code(), Code::PermissionDenied);
+    assert!(client.status(StatusRequest {}).await.is_ok());
 
-    // New certificates under requests: none of them fails.
+    // New certificates under requests that come without a pause: none of them fails.
     let renewed = elsewhere.path().join("renewed");
     std::fs::create_dir(&renewed).unwrap();
     for file in ["ca.pem", "ca.key"] {
         std::fs::copy(certs.path(file), renewed.join(file)).unwrap();
     }
     let renewed = Certs::make(&renewed, &[]);
-    for file in ["coordinator", "attention", "expert"] {
-        for ending in ["pem", "key"] {
-            let name = format!("{file}.{ending}");
-            std::fs::copy(renewed.path(&name), certs.path(&name)).unwrap();
+    let (stop, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..CLIENTS {
+            scope.spawn(|| {
+                while !stop.load(Ordering::SeqCst) {
+                    let (code, again, stderr) = cluster.generate(&["--api-key", &cluster.key]);
+                    assert_eq!(code, 0, "{stderr}");
+                    assert_eq!(token_ids(&again), token_ids(&stdout));
+                    answered.fetch_add(1, Ordering::SeqCst);
+                }
+            });
         }
-        let (code, again, stderr) = cluster.generate(&["--api-key", &cluster.key]);
-        assert_eq!(code, 0, "{stderr}");
-        assert_eq!(token_ids(&again), token_ids(&stdout));
-    }
+        for file in ["coordinator", "attention", "expert"] {
+            for ending in ["pem", "key"] {
+                let name = format!("{file}.{ending}");
+                std::fs::copy(renewed.path(&name), certs.path(&name)).unwrap();
+            }
+            std::thread::sleep(RECHECK);
+        }
+        stop.store(true, Ordering::SeqCst);
+    });
+    let answered = answered.into_inner();
+    line(&json!({
+        "test": "security", "case": "rotation", "whole": answered, "failed": 0, "wrong": 0,
+    }));
+    assert!(answered > CLIENTS);
     // And who comes from now on meets the new ones.
-    tokio::time::sleep(RECHECK).await;
     let newcomer = Dialer::to(Role::COORDINATING, Some(&renewed.open(Role::Expert)));
     let channel = newcomer.lazy(&cluster.internal[0].1).unwrap();
     assert!(answers(channel).await);
@@ -352,6 +412,44 @@ fn a_fresh_start_leaves_loopback_only_with_certificates_and_keys() {
     let named = ["expert-node", "--model", model, "--name", "e-2"];
     let (code, _, stderr) = guild(&[&named[..], &joining, &tls].concat());
     assert!(code == 3 && stderr.contains("e-1"), "{code}: {stderr}");
+}
+
+#[test]
+fn a_start_without_addresses_is_seen_on_loopback_alone() {
+    let model = demo();
+    let model = model.to_str().unwrap();
+    let mut seen = 0;
+    let roles: [&[&str]; 4] = [
+        &[
+            "up",
+            "--attention-nodes",
+            "1",
+            "--expert-nodes",
+            "2",
+            "--fabric",
+            "grpc",
+        ],
+        &["coordinator"],
+        &["attention-node", "--coordinator", "http://127.0.0.1:1"],
+        &["expert-node", "--coordinator", "http://127.0.0.1:1"],
+    ];
+    for role in roles {
+        let mut process = Guild::start(&[role, &["--model", model, "--threads", "1"]].concat());
+        let up = role[0] == "up";
+        let needle = if up {
+            "  cluster "
+        } else {
+            "guild: listening on "
+        };
+        process.wait_for_line(needle, START_LIMIT);
+        let open = ports::open_by(process.id());
+        assert!(!open.is_empty(), "{role:?}");
+        for address in &open {
+            assert!(address.ip().is_loopback(), "{role:?} listens on {address}");
+        }
+        seen += open.len();
+    }
+    line(&json!({ "test": "security", "case": "default_start", "ports": seen, "elsewhere": 0 }));
 }
 
 #[test]
