@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use guild_attention_node::exchange::SUSPECT_AFTER;
 use guild_attention_node::{AttentionNodeConfig as Defaults, KvMemory};
 use guild_coordinator::CoordinatorConfig as CoordinatorDefaults;
+use guild_expert_node::CopyFrom;
 use guild_model::checkpoint::Dtype;
 use guild_node::store::StoreUrl;
 use guild_node::telemetry::LogFormat;
@@ -15,14 +16,18 @@ use guild_node::tls::Role;
 use crate::failure::EXIT_CODES;
 use crate::listen::EPHEMERAL;
 
+mod balance;
 mod bench;
+mod colocated;
 mod experts;
 mod manifest;
 
+pub(crate) use balance::{Balance, PlannerArg};
 pub(crate) use bench::{Api, Bench, BenchCommand, BenchCompare, BenchServe, Dataset, Objective};
+pub(crate) use colocated::Colocated;
 pub(crate) use experts::{
-    Experts, ExpertsCommand, ExpertsEplb, ExpertsLoad, ExpertsLs, ExpertsPlan, ExpertsRecord,
-    Leader, SplitArg,
+    Experts, ExpertsCommand, ExpertsDrain, ExpertsEplb, ExpertsLoad, ExpertsLs, ExpertsPlan,
+    ExpertsRebalance, ExpertsRecord, ExpertsWatch, Leader, SplitArg,
 };
 pub(crate) use manifest::Manifest;
 
@@ -62,7 +67,7 @@ pub(crate) enum Command {
     Certs(Certs),
     /// API keys for the front door
     Keys(Keys),
-    /// Experts: who holds them, how they are loaded, EPLB, and the planner on a recorded load
+    /// Experts: who holds them, how they are loaded, how they move, and planners on a recorded load
     Experts(Experts),
 }
 
@@ -275,6 +280,8 @@ pub(crate) struct Up {
     #[command(flatten)]
     pub(crate) redundancy: Redundancy,
     #[command(flatten)]
+    pub(crate) balance: Balance,
+    #[command(flatten)]
     pub(crate) compute: Compute,
     #[command(flatten)]
     pub(crate) exposure: Exposure,
@@ -326,6 +333,8 @@ pub(crate) struct Coordinator {
     #[command(flatten)]
     pub(crate) redundancy: Redundancy,
     #[command(flatten)]
+    pub(crate) balance: Balance,
+    #[command(flatten)]
     pub(crate) compute: Compute,
     #[command(flatten)]
     pub(crate) exposure: Exposure,
@@ -349,7 +358,7 @@ pub(crate) struct Joining {
     /// Where this node serves; port 0: a free one
     #[arg(long, default_value = EPHEMERAL, value_name = "HOST:PORT")]
     pub(crate) listen: String,
-    /// Where others reach it; default: where it listens
+    /// Where others reach it; default: where it listens. Port 0: the one it listens on
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) advertise: Option<String>,
     /// Unique in the cluster and kept over restarts; default: role and address
@@ -358,18 +367,33 @@ pub(crate) struct Joining {
     /// Where health alone is answered without TLS, for probes that have no certificate
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) health: Option<String>,
+    /// What fails together with this node, such as its host or rack: homes of an expert are kept
+    /// apart as far as possible
+    #[arg(
+        long,
+        default_value = "",
+        hide_default_value = true,
+        value_name = "NAME"
+    )]
+    pub(crate) failure_domain: String,
     #[command(flatten)]
     pub(crate) tls: NodeTls,
 }
 
 #[derive(Clone, Debug, Args)]
-#[command(after_help = format!("Example:
+#[command(after_help = format!("Examples:
   guild attention-node --model models/demo --coordinator http://127.0.0.1:7000
+  guild attention-node --model models/demo --coordinator http://127.0.0.1:7000 --experts
+
+With --experts SIGTERM first lets the requests of this node end and then takes its experts out of
+the cluster; each may take as long as --drain says.
 
 {EXIT_CODES}"))]
 pub(crate) struct AttentionNode {
     #[command(flatten)]
     pub(crate) joining: Joining,
+    #[command(flatten)]
+    pub(crate) colocated: Colocated,
     #[command(flatten)]
     pub(crate) compute: Compute,
     #[command(flatten)]
@@ -391,6 +415,18 @@ pub(crate) struct ExpertNode {
     /// Memory for resident experts, such as 32GiB; 0: as much as is placed here
     #[arg(long, default_value = "0", value_parser = crate::units::parse_bytes, value_name = "SIZE")]
     pub(crate) capacity: u64,
+    /// Where experts come from first that other nodes have: from these, or from the checkpoint
+    #[arg(long, default_value_t, value_parser = CopyFrom::from_str, value_name = "peer|checkpoint")]
+    pub(crate) copy_from: CopyFrom,
+    /// What fails together with this node, such as a host or a rack: copies of an expert are kept
+    /// apart where they can be
+    #[arg(
+        long,
+        default_value = "",
+        value_name = "NAME",
+        hide_default_value = true
+    )]
+    pub(crate) failure_domain: String,
     #[command(flatten)]
     pub(crate) compute: Compute,
     #[command(flatten)]

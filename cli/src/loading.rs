@@ -178,6 +178,14 @@ impl Progress {
         }
     }
 
+    /// Writes what a bar must not be drawn over.
+    pub(crate) fn suspend<R>(&self, write: impl FnOnce() -> R) -> R {
+        match &self.bar {
+            Some(bar) => bar.suspend(write),
+            None => write(),
+        }
+    }
+
     /// `done` of `total` bytes; may come out of order.
     pub(crate) fn at(&self, done: u64, total: u64) {
         if let Some(bar) = &self.bar {

@@ -4,7 +4,7 @@
 use std::future::Future;
 use std::time::Duration;
 
-use guild_coordinator::Listeners;
+use guild_coordinator::{CoordinatorConfig, Farewell, Listeners};
 use guild_model::{Checkpoint, Cpu};
 use guild_node::{ExitKind, HasExitKind, Shutdown, channel};
 use guild_proto::cluster::v1::StatusRequest;
@@ -13,7 +13,7 @@ use guild_transport::Switchboard;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use crate::args::{Compute, Engine, Exposure, FabricKind, Redundancy};
+use crate::args::{Balance, Compute, Engine, Exposure, FabricKind, PlannerArg, Redundancy};
 use crate::command::served_name;
 use crate::failure::Failure;
 use crate::listen::{EPHEMERAL, address_of, bind};
@@ -36,6 +36,7 @@ pub(crate) struct Plan {
     /// What protects the front doors.
     pub(crate) door: Door,
     pub(crate) redundancy: Redundancy,
+    pub(crate) balance: Balance,
 }
 
 impl Plan {
@@ -58,6 +59,7 @@ impl Plan {
             },
             door: Door::default(),
             redundancy: Redundancy::default(),
+            balance: Balance::off(),
         }
     }
 }
@@ -68,6 +70,8 @@ pub(crate) struct Local {
     attention: Tier,
     experts: Tier,
     cluster: String,
+    process: String,
+    farewell: Farewell,
 }
 
 impl Local {
@@ -87,6 +91,8 @@ impl Local {
             attention: Tier::default(),
             experts: Tier::default(),
             cluster,
+            process: shells::process_id(),
+            farewell: Farewell::default(),
         };
 
         let config = shells::coordinator(&shells::FrontDesk {
@@ -97,12 +103,19 @@ impl Local {
             // All that will ever join are known: nothing is to be waited for after them.
             min_expert_nodes: plan.expert_nodes,
             redundancy: plan.redundancy,
+            // Where all nodes share one machine, moving experts gains nothing.
+            rebalance: plan.balance.policy(PlannerArg::Off),
+            redundant_experts: plan.balance.redundant_experts,
             settle: Some(Duration::ZERO),
             exposure: plan.exposure,
             // Nothing of it leaves the process.
             tls: None,
             door: &plan.door,
         });
+        let config = CoordinatorConfig {
+            farewell: Some(local.farewell.clone()),
+            ..config
+        };
         local.coordinator.spawn("coordinator", |end| {
             guild_coordinator::run(config, listeners, end)
         });
@@ -144,6 +157,8 @@ impl Local {
             coordinator: self.cluster.clone(),
             tls: None,
             health: None,
+            process: self.process.clone(),
+            failure_domain: String::new(),
         };
         Ok((place, listener))
     }
@@ -180,28 +195,35 @@ impl Local {
         }
     }
 
-    /// Ends one tier after the other: the door closes first, and experts stay
-    /// until the last request is through.
+    /// Ends one tier after the other: the door closes first, experts stay until
+    /// the last request is through, and all say goodbye to the coordinator.
     ///
     /// # Errors
     /// The first role that did not end well.
     pub(crate) async fn stop(mut self) -> Result<(), Failure> {
-        let coordinator = self.coordinator.stop().await;
+        self.coordinator.end.trigger();
+        let early = tokio::select! {
+            // One that has failed shuts no doors.
+            ended = self.coordinator.ended() => ended,
+            () = self.farewell.doors_shut.requested() => Ok(()),
+        };
         let attention = self.attention.stop().await;
         let experts = self.experts.stop().await;
-        coordinator.and(attention).and(experts)
+        self.farewell.nodes_left.trigger();
+        let coordinator = self.coordinator.ended().await;
+        early.and(coordinator).and(attention).and(experts)
     }
 }
 
 /// Roles that are ended together.
 #[derive(Default)]
-struct Tier {
+pub(crate) struct Tier {
     end: Shutdown,
     roles: JoinSet<(String, Result<(), Failure>)>,
 }
 
 impl Tier {
-    fn spawn<E, F>(&mut self, name: &str, run: impl FnOnce(Shutdown) -> F)
+    pub(crate) fn spawn<E, F>(&mut self, name: &str, run: impl FnOnce(Shutdown) -> F)
     where
         E: HasExitKind + 'static,
         F: Future<Output = Result<(), E>> + Send + 'static,
@@ -214,7 +236,7 @@ impl Tier {
     }
 
     /// Never completes while every role runs.
-    async fn failed(&mut self) -> Failure {
+    pub(crate) async fn failed(&mut self) -> Failure {
         match self.roles.join_next().await {
             Some(Ok((_, Err(failure)))) => failure,
             Some(Ok((name, Ok(())))) => {
@@ -227,8 +249,14 @@ impl Tier {
         }
     }
 
-    async fn stop(&mut self) -> Result<(), Failure> {
+    /// Asks every role to end and waits for it.
+    pub(crate) async fn stop(&mut self) -> Result<(), Failure> {
         self.end.trigger();
+        self.ended().await
+    }
+
+    /// Completes when every role has ended.
+    async fn ended(&mut self) -> Result<(), Failure> {
         let mut outcome = Ok(());
         while let Some(ended) = self.roles.join_next().await {
             let this = match ended {

@@ -1,9 +1,11 @@
 //! From flags to the configurations of the three shells.
 
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher as _, Hasher as _};
 use std::time::Duration;
 
 use guild_attention_node::{AttentionNodeConfig, Patience};
-use guild_coordinator::CoordinatorConfig;
+use guild_coordinator::{CoordinatorConfig, Rebalance};
 use guild_expert_node::ExpertNodeConfig;
 use guild_model::Checkpoint;
 use guild_node::tls::Tls;
@@ -23,6 +25,17 @@ pub(crate) struct Place {
     pub(crate) tls: Option<Tls>,
     /// Where probes ask for its health.
     pub(crate) health: Option<String>,
+    /// The same for all nodes of this process, and for no other.
+    pub(crate) process: String,
+    /// What fails together with it.
+    pub(crate) failure_domain: String,
+}
+
+/// A name for this process that no other has.
+pub(crate) fn process_id() -> String {
+    // Each hasher has keys of its own, from the operating system's random numbers.
+    let draw = || RandomState::new().build_hasher().finish();
+    format!("{:016x}{:016x}", draw(), draw())
 }
 
 pub(crate) fn attention(
@@ -48,6 +61,8 @@ pub(crate) fn attention(
         drain: drain(exposure),
         tls: place.tls.clone(),
         health: place.health.clone(),
+        process: place.process.clone(),
+        failure_domain: place.failure_domain.clone(),
         ..AttentionNodeConfig::new(
             place.model.clone(),
             &place.name,
@@ -69,6 +84,8 @@ pub(crate) fn expert(
         drain: drain(exposure),
         tls: place.tls.clone(),
         health: place.health.clone(),
+        process: place.process.clone(),
+        failure_domain: place.failure_domain.clone(),
         ..ExpertNodeConfig::new(
             place.model.clone(),
             &place.name,
@@ -87,6 +104,9 @@ pub(crate) struct FrontDesk<'a> {
     pub(crate) max_context: u32,
     pub(crate) min_expert_nodes: u16,
     pub(crate) redundancy: Redundancy,
+    pub(crate) rebalance: Rebalance,
+    /// Homes of a layer beyond its replicas.
+    pub(crate) redundant_experts: u32,
     /// Wait for further expert nodes; None: as long as usual.
     pub(crate) settle: Option<Duration>,
     pub(crate) exposure: Exposure,
@@ -103,6 +123,8 @@ pub(crate) fn coordinator(desk: &FrontDesk<'_>) -> CoordinatorConfig {
         min_expert_nodes: usize::from(desk.min_expert_nodes),
         replicas: desk.redundancy.replicas.into(),
         lease: Duration::from_secs_f64(desk.redundancy.lease),
+        rebalance: desk.rebalance,
+        redundant_experts: desk.redundant_experts,
         settle: desk.settle.unwrap_or(CoordinatorConfig::SETTLE),
         drain: drain(desk.exposure),
         tls: desk.tls.cloned(),

@@ -28,15 +28,25 @@ pub(crate) enum ExpertsCommand {
     Eplb(ExpertsEplb),
     /// Plays a recorded load against the planner, EPLB and no planner: a dry run
     Plan(ExpertsPlan),
+    /// Plans by the present load, now, and moves what is worth moving
+    Rebalance(ExpertsRebalance),
+    /// Moves all experts off a node
+    Drain(ExpertsDrain),
+    /// Follows the moves of experts
+    Watch(ExpertsWatch),
 }
 
 /// The coordinator that is asked.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Leader {
-    /// The cluster address of the coordinator that leads; `guild up` prints its own
-    #[arg(long, default_value = "http://127.0.0.1:7000", value_name = "URL")]
+    /// The cluster address of a coordinator, or several; `guild up` prints its own. Where nodes
+    /// have certificates, `guild certs` makes one for operators, too
+    #[arg(
+        long,
+        default_value = "http://127.0.0.1:7000",
+        value_name = "URL[,URL...]"
+    )]
     pub(crate) coordinator: String,
-    /// Where nodes have certificates: that of an attention or expert node
     #[command(flatten)]
     pub(crate) tls: NodeTls,
 }
@@ -155,6 +165,69 @@ pub(crate) struct ExpertsPlan {
     #[arg(long)]
     pub(crate) explain: bool,
     /// One JSON object a plan, and one for all of them
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Examples:
+  guild experts rebalance --dry-run
+  guild experts rebalance --budget 256MiB --wait
+
+{EXIT_CODES}"))]
+pub(crate) struct ExpertsRebalance {
+    #[command(flatten)]
+    pub(crate) leader: Leader,
+    /// Only say what would be moved, and what it would gain
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Bytes that may move; default: what the coordinator was started with
+    #[arg(long, value_parser = units::parse_bytes, value_name = "SIZE")]
+    pub(crate) budget: Option<u64>,
+    /// Return when it has been moved, or has been rolled back
+    #[arg(long, conflicts_with = "dry_run")]
+    pub(crate) wait: bool,
+    /// One JSON object instead of words
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Examples:
+  guild experts drain expert-3 --wait     # then it can be stopped: nothing is lost with it
+  guild experts drain expert-3 --undo
+
+{EXIT_CODES}"))]
+pub(crate) struct ExpertsDrain {
+    /// Name of an expert node, see `guild experts ls`
+    pub(crate) node: String,
+    #[command(flatten)]
+    pub(crate) leader: Leader,
+    /// Lets experts come to it again
+    #[arg(long)]
+    pub(crate) undo: bool,
+    /// Return when it holds no expert any more, or a move has been rolled back
+    #[arg(long, conflicts_with = "undo")]
+    pub(crate) wait: bool,
+    /// One JSON object instead of words
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("A line for each change, until interrupted.
+
+{EXIT_CODES}"))]
+pub(crate) struct ExpertsWatch {
+    #[command(flatten)]
+    pub(crate) leader: Leader,
+    /// One JSON object a line
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]

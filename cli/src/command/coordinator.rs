@@ -5,7 +5,7 @@ use guild_model::Checkpoint;
 use guild_node::tls::Role;
 
 use super::{block_on, listening, log_role, served_name, signals};
-use crate::args::Coordinator;
+use crate::args::{Coordinator, PlannerArg};
 use crate::banner::Banner;
 use crate::failure::Failure;
 use crate::listen::{address_of, bind, reachable};
@@ -71,6 +71,8 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
         max_context: args.max_context,
         min_expert_nodes: args.min_expert_nodes,
         redundancy: args.redundancy,
+        rebalance: args.balance.policy(PlannerArg::Guild),
+        redundant_experts: args.balance.redundant_experts,
         settle: None,
         exposure: args.exposure,
         tls: tls.as_ref(),

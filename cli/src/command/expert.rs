@@ -1,9 +1,10 @@
 //! `guild expert-node`.
 
+use guild_model::Checkpoint;
 use guild_node::tls::Role;
 
 use super::{block_on, cpu, join, log_role, served_name, signals};
-use crate::args::ExpertNode;
+use crate::args::{Compute, ExpertNode};
 use crate::banner::Banner;
 use crate::failure::Failure;
 use crate::{shells, units};
@@ -15,34 +16,13 @@ pub(crate) fn run(args: &ExpertNode) -> Result<(), Failure> {
 
 async fn serve(args: &ExpertNode) -> Result<(), Failure> {
     let shutdown = signals()?;
-    let (place, listener) = join(Role::Expert, &args.joining, args.exposure).await?;
+    let (place, listener) = join(Role::Expert, &args.joining, args.exposure, None).await?;
     let checkpoint = &place.model;
     let cpu = cpu(args.compute.threads);
-    let config = checkpoint.config();
-    let each = config
-        .expert_layers()
-        .map(|layer| checkpoint.expert_bytes(layer))
-        .max()
-        .unwrap_or(0);
-    let room = match args.capacity {
-        0 => "as many as are placed here".to_owned(),
-        bytes => format!(
-            "{} in {}",
-            units::count(bytes.checked_div(each).unwrap_or(0)),
-            units::bytes(bytes)
-        ),
-    };
     let mut banner = Banner::new(format!("expert-node {}", place.name));
     banner
         .model(&served_name(None, checkpoint.dir()), checkpoint)?
-        .line(
-            "experts",
-            format!(
-                "{room}; {} each as stored (--dtype {})",
-                units::bytes(each),
-                args.compute.dtype
-            ),
-        )
+        .line("experts", room(checkpoint, args.capacity, args.compute))
         .cpu(&cpu)
         .line("cluster", &place.coordinator)
         .line("reached at", &place.address)
@@ -53,4 +33,27 @@ async fn serve(args: &ExpertNode) -> Result<(), Failure> {
     guild_expert_node::run(config, listener, cpu, None, shutdown)
         .await
         .map_err(|error| Failure::of(&error))
+}
+
+/// How many experts fit, in words.
+pub(super) fn room(checkpoint: &Checkpoint, capacity: u64, compute: Compute) -> String {
+    let config = checkpoint.config();
+    let each = config
+        .expert_layers()
+        .map(|layer| checkpoint.expert_bytes(layer))
+        .max()
+        .unwrap_or(0);
+    let room = match capacity {
+        0 => "as many as are placed here".to_owned(),
+        bytes => format!(
+            "{} in {}",
+            units::count(bytes.checked_div(each).unwrap_or(0)),
+            units::bytes(bytes)
+        ),
+    };
+    format!(
+        "{room}; {} each as stored (--dtype {})",
+        units::bytes(each),
+        compute.dtype
+    )
 }

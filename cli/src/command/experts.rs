@@ -12,11 +12,15 @@ use super::log_tool;
 use crate::args::{Experts, ExpertsCommand, ExpertsEplb};
 use crate::failure::Failure;
 
+mod drain;
 mod heat;
 mod leader;
 mod ls;
 mod plan;
+mod progress;
+mod rebalance;
 mod record;
+mod watch;
 
 /// Bytes of an input file, at most.
 const MAX_INPUT_BYTES: u64 = 256 << 20;
@@ -28,6 +32,9 @@ pub(crate) fn run(args: &Experts) -> Result<(), Failure> {
         ExpertsCommand::Record(args) => record::run(args),
         ExpertsCommand::Eplb(args) => by_eplb(args),
         ExpertsCommand::Plan(args) => plan::run(args),
+        ExpertsCommand::Rebalance(args) => rebalance::run(args),
+        ExpertsCommand::Drain(args) => drain::run(args),
+        ExpertsCommand::Watch(args) => watch::run(args),
     }
 }
 

@@ -32,7 +32,7 @@ use crate::failure::Failure;
 use crate::listen::{address_of, bind};
 use crate::loading::init_log;
 use crate::security::{Protection, node_tls};
-use crate::shells::Place;
+use crate::shells::{Place, process_id};
 
 /// Runs the command that this process was started with.
 pub(crate) fn run() -> Result<(), Failure> {
@@ -123,11 +123,13 @@ fn listening(address: &str) -> Result<(), Failure> {
     Ok(stdout.flush()?)
 }
 
-/// Opens a node's listener and its checkpoint and settles who and where it is.
+/// Opens a node's listener and, unless a node of this process has done so, its checkpoint, and
+/// settles who and where it is.
 async fn join(
     role: Role,
     joining: &Joining,
     exposure: Exposure,
+    model: Option<&Checkpoint>,
 ) -> Result<(Place, TcpListener), Failure> {
     let tls = node_tls(&joining.tls, role)?;
     let dialer = Dialer::to(Role::COORDINATING, tls.as_ref());
@@ -135,17 +137,18 @@ async fn join(
         .map_err(|error| Failure::usage(format!("--coordinator: {error}")))?;
     let protection = Protection::of_nodes(tls.as_ref(), exposure.insecure);
     let listener = bind("listen", &joining.listen, protection).await?;
-    let address = match &joining.advertise {
-        Some(address) => address.clone(),
-        None => {
-            let address = address_of(&listener)?;
-            if address.ip().is_unspecified() {
-                return Err(Failure::usage(format!(
-                    "--advertise is missing: {address} is no address to be reached at"
-                )));
-            }
-            address.to_string()
+    let address = address_of(&listener)?;
+    let address = match joining.advertise.as_deref() {
+        Some(advertised) => match advertised.strip_suffix(":0") {
+            Some(host) => format!("{host}:{}", address.port()),
+            None => advertised.to_owned(),
+        },
+        None if address.ip().is_unspecified() => {
+            return Err(Failure::usage(format!(
+                "--advertise is missing: {address} is no address to be reached at"
+            )));
         }
+        None => address.to_string(),
     };
     let name = joining
         .name
@@ -156,12 +159,17 @@ async fn join(
     }
     listening(&address)?;
     let place = Place {
-        model: Checkpoint::open(&joining.model)?,
+        model: match model {
+            Some(model) => model.clone(),
+            None => Checkpoint::open(&joining.model)?,
+        },
         name,
         address,
         tls,
         coordinator: joining.coordinator.clone(),
         health: joining.health.clone(),
+        process: process_id(),
+        failure_domain: joining.failure_domain.clone(),
     };
     Ok((place, listener))
 }

@@ -41,6 +41,7 @@ async fn serve(args: &Up) -> Result<(), Failure> {
         engine: args.engine,
         door,
         redundancy: args.redundancy,
+        balance: args.balance,
     };
     let mut banner = banner(args, &plan, &checkpoint, &cpu, doors)?;
     banner

@@ -1,14 +1,21 @@
 //! Asking the coordinator that leads.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use guild_node::channel::Dialer;
+use guild_node::member::{LEADER_KEY, REASON_NOT_LEADER, check_coordinators};
+use guild_node::status::reason_of;
 use guild_node::tls::Role;
 use guild_proto::cluster::v1::cluster_client::ClusterClient;
-use guild_proto::cluster::v1::{ExpertLoadRequest, ExpertLoadResponse};
+use guild_proto::cluster::v1::{
+    ExpertLoadRequest, ExpertLoadResponse, MigrationStatus, StatusRequest, StatusResponse,
+    WatchMigrationRequest,
+};
 use guild_scheduler::load::{Shot, Trace};
-use tonic::Request;
 use tonic::transport::Channel;
+use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_types::StatusExt as _;
 
 use crate::args::Leader;
 use crate::failure::Failure;
@@ -19,49 +26,144 @@ const MAX_ANSWER_BYTES: usize = 128 << 20;
 /// What an answer may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A connection to the coordinator.
+/// The coordinators that can be asked.
 pub(super) struct Asking {
-    client: ClusterClient<Channel>,
-    url: String,
+    dialer: Dialer,
+    /// The one to ask first comes first.
+    urls: VecDeque<String>,
+    /// As they were given.
+    given: String,
 }
 
 impl Asking {
     /// # Errors
-    /// The address or the certificate is of no use.
+    /// An address or the certificate is of no use.
     pub(super) fn at(leader: &Leader) -> Result<Asking, Failure> {
-        let tls = node_tls(&leader.tls, Role::Attention);
-        let tls =
-            tls.or_else(|failure| node_tls(&leader.tls, Role::Expert).map_err(|_| failure))?;
-        let channel = Dialer::to(Role::COORDINATING, tls.as_ref()).lazy(&leader.coordinator);
-        let channel = channel.map_err(|error| Failure::usage(format!("--coordinator: {error}")))?;
+        let open = |role| node_tls(&leader.tls, role);
+        // A node's own will do for looking, where no other is at hand.
+        let tls = open(Role::Operator).or_else(|failure| {
+            let node = open(Role::Attention).or_else(|_| open(Role::Expert));
+            node.map_err(|_| failure)
+        })?;
+        let dialer = Dialer::to(Role::COORDINATING, tls.as_ref());
+        check_coordinators(&leader.coordinator, &dialer)
+            .map_err(|error| Failure::usage(format!("--coordinator: {error}")))?;
+        let urls = leader.coordinator.split(',');
         Ok(Asking {
-            client: ClusterClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES),
-            url: leader.coordinator.clone(),
+            dialer,
+            urls: urls.map(|url| url.trim().to_owned()).collect(),
+            given: leader.coordinator.clone(),
         })
+    }
+
+    /// What the one that leads answers: every coordinator is asked once at most,
+    /// and the one that another names as the leader before all others.
+    ///
+    /// # Errors
+    /// What the last one said.
+    pub(super) async fn ask<R>(
+        &mut self,
+        call: impl AsyncFn(ClusterClient<Channel>) -> Result<Response<R>, Status>,
+    ) -> Result<R, Status> {
+        let (mut to_ask, mut asked) = (self.urls.clone(), Vec::new());
+        let mut last = Status::unavailable("there is no coordinator to ask");
+        while let Some(url) = to_ask.pop_front() {
+            if asked.contains(&url) {
+                continue;
+            }
+            let channel = self.dialer.lazy(&url);
+            let channel = channel.map_err(|error| Status::internal(error.to_string()))?;
+            let client = ClusterClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
+            match call(client).await {
+                Ok(answer) => {
+                    // The next question goes there at once.
+                    self.urls.retain(|known| *known != url);
+                    self.urls.push_front(url);
+                    return Ok(answer.into_inner());
+                }
+                Err(status) if leads_not(&status) => {
+                    if let Some(leader) = leader_of(&status) {
+                        to_ask.push_front(leader);
+                    }
+                    asked.push(url);
+                    last = status;
+                }
+                Err(status) => return Err(status),
+            }
+        }
+        Err(last)
+    }
+
+    /// An error of [`ask`](Asking::ask) for a person.
+    pub(super) fn failure(&self, status: Status) -> Failure {
+        let gone = leads_not(&status);
+        let failure = Failure::from(status);
+        if !gone {
+            return failure;
+        }
+        failure.hint(format!(
+            "--coordinator {} must be the cluster address of a coordinator; several are separated by commas",
+            self.given
+        ))
     }
 
     /// The load as it is now, with the shots after number `shots_after`.
     ///
     /// # Errors
-    /// Nobody answers, somebody who does not lead, or something that is no answer.
+    /// Nobody answers, nobody leads, or what comes is no answer.
     pub(super) async fn load(
         &mut self,
         shots_after: Option<u64>,
     ) -> Result<ExpertLoadResponse, Failure> {
-        let mut request = Request::new(ExpertLoadRequest { shots_after });
-        request.set_timeout(TIMEOUT);
-        let answer = self.client.expert_load(request).await.map_err(|status| {
-            Failure::from(status).hint(format!(
-                "--coordinator {} must be the cluster address of the coordinator that leads",
-                self.url
-            ))
-        })?;
-        let answer = answer.into_inner();
+        let request = ExpertLoadRequest { shots_after };
+        let answer = self
+            .ask(async |mut client| client.expert_load(timed(request)).await)
+            .await;
+        let answer = answer.map_err(|status| self.failure(status))?;
         check(&answer).map_err(|problem| {
-            Failure::network(format!("{}: not a load of experts: {problem}", self.url))
+            Failure::network(format!("{}: not a load of experts: {problem}", self.given))
         })?;
         Ok(answer)
     }
+
+    /// Who is there.
+    ///
+    /// # Errors
+    /// Nobody answers.
+    pub(super) async fn status(&mut self) -> Result<StatusResponse, Failure> {
+        let answer = self
+            .ask(async |mut client| client.status(timed(StatusRequest {})).await)
+            .await;
+        answer.map_err(|status| self.failure(status))
+    }
+
+    /// The migration under way and every change of it.
+    ///
+    /// # Errors
+    /// Nobody answers, or nobody leads.
+    pub(super) async fn watch(&mut self) -> Result<Streaming<MigrationStatus>, Status> {
+        self.ask(async |mut client| client.watch_migration(WatchMigrationRequest {}).await)
+            .await
+    }
+}
+
+/// A request that waits for its answer no longer than an operator would.
+pub(super) fn timed<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(TIMEOUT);
+    request
+}
+
+/// Whether another coordinator is to be asked: this one does not lead, or not
+/// even answer.
+fn leads_not(status: &Status) -> bool {
+    let reason = reason_of(status);
+    status.code() == Code::Unavailable && reason.is_none_or(|reason| reason == REASON_NOT_LEADER)
+}
+
+fn leader_of(status: &Status) -> Option<String> {
+    let mut info = status.get_details_error_info()?;
+    info.metadata.remove(LEADER_KEY)
 }
 
 /// Lists of other lengths than they say would be read beyond their end.
