@@ -2,7 +2,7 @@
 //! of it. Secret: when a request ends and what its reader is told, in which order.
 
 use guild_model::Cpu;
-use guild_model::sampler::{self, Sampled, Sampling};
+use guild_model::sampler::{self, Sampled, Sampling, Seen, Shaping};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::exchange::ExchangeFailure;
@@ -19,6 +19,10 @@ pub struct Request {
     pub max_tokens: usize,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// What is done to logits before that.
+    pub shaping: Shaping,
+    /// So many of the prompt's last tokens are output already, of a stream begun elsewhere.
+    pub output_before: usize,
     /// Tokens that end the output: EOS unless ignored, and the request's own.
     pub stop_tokens: Vec<u32>,
     /// Stop tokens are impossible before this many tokens are out.
@@ -108,6 +112,8 @@ pub(crate) struct Sequence {
     request: Request,
     /// Prompt and output.
     tokens: Vec<u32>,
+    /// What penalties count; nothing where there are none.
+    seen: Seen,
     prompt_logprobs: Vec<Sampled>,
     events: mpsc::Sender<Event>,
     finished: bool,
@@ -118,8 +124,16 @@ impl Sequence {
     /// them: a slow reader holds up nothing but its own memory.
     pub(crate) fn new(request: Request, place: OwnedSemaphorePermit) -> (Sequence, Events) {
         let (events, reader) = mpsc::channel(request.max_tokens + 2);
+        let seen = match request.shaping.counts() {
+            true => Seen::new(
+                &request.prompt,
+                request.prompt.len().saturating_sub(request.output_before),
+            ),
+            false => Seen::default(),
+        };
         let sequence = Sequence {
             tokens: request.prompt.clone(),
+            seen,
             prompt_logprobs: Vec::new(),
             request,
             events,
@@ -178,6 +192,9 @@ impl Sequence {
         let sampled = self.sample(cpu, logits);
         let token = sampled.token;
         self.tokens.push(token);
+        if self.request.shaping.counts() {
+            self.seen.push(token);
+        }
         self.tell(Event::Token {
             token,
             logprobs: self.request.logprobs.is_some().then_some(sampled),
@@ -214,20 +231,29 @@ impl Sequence {
         self.tell(Event::Failed(failure));
     }
 
-    /// The draw is keyed by the token's position in the whole sequence. Before `min_tokens`
-    /// stop tokens are masked out of the draw; log-probabilities are of the raw logits always.
+    /// The draw is keyed by the token's position in the whole sequence. Logits are shaped, and
+    /// before `min_tokens` stop tokens masked, for the draw alone: log-probabilities are of the raw
+    /// logits always.
     fn sample(&self, cpu: &Cpu, logits: &[f32]) -> Sampled {
         let position = self.tokens.len() as u64;
         let top = self.request.logprobs.unwrap_or(0);
-        let sampling = &self.request.sampling;
-        if self.generated() >= self.request.min_tokens || self.request.stop_tokens.is_empty() {
+        let Request {
+            sampling,
+            shaping,
+            stop_tokens,
+            min_tokens,
+            ..
+        } = &self.request;
+        let masks = self.generated() < *min_tokens && !stop_tokens.is_empty();
+        if !masks && shaping.is_neutral() {
             return sampler::sample(cpu, logits, sampling, position, top);
         }
-        let mut masked = logits.to_vec();
-        for &token in &self.request.stop_tokens {
-            masked[token as usize] = f32::NEG_INFINITY;
+        let mut shaped = logits.to_vec();
+        shaping.apply(&mut shaped, &self.seen);
+        for &token in stop_tokens.iter().filter(|_| masks) {
+            shaped[token as usize] = f32::NEG_INFINITY;
         }
-        let token = sampler::sample(cpu, &masked, sampling, position, 0).token;
+        let token = sampler::sample(cpu, &shaped, sampling, position, 0).token;
         sampler::logprobs_of(cpu, logits, token, top)
     }
 

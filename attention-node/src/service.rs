@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt, stream};
 use guild_model::Config;
-use guild_model::sampler::{Sampled, Sampling};
+use guild_model::sampler::{Sampled, Sampling, Shaping};
 use guild_node::status;
 use guild_proto::inference::v1 as wire;
 use guild_proto::inference::v1::generate_request::Input;
@@ -266,6 +266,15 @@ fn check(
     if !(top_p > 0.0 && top_p <= 1.0) {
         return invalid("sampling.top_p", format!("{top_p} is not in (0, 1]"));
     }
+    let min_p = sampling.min_p.unwrap_or(0.0);
+    if !(0.0..=1.0).contains(&min_p) {
+        return invalid("sampling.min_p", format!("{min_p} is not in [0, 1]"));
+    }
+    let shaping = shaping(config, sampling)?;
+    if call.output_tokens as usize > prompt.len() {
+        let text = format!("more than the {} tokens there are", prompt.len());
+        return invalid("output_tokens", text);
+    }
     for (field, top) in [
         ("sampling.logprobs", sampling.logprobs),
         ("sampling.prompt_logprobs", sampling.prompt_logprobs),
@@ -295,12 +304,50 @@ fn check(
             temperature,
             top_p,
             top_k: sampling.top_k.unwrap_or(0),
+            min_p,
             seed: sampling.seed.unwrap_or(0),
         },
+        shaping,
+        output_before: call.output_tokens as usize,
         stop_tokens,
         min_tokens,
         logprobs: sampling.logprobs.map(|n| n as usize),
         prompt_logprobs: sampling.prompt_logprobs.map(|n| n as usize),
+    })
+}
+
+/// Bias and penalties, or which of them makes no sense.
+fn shaping(config: &Config, sampling: &wire::SamplingParams) -> Result<Shaping, Status> {
+    let repetition = sampling.repetition_penalty.unwrap_or(1.0);
+    if !(repetition.is_finite() && repetition > 0.0) {
+        let text = format!("{repetition} is not finite and above 0");
+        return Err(status::invalid("sampling.repetition_penalty", text));
+    }
+    let presence = sampling.presence_penalty.unwrap_or(0.0);
+    let frequency = sampling.frequency_penalty.unwrap_or(0.0);
+    for (field, penalty) in [
+        ("sampling.presence_penalty", presence),
+        ("sampling.frequency_penalty", frequency),
+    ] {
+        if !penalty.is_finite() {
+            return Err(status::invalid(field, format!("{penalty} is not finite")));
+        }
+    }
+    let biases = sampling.logit_bias.iter();
+    let mut bias: Vec<(u32, f32)> = biases.map(|(&token, &bias)| (token, bias)).collect();
+    bias.sort_by_key(|&(token, _)| token);
+    for &(token, bias) in &bias {
+        if !bias.is_finite() || token as usize >= config.vocab_size {
+            let vocab = config.vocab_size;
+            let text = format!("{token}: {bias} is no bias of a token below {vocab}");
+            return Err(status::invalid("sampling.logit_bias", text));
+        }
+    }
+    Ok(Shaping {
+        bias,
+        repetition,
+        presence,
+        frequency,
     })
 }
 

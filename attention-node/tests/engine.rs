@@ -10,7 +10,7 @@ use std::time::Duration;
 use common::{DEADLINE, Model, Random, Rig, bits, limits, read_all, repository, request, tokens};
 use guild_attention_node::sequence::{Event, Events, Failure, Finish, Request};
 use guild_attention_node::{READERS_PER_PLACE, SubmitError};
-use guild_model::sampler::Sampling;
+use guild_model::sampler::{Sampling, Shaping};
 use guild_node::member::RoutedSource as _;
 use guild_scheduler::batch::{Limits, Refusal};
 
@@ -27,7 +27,14 @@ fn sixteen(vocab: usize) -> Vec<Request> {
                 temperature: [0.0, 0.7, 1.3][n % 3],
                 top_p: [1.0, 0.9][n % 2],
                 top_k: [0, 0, 20][n % 3],
+                min_p: [0.0, 0.0, 0.0, 0.02][n % 4],
                 seed: n as u64,
+            },
+            shaping: Shaping {
+                bias: [vec![], vec![(5, 2.0), (9, -3.0)]][n / 8].clone(),
+                repetition: [1.0, 1.2][n / 4 % 2],
+                presence: [0.0, 0.5][n / 2 % 2],
+                frequency: [0.0, 0.3][n / 4 % 2],
             },
             logprobs: [None, Some(0), Some(3)][n % 3],
             prompt_logprobs: [None, Some(2)][n % 2],
@@ -100,6 +107,28 @@ async fn a_request_in_any_batch_gets_what_it_gets_alone() {
     let expected = alone(model, &requests).await;
     for seed in 0..32 {
         mixed(model, &requests, &expected, seed).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_goes_on_elsewhere_gets_the_rest_of_its_tokens_whatever_counts_them() {
+    let model = Model::v3_basic();
+    let rig = Rig::new(model);
+    for whole in sixteen(model.trunk.config().vocab_size) {
+        let out = tokens(&rig.run(&whole).await);
+        for cut in 1..out.len() {
+            let mut rest = whole.clone();
+            rest.prompt.extend_from_slice(&out[..cut]);
+            rest.output_before = cut;
+            rest.max_tokens -= cut;
+            rest.min_tokens = rest.min_tokens.saturating_sub(cut);
+            rest.prompt_logprobs = None;
+            assert_eq!(
+                tokens(&rig.run(&rest).await),
+                out[cut..],
+                "{whole:?} at {cut}"
+            );
+        }
     }
 }
 

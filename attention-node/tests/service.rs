@@ -24,10 +24,9 @@ use tonic_types::StatusExt;
 
 fn call(ids: Vec<u32>, sampling: SamplingParams) -> GenerateRequest {
     GenerateRequest {
-        request_id: String::new(),
-        model: String::new(),
         input: Some(Input::TokenIds(TokenIds { ids })),
         sampling: Some(sampling),
+        ..GenerateRequest::default()
     }
 }
 
@@ -232,6 +231,15 @@ async fn bad_requests_are_refused_by_the_field() {
         request_id: "x".repeat(MAX_REQUEST_ID + 1),
         ..call(ok(), d())
     };
+    let more_output = GenerateRequest {
+        output_tokens: 4,
+        ..call(ok(), d())
+    };
+    let shaped = |change: fn(&mut SamplingParams)| {
+        let mut sampling = d();
+        change(&mut sampling);
+        call(ok(), sampling)
+    };
     let many = MAX_TOP_LOGPROBS as u32 + 1;
     let cases = [
         ("token_ids", no_input),
@@ -242,6 +250,29 @@ async fn bad_requests_are_refused_by_the_field() {
         ("token_ids", call(vec![1, u32::MAX], d())),
         ("token_ids", call(vec![1; 257], d())),
         ("token_ids", call(vec![1; 257], max(0))),
+        ("output_tokens", more_output),
+        ("sampling.min_p", shaped(|s| s.min_p = Some(1.5))),
+        ("sampling.min_p", shaped(|s| s.min_p = Some(f32::NAN))),
+        (
+            "sampling.repetition_penalty",
+            shaped(|s| s.repetition_penalty = Some(0.0)),
+        ),
+        (
+            "sampling.presence_penalty",
+            shaped(|s| s.presence_penalty = Some(f32::INFINITY)),
+        ),
+        (
+            "sampling.frequency_penalty",
+            shaped(|s| s.frequency_penalty = Some(f32::NAN)),
+        ),
+        (
+            "sampling.logit_bias",
+            shaped(|s| s.logit_bias = [(320, 1.0)].into()),
+        ),
+        (
+            "sampling.logit_bias",
+            shaped(|s| s.logit_bias = [(3, f32::NAN)].into()),
+        ),
         ("sampling.max_tokens", call(vec![1; 256], d())),
         ("sampling.max_tokens", call(ok(), max(254))),
         ("sampling.max_tokens", call(ok(), max(u32::MAX))),

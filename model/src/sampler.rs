@@ -4,9 +4,13 @@
 //! stream resumed elsewhere repeats nothing and skips nothing, whatever its batch mates were.
 //! Log-probabilities are the log-softmax of the raw logits, before temperature. It knows no text.
 
+mod shaping;
+
 use std::cmp::Ordering;
 
 use guild_kernels::Cpu;
+
+pub use shaping::{Seen, Shaping};
 
 /// How one token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,6 +22,9 @@ pub struct Sampling {
     pub top_p: f32,
     /// Only so many of the most probable tokens may be drawn; 0 means all. Of equal ones the lowest ids.
     pub top_k: u32,
+    /// Only tokens at least so probable as this share of the most probable one may be drawn, after
+    /// temperature; 0 means all.
+    pub min_p: f32,
     /// Key of the generator.
     pub seed: u64,
 }
@@ -28,6 +35,7 @@ impl Sampling {
         temperature: 0.0,
         top_p: 1.0,
         top_k: 0,
+        min_p: 0.0,
         seed: 0,
     };
 }
@@ -94,7 +102,8 @@ fn argmax(logits: &[f32]) -> u32 {
     best as u32
 }
 
-/// Draws from softmax(logits / temperature), limited by top-k, then by top-p (the order vLLM applies them in).
+/// Draws from softmax(logits / temperature), limited by min-p and top-k, then by top-p of what is left (the order
+/// vLLM applies them in; min-p and top-k do not depend on each other).
 fn draw(cpu: &Cpu, logits: &[f32], max: f32, sampling: &Sampling, position: u64) -> u32 {
     // Subtracting before dividing keeps the tiniest temperature finite: the best is 0, all else falls to -inf.
     let scaled = |l: f32| {
@@ -113,6 +122,12 @@ fn draw(cpu: &Cpu, logits: &[f32], max: f32, sampling: &Sampling, position: u64)
         .iter_mut()
         .zip(&probabilities)
         .for_each(|(c, &p)| c.1 = p);
+    if sampling.min_p > 0.0 {
+        let best = candidates.iter().map(|c| c.1).fold(0.0, f32::max);
+        // However the product rounds, the best one stays.
+        let least = (sampling.min_p * best).min(best);
+        candidates.retain(|c| c.1 >= least);
+    }
     let mut total: f64 = candidates.iter().map(|c| f64::from(c.1)).sum();
     if sampling.top_p < 1.0 {
         (candidates, total) = nucleus(candidates, f64::from(sampling.top_p) * total);

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use guild_model::sampler::{Sampling, logprobs_of, sample};
+use guild_model::sampler::{Sampling, Seen, Shaping, logprobs_of, sample};
 use guild_model::{Cpu, Isa};
 use proptest::prelude::*;
 
@@ -284,6 +284,7 @@ fn every_isa_and_thread_count_draws_the_same() {
         temperature: 0.8,
         top_p: 0.9,
         top_k: 500,
+        min_p: 0.001,
         seed: 3,
     };
     let expected: Vec<_> = (0..50)
@@ -333,4 +334,107 @@ proptest! {
         // A whisker of slack where f32 and f64 place the edge differently.
         prop_assert!(p[..rank.unwrap()].iter().sum::<f64>() < f64::from(top_p) + 1e-5);
     }
+}
+
+#[test]
+fn min_p_leaves_out_what_is_too_improbable_beside_the_best() {
+    // Probabilities 8 : 4 : 2 : 1.
+    let logits = [0.0f32, 1.0, 2.0, 3.0].map(|n| n * std::f32::consts::LN_2);
+    for (min_p, left) in [
+        (0.0, vec![0, 1, 2, 3]),
+        (0.12, vec![0, 1, 2, 3]),
+        (0.2, vec![1, 2, 3]),
+        (0.4, vec![2, 3]),
+        (0.6, vec![3]),
+        (1.0, vec![3]),
+    ] {
+        let found = drawn(&logits, Sampling { min_p, ..PLAIN });
+        assert_eq!(found.into_iter().collect::<Vec<_>>(), left, "{min_p}");
+    }
+    // After temperature: 8 : 1 becomes 64 : 1.
+    let cold = Sampling {
+        min_p: 0.12,
+        temperature: 0.5,
+        ..PLAIN
+    };
+    assert_eq!(drawn(&logits, cold), BTreeSet::from([2, 3]));
+    // Top-p is of what min-p has left: of 8 : 4, the best alone reaches 0.6.
+    let both = Sampling {
+        min_p: 0.4,
+        top_p: 0.6,
+        ..PLAIN
+    };
+    assert_eq!(drawn(&logits, both), BTreeSet::from([3]));
+}
+
+/// The definitions, token by token over the whole vocabulary.
+fn shaped_naively(logits: &[f32], shaping: &Shaping, tokens: &[u32], prompt: usize) -> Vec<f32> {
+    let times = |of: &[u32], id: u32| of.iter().filter(|&&token| token == id).count();
+    (0u32..)
+        .zip(logits)
+        .map(|(id, &logit)| {
+            let bias: f32 = shaping.bias.iter().filter(|b| b.0 == id).map(|b| b.1).sum();
+            let mut logit = logit + bias;
+            if times(tokens, id) > 0 && logit > 0.0 {
+                logit /= shaping.repetition;
+            } else if times(tokens, id) > 0 {
+                logit *= shaping.repetition;
+            }
+            let out = times(&tokens[prompt..], id);
+            logit -= shaping.frequency * out as f32;
+            if out > 0 {
+                logit - shaping.presence
+            } else {
+                logit
+            }
+        })
+        .collect()
+}
+
+proptest! {
+    #[test]
+    fn shaping_is_as_defined_and_does_not_ask_who_made_the_output(
+        logits in prop::collection::vec(-8.0f32..8.0, 40),
+        tokens in prop::collection::vec(0u32..40, 1..60),
+        split in 0.0f64..1.0,
+        bias in prop::collection::btree_map(0u32..40, -5.0f32..5.0, 0..6),
+        repetition in 0.5f32..2.0,
+        presence in -2.0f32..2.0,
+        frequency in -2.0f32..2.0,
+    ) {
+        let prompt = (split * tokens.len() as f64) as usize;
+        let shaping = Shaping { bias: bias.into_iter().collect(), repetition, presence, frequency };
+        let want = shaped_naively(&logits, &shaping, &tokens, prompt);
+        // All at once, as a node that takes over counts, and one by one, as the first one did.
+        let mut grown = Seen::new(&tokens[..prompt], prompt);
+        tokens[prompt..].iter().for_each(|&token| grown.push(token));
+        for seen in [Seen::new(&tokens, prompt), grown] {
+            let mut got = logits.clone();
+            shaping.apply(&mut got, &seen);
+            prop_assert_eq!(&got, &want);
+        }
+    }
+}
+
+#[test]
+fn neutral_shaping_changes_nothing() {
+    let mut logits = vec![0.5, -0.0, f32::NEG_INFINITY];
+    let neutral = Shaping::default();
+    assert!(neutral.is_neutral());
+    neutral.apply(&mut logits, &Seen::new(&[0, 1, 1], 1));
+    assert_eq!(logits, [0.5, -0.0, f32::NEG_INFINITY]);
+    assert!(
+        !Shaping {
+            presence: 0.1,
+            ..Shaping::default()
+        }
+        .is_neutral()
+    );
+    assert!(
+        !Shaping {
+            bias: vec![(0, 1.0)],
+            ..Shaping::default()
+        }
+        .is_neutral()
+    );
 }

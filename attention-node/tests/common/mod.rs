@@ -15,7 +15,7 @@ use guild_attention_node::view::View;
 use guild_attention_node::{EngineHandle, Patience, RoutedRows};
 use guild_model::checkpoint::Dtype;
 use guild_model::expert::Expert;
-use guild_model::sampler::Sampling;
+use guild_model::sampler::{Sampling, Shaping};
 use guild_model::trunk::Trunk;
 use guild_model::{Checkpoint, Cpu};
 use guild_scheduler::batch::Limits;
@@ -391,6 +391,8 @@ pub fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
         prompt,
         max_tokens,
         sampling: Sampling::GREEDY,
+        shaping: Shaping::default(),
+        output_before: 0,
         stop_tokens: Vec::new(),
         min_tokens: 0,
         logprobs: Some(2),

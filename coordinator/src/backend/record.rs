@@ -4,7 +4,8 @@
 //! A sequence's next token is a function of its tokens, its sampling parameters
 //! and the token's position in the whole sequence, however much of it is called
 //! prompt. So the request that continues a stream has the tokens that are out
-//! behind its prompt, and only what counts tokens of output is less by them.
+//! behind its prompt, says how many they are, for penalties, and only what counts
+//! tokens of output is less by them.
 
 use guild_proto::inference::v1::complete::MatchedStop;
 use guild_proto::inference::v1::generate_request::Input;
@@ -77,6 +78,7 @@ impl Record {
         let mut request = self.request.clone();
         let ids = self.tokens.clone();
         request.input = Some(Input::TokenIds(TokenIds { ids }));
+        request.output_tokens = u32::try_from(self.emitted()).unwrap_or(u32::MAX);
         if let Some(sampling) = &mut request.sampling {
             let emitted = u32::try_from(self.emitted()).unwrap_or(u32::MAX);
             let less = |count: &mut u32| *count = count.saturating_sub(emitted);
@@ -235,6 +237,7 @@ mod tests {
             assert_eq!(record.request().sampling, Some(expected));
         }
         assert_eq!(ids(&record.request()), [10, 11, 20, 21, 22]);
+        assert_eq!(record.request().output_tokens, 3);
         assert_eq!(
             (record.request().request_id.as_str(), record.id()),
             ("r", "r")

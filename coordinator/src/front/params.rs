@@ -1,8 +1,14 @@
 //! Sampling parameters and options that both OpenAI endpoints share.
 
+use std::collections::HashMap;
+
 use serde_json::Value;
 
-use super::{fault::Fault, fields::Fields, request::Params};
+use super::{
+    fault::Fault,
+    fields::{Fields, kind},
+    request::Params,
+};
 
 /// Alternatives per token over HTTP at most, as in the OpenAI API.
 pub(super) const MAX_HTTP_LOGPROBS: u32 = 20;
@@ -21,6 +27,11 @@ pub(super) fn sampling(fields: &mut Fields) -> Result<Params, Fault> {
         top_k: fields
             .integer("top_k", -1, i64::from(i32::MAX))?
             .map_or(0, |k| u32::try_from(k).unwrap_or(0)),
+        min_p: fields.number("min_p")?.unwrap_or(0.0) as f32,
+        repetition_penalty: number(fields, "repetition_penalty")?,
+        presence_penalty: fields.number("presence_penalty")?.unwrap_or(0.0) as f32,
+        frequency_penalty: fields.number("frequency_penalty")?.unwrap_or(0.0) as f32,
+        logit_bias: logit_bias(fields)?,
         seed: fields
             .integer("seed", i64::MIN, i64::MAX)?
             .map(|s| s as u64),
@@ -36,6 +47,21 @@ pub(super) fn sampling(fields: &mut Fields) -> Result<Params, Fault> {
     Ok(params)
 }
 
+/// Biases by token id. The keys of a JSON object are texts, those of this one are numbers.
+fn logit_bias(fields: &mut Fields) -> Result<HashMap<u32, f32>, Fault> {
+    let name = "logit_bias";
+    let entries = fields.object(name)?.unwrap_or_default();
+    let entry = |(id, bias): (String, Value)| match (id.parse(), bias.as_f64()) {
+        (Ok(id), Some(bias)) => Ok((id, bias as f32)),
+        (Err(_), _) => Err(Fault::invalid(name, format!("{id:?} is not a token id"))),
+        (_, None) => Err(Fault::invalid(
+            name,
+            format!("{id}: expected a number, not {}", kind(&bias)),
+        )),
+    };
+    entries.into_iter().map(entry).collect()
+}
+
 /// Features of other servers that would change the answer. The value that asks
 /// for nothing is let through: clients send it.
 fn refuse_unsupported(fields: &mut Fields) -> Result<(), Fault> {
@@ -43,15 +69,9 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), Fault> {
         move |v| v.as_f64() == Some(number)
     }
     let empty_list = |v: &Value| v.as_array().is_some_and(Vec::is_empty);
-    let empty_object = |v: &Value| v.as_object().is_some_and(serde_json::Map::is_empty);
     let none_or_auto = |v: &Value| matches!(v.as_str(), Some("none" | "auto"));
     let off = |v: &Value| *v == Value::Bool(false);
-    fields.refuse_unless("presence_penalty", is(0.0))?;
-    fields.refuse_unless("frequency_penalty", is(0.0))?;
-    fields.refuse_unless("repetition_penalty", is(1.0))?;
     fields.refuse_unless("length_penalty", is(1.0))?;
-    fields.refuse_unless("min_p", is(0.0))?;
-    fields.refuse_unless("logit_bias", empty_object)?;
     fields.refuse_unless("tools", empty_list)?;
     fields.refuse_unless("tool_choice", none_or_auto)?;
     fields.refuse_unless("functions", empty_list)?;

@@ -1,5 +1,7 @@
 //! One request as both wire forms mean it, and what a request may ask for.
 
+use std::collections::HashMap;
+
 use guild_proto::inference::v1::{
     GenerateRequest, SamplingParams, TokenIds, generate_request::Input,
 };
@@ -11,6 +13,12 @@ pub const MAX_TEMPERATURE: f32 = 2.0;
 /// Temperatures below this are greedy: their distribution is, and dividing by
 /// them would overflow.
 pub const GREEDY_BELOW: f32 = 1e-5;
+/// Highest presence or frequency penalty, up and down.
+const MAX_PENALTY: f32 = 2.0;
+/// Highest bias of a token's logit, up and down.
+const MAX_BIAS: f32 = 100.0;
+/// Tokens with a bias per request at most.
+const MAX_BIASES: usize = 1024;
 /// Alternatives reported per token at most.
 pub const MAX_LOGPROBS: u32 = 64;
 /// Stop strings per request at most.
@@ -30,6 +38,12 @@ pub(super) struct Params {
     pub(super) temperature: f32,
     pub(super) top_p: f32,
     pub(super) top_k: u32,
+    pub(super) min_p: f32,
+    pub(super) repetition_penalty: f32,
+    pub(super) presence_penalty: f32,
+    pub(super) frequency_penalty: f32,
+    /// By token id.
+    pub(super) logit_bias: HashMap<u32, f32>,
     pub(super) seed: Option<u64>,
     pub(super) stop: Vec<String>,
     pub(super) stop_token_ids: Vec<u32>,
@@ -93,6 +107,52 @@ impl Params {
             top_p > 0.0 && top_p <= 1.0,
             format!("expected a number above 0 and up to 1, not {top_p}"),
         );
+        demand(
+            "min_p",
+            (0.0..=1.0).contains(&self.min_p),
+            format!("expected a number from 0 to 1, not {}", self.min_p),
+        );
+        demand(
+            "repetition_penalty",
+            self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0,
+            format!("expected a number above 0, not {}", self.repetition_penalty),
+        );
+        for (field, penalty) in [
+            ("presence_penalty", self.presence_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+        ] {
+            demand(
+                field,
+                penalty.abs() <= MAX_PENALTY,
+                format!("expected a number from -{MAX_PENALTY} to {MAX_PENALTY}, not {penalty}"),
+            );
+        }
+        demand(
+            "logit_bias",
+            self.logit_bias.len() <= MAX_BIASES,
+            format!(
+                "at most {MAX_BIASES} tokens have a bias, not {}",
+                self.logit_bias.len()
+            ),
+        );
+        let vocab = model.config.vocab_size;
+        let odd = |&(&id, &bias): &(&u32, &f32)| {
+            id as usize >= vocab || bias.is_nan() || bias.abs() > MAX_BIAS
+        };
+        if let Some((id, bias)) = self
+            .logit_bias
+            .iter()
+            .filter(odd)
+            .min_by_key(|(id, _)| **id)
+        {
+            demand(
+                "logit_bias",
+                false,
+                format!(
+                    "{id}: {bias} is no bias from -{MAX_BIAS} to {MAX_BIAS} of a token in the vocabulary of {vocab}"
+                ),
+            );
+        }
         if let Some(max) = self.max_tokens {
             demand(
                 "max_tokens",
@@ -269,12 +329,18 @@ impl Params {
             logprobs: self.logprobs,
             prompt_logprobs: self.prompt_logprobs,
             min_tokens: Some(self.min_tokens),
+            min_p: Some(self.min_p),
+            repetition_penalty: Some(self.repetition_penalty),
+            presence_penalty: Some(self.presence_penalty),
+            frequency_penalty: Some(self.frequency_penalty),
+            logit_bias: self.logit_bias.clone(),
         };
         GenerateRequest {
             request_id,
             model: String::new(),
             input: Some(Input::TokenIds(TokenIds { ids })),
             sampling: Some(sampling),
+            output_tokens: 0,
         }
     }
 }

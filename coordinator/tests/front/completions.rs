@@ -1,5 +1,7 @@
 //! POST /v1/completions.
 
+use std::collections::HashMap;
+
 use serde_json::{Value, json};
 
 use crate::fake::{Step, door, door_with, logprobs_of};
@@ -104,7 +106,8 @@ async fn parameters_reach_the_cluster_and_have_openais_defaults() {
 
     let body = json!({
         "prompt": "a", "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": -1, "stop": "q", "stop_token_ids": [9], "ignore_eos": true,
-        "min_tokens": 2, "logprobs": 3, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "best_of": 1, "n": 1, "suffix": null,
+        "min_tokens": 2, "logprobs": 3, "presence_penalty": 1, "frequency_penalty": -0.5, "repetition_penalty": 1.25, "min_p": 0.125,
+        "logit_bias": {"7": -100, "8": 1.5}, "best_of": 1, "n": 1, "suffix": null,
         "echo": false, "stream": false,
     });
     door.ok(PATH, body).await;
@@ -117,6 +120,16 @@ async fn parameters_reach_the_cluster_and_have_openais_defaults() {
         (s.stop_token_ids, s.ignore_eos, s.min_tokens, s.logprobs),
         (vec![9], true, Some(2), Some(3))
     );
+    assert_eq!(
+        (
+            s.presence_penalty,
+            s.frequency_penalty,
+            s.repetition_penalty,
+            s.min_p
+        ),
+        (Some(1.0), Some(-0.5), Some(1.25), Some(0.125))
+    );
+    assert_eq!(s.logit_bias, HashMap::from([(7, -100.0), (8, 1.5)]));
     door.ok(
         PATH,
         json!({"prompt": "a", "temperature": 0, "seed": 5, "top_k": -1}),
