@@ -304,6 +304,24 @@ fn a_manifest_that_is_none_is_refused_by_field() {
 }
 
 #[test]
+fn no_byte_of_a_manifest_makes_it_panic() {
+    let dir = listed("v3-basic");
+    let path = dir.path().join(FILE);
+    let good = fs::read(&path).unwrap();
+    for at in (0..good.len()).step_by(good.len() / 250) {
+        for byte in [good[at] ^ 1, b'"', 0xff] {
+            let mut bytes = good.clone();
+            bytes[at] = byte;
+            fs::write(&path, bytes).unwrap();
+            if let Err(error) = Checkpoint::open(dir.path()) {
+                let told = error.to_string();
+                assert!(told.contains("tensor") || told.contains(".json"), "{told}");
+            }
+        }
+    }
+}
+
+#[test]
 fn the_list_does_not_depend_on_the_shards() {
     let dir = listed("v3-basic");
     let [first, second] = [FIRST, SECOND].map(|name| dir.path().join(name));
