@@ -7,15 +7,11 @@
 
 use std::time::Duration;
 
-use super::status::{DrainError, Drained, MigrateError, MigrationStatus, Outcome, Phase};
+use super::failing::BACK_OFF;
+use super::status::{MigrateError, MigrationStatus, Outcome, Phase};
 use super::{Action, Membership, Node, Role};
 use crate::migration::{self, Step};
-use crate::placement::{Candidate, NodeId, NodeSlots, Placement, Shortfall, assign};
-
-/// A node that has failed as a destination is not one again for this long.
-pub const BACK_OFF: Duration = Duration::from_secs(2);
-/// The same after many failures: it doubles with each of them up to this.
-pub const MAX_BACK_OFF: Duration = Duration::from_secs(300);
+use crate::placement::{NodeId, NodeSlots, Placement};
 
 /// A target and how far the way to it has been gone.
 #[derive(Clone, Debug)]
@@ -32,13 +28,6 @@ pub(super) struct LoadingStep {
     pub(super) epoch: u64,
     pub(super) copies: u32,
     pub(super) deadline: Duration,
-}
-
-/// How often a node has failed as a destination, and until when it is left alone.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct BackOff {
-    failures: u32,
-    pub(super) until: Duration,
 }
 
 impl Membership {
@@ -60,59 +49,6 @@ impl Membership {
         Ok(number)
     }
 
-    /// Moves everything off an expert node and lets nothing come to it, or, with
-    /// `undo`, lets experts come again. It holds for as long as its process lives.
-    ///
-    /// # Errors
-    /// There is no such node, or the others have no room for what it holds.
-    pub fn drain_node(
-        &mut self,
-        now: Duration,
-        name: &str,
-        undo: bool,
-    ) -> Result<Drained, DrainError> {
-        self.step(now);
-        let node = self.of_role(Role::Expert).find(|node| node.name == name);
-        let Some((id, incarnation)) = node.map(|node| (node.id, node.incarnation)) else {
-            return Err(DrainError::Unknown(name.to_owned()));
-        };
-        if undo {
-            self.drained.remove(&incarnation);
-            if self.drains() == Some(id) {
-                self.roll_back(&format!("draining `{name}` was undone"));
-            }
-            if self.has_holes() {
-                self.plan_at.get_or_insert(now);
-            }
-            self.step(now);
-            return Ok(Drained {
-                slots: 0,
-                migration: 0,
-            });
-        }
-        let new = self.drained.insert(incarnation);
-        let slots = self.held(id);
-        let mut migration = 0;
-        if self.active.is_none() || slots == 0 {
-            // What is being loaded may be for it.
-            self.plan_at.get_or_insert(now);
-        } else if self.drains() == Some(id) {
-            migration = self.status.migration;
-        } else if self.next.is_none() || self.moving.is_some() {
-            match self.begin_drain(id, name) {
-                Ok(number) => migration = number,
-                Err(error) => {
-                    if new {
-                        self.drained.remove(&incarnation);
-                    }
-                    return Err(error);
-                }
-            }
-        }
-        self.step(now);
-        Ok(Drained { slots, migration })
-    }
-
     /// Gives the migration under way up, if there is one.
     pub fn abandon(&mut self, now: Duration, reason: &str) {
         if self.moving.is_some() {
@@ -126,35 +62,12 @@ impl Membership {
         &self.status
     }
 
-    /// Whether an operator has this node emptied.
-    pub fn is_drained(&self, node: &Node) -> bool {
-        self.drained.contains(&node.incarnation)
-    }
-
-    /// Whether experts may come to this node: it is an expert node, is not
-    /// leaving or drained, and has not failed of late.
-    pub fn is_open(&self, node: &Node) -> bool {
-        node.role == Role::Expert
-            && !node.report.draining
-            && !self.is_drained(node)
-            && !self.is_backed_off(node)
-    }
-
-    pub(super) fn is_backed_off(&self, node: &Node) -> bool {
-        let entry = self.backed_off.get(&node.name);
-        entry.is_some_and(|entry| entry.until > self.clock)
-    }
-
     /// Slots a node has in all; `u64::MAX`: any number.
     pub fn capacity_slots(&self, node: &Node) -> u64 {
         match node.capacity_bytes {
             0 => u64::MAX,
             bytes => bytes / self.settings.slot_bytes.max(1),
         }
-    }
-
-    pub(super) fn drains(&self) -> Option<NodeId> {
-        self.moving.as_ref().and_then(|moving| moving.drains)
     }
 
     /// The epoch that is LOADING as a step of a migration.
@@ -165,7 +78,7 @@ impl Membership {
     }
 
     /// Experts that a node has in the active placement.
-    fn held(&self, id: NodeId) -> u32 {
+    pub(super) fn held(&self, id: NodeId) -> u32 {
         let active = self.active.iter().flat_map(|p| p.placement.nodes());
         let here = active.filter(|slots| slots.node == id);
         here.map(|slots| slots.slots.len() as u32).sum()
@@ -249,58 +162,6 @@ impl Membership {
         Ok(())
     }
 
-    /// What the others hold once a node has been emptied.
-    fn without(&self, id: NodeId) -> Result<Vec<NodeSlots>, Shortfall> {
-        let active = self.active.as_ref().map(|active| &active.placement);
-        let others = self.of_role(Role::Expert).filter(|node| node.id != id);
-        let candidates: Vec<Candidate> = others
-            .map(|node| Candidate {
-                node: node.id,
-                capacity_slots: match self.is_open(node) {
-                    true => self.capacity_slots(node),
-                    false => u64::from(self.held(node.id)),
-                },
-            })
-            .collect();
-        let settings = &self.settings;
-        let mut target = assign(
-            &settings.layers,
-            settings.experts,
-            &candidates,
-            settings.replicas.max(1),
-            active,
-        )?;
-        target.retain(|node| !node.slots.is_empty());
-        Ok(target)
-    }
-
-    /// Begins to empty a node, in place of any other migration.
-    fn begin_drain(&mut self, id: NodeId, name: &str) -> Result<u64, DrainError> {
-        let target = self.without(id).map_err(|short| DrainError::NoRoom {
-            name: name.to_owned(),
-            short,
-        })?;
-        if self.moving.is_some() {
-            self.roll_back(&format!("draining `{name}` comes first"));
-        }
-        Ok(self.begin(target, &format!("drain {name}"), Some(id))?)
-    }
-
-    /// Drained nodes that hold something still, when nothing else is going on.
-    fn go_on_draining(&mut self) {
-        if self.next.is_some() || self.plan_at.is_some() || self.clock < self.rest_until {
-            return;
-        }
-        let drained = self.nodes.values().filter(|node| self.is_drained(node));
-        let full = { drained }.find(|node| self.held(node.id) > 0);
-        let Some((id, name)) = full.map(|node| (node.id, node.name.clone())) else {
-            return;
-        };
-        if self.active.is_some() && self.begin_drain(id, &name).is_err() {
-            self.rest_until = self.clock + BACK_OFF;
-        }
-    }
-
     /// What follows for migrations from the present state and time.
     pub(super) fn advance(&mut self, now: Duration) {
         if self.moving.is_none() {
@@ -378,23 +239,6 @@ impl Membership {
         });
     }
 
-    /// The time for a step is over.
-    fn blame_late(&mut self, epoch: u64) {
-        let late: Vec<String> = (self.gaining().into_iter())
-            .filter_map(|id| self.nodes.get(&id))
-            .filter(|node| node.resident < epoch)
-            .map(|node| node.name.clone())
-            .collect();
-        for name in &late {
-            self.back_off(name);
-        }
-        let limit = self.settings.copy_deadline.as_secs_f64();
-        self.roll_back(&format!(
-            "epoch {epoch} was not loaded within {limit} s ({})",
-            late.join(", ")
-        ));
-    }
-
     /// Nodes that the LOADING placement gives something that they do not have.
     pub(super) fn gaining(&self) -> Vec<NodeId> {
         let (Some(next), active) = (&self.next, &self.active) else {
@@ -409,57 +253,6 @@ impl Membership {
             .filter(|node| !node.slots.iter().all(|slot| has(node.node, slot)))
             .map(|node| node.node)
             .collect()
-    }
-
-    /// A node says that it cannot load an epoch.
-    pub(super) fn cannot_load(&mut self, now: Duration, id: NodeId, epoch: u64, failure: &str) {
-        let of_it = self.next.as_ref().filter(|next| {
-            next.placement.epoch() == epoch
-                && !next.was_active
-                && next.placement.nodes().iter().any(|slots| slots.node == id)
-        });
-        let (Some(_), Some(node)) = (of_it, self.nodes.get(&id)) else {
-            return;
-        };
-        let name = node.name.clone();
-        let reason = format!("`{name}` cannot load epoch {epoch}: {failure}");
-        self.back_off(&name);
-        if self.step_epoch().is_some() {
-            self.roll_back(&reason);
-        } else {
-            self.withdraw(&reason);
-            self.plan_at = Some(now);
-            self.loading_failure = reason;
-        }
-    }
-
-    /// A node that is a part of the migration is gone.
-    pub(super) fn lost_to_migration(&mut self, id: NodeId, name: &str) {
-        let Some(moving) = &self.moving else {
-            return;
-        };
-        let next = self.next.iter().flat_map(|next| next.placement.nodes());
-        if !{ next }.chain(&moving.target).any(|slots| slots.node == id) {
-            return;
-        }
-        if self.gaining().contains(&id) {
-            self.back_off(name);
-        }
-        self.roll_back(&format!("`{name}` was lost"));
-    }
-
-    /// Leaves a node alone for a while, longer each time.
-    pub(super) fn back_off(&mut self, name: &str) {
-        let clock = self.clock;
-        self.backed_off
-            .retain(|_, entry| clock < entry.until.saturating_add(MAX_BACK_OFF));
-        let entry = self.backed_off.entry(name.to_owned()).or_default();
-        let times = 1u32 << entry.failures.min(16);
-        entry.failures = entry.failures.saturating_add(1);
-        entry.until = clock.saturating_add(BACK_OFF.saturating_mul(times).min(MAX_BACK_OFF));
-        let until = entry.until;
-        // What it was to hold may have found no other place.
-        self.retry_at = Some(self.retry_at.map_or(until, |at| at.min(until)));
     }
 
     /// Gives the migration up; what is active goes on.

@@ -22,6 +22,9 @@ impl Membership {
             });
         }
         let experts = self.usable_experts().count();
+        if self.retry_at.is_some() && self.next.is_none() && !self.loading_failure.is_empty() {
+            return Some(format!("waiting to try again: {}", self.loading_failure));
+        }
         if let Some(short) = &self.shortfall {
             if experts > 0 {
                 let bytes = in_words(short.missing_bytes(self.settings.slot_bytes));

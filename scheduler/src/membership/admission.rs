@@ -1,0 +1,72 @@
+//! What a node says of itself, checked and made comparable.
+
+use super::{MAX_EPOCH, MAX_TEXT, Membership, Refused, Registration};
+
+impl Membership {
+    /// Whether a node may join.
+    pub(super) fn check(&self, new: &Registration) -> Result<(), Refused> {
+        let field = |field: &'static str, problem: &str| {
+            Err(Refused::Field {
+                field,
+                problem: problem.to_owned(),
+            })
+        };
+        for (name, text) in [
+            ("name", &new.name),
+            ("address", &new.address),
+            ("numerics_class", &new.numerics_class),
+            ("model_digest", &new.model_digest),
+            ("process", &new.process),
+            ("failure_domain", &new.failure_domain),
+        ] {
+            let optional = ["process", "failure_domain"].contains(&name);
+            if text.is_empty() && !optional {
+                return field(name, "must not be empty");
+            }
+            if text.len() > MAX_TEXT {
+                return field(name, &format!("longer than {MAX_TEXT} bytes"));
+            }
+            if text.chars().any(char::is_control) {
+                return field(name, "has control characters");
+            }
+        }
+        if new.newest_epoch > MAX_EPOCH {
+            return field("newest_epoch", "is beyond any epoch a cluster can have");
+        }
+        if new.model_digest != self.settings.model_digest {
+            return Err(Refused::Digest {
+                name: new.name.clone(),
+                theirs: new.model_digest.clone(),
+                ours: self.settings.model_digest.clone(),
+            });
+        }
+        let other = self
+            .nodes
+            .values()
+            .find(|node| node.name != new.name && node.numerics_class != new.numerics_class);
+        if let Some(other) = other {
+            return Err(Refused::Numerics {
+                name: new.name.clone(),
+                theirs: new.numerics_class.clone(),
+                member: other.name.clone(),
+                ours: other.numerics_class.clone(),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// A measured speed in steps of a quarter octave; it stays at the last one
+/// unless it has moved by most of a step.
+pub(super) fn coarse(measured: f64, last: f64) -> f64 {
+    const STEPS: f64 = 4.0;
+    const REACH: f64 = 0.75;
+    if !measured.is_normal() || measured < 0.0 {
+        return last;
+    }
+    let steps = measured.log2() * STEPS;
+    if last > 0.0 && (steps - last.log2() * STEPS).abs() < REACH {
+        return last;
+    }
+    (steps.round() / STEPS).exp2()
+}
