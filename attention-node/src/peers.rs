@@ -305,6 +305,7 @@ impl Peers {
             && peer.suspicion.is_none()
         {
             self.counters.suspected.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(node = peer.name, "suspected: no answer");
             peer.suspicion = Some(Suspicion {
                 probe_at: Instant::now() + PROBE_AFTER,
                 pause: PROBE_AFTER,

@@ -65,8 +65,8 @@ impl<F: Fabric + 'static> Away<'_, F> {
         let peers = &self.exchange.peers;
         if !peers.may_hedge(plan.len() as u64) {
             // The budget grows with what others send.
-            let again = peers.suspect_after(node, wanted.len() as u64);
-            self.parts[part].late_at = Some(Instant::now() + again);
+            let again = peers.late_after(node, wanted.len() as u64);
+            self.parts[part].late_at = again.map(|again| Instant::now() + again);
             return;
         }
         tracing::debug!(
