@@ -414,6 +414,13 @@ async fn the_next_leader_goes_on_with_a_step_or_withdraws_it() {
         coordinator,
         ..cluster
     };
+    // Before it leads it serves by what it has read.
+    expect("a leader", || async {
+        let mut client = cluster.coordinator.cluster();
+        let asked = client.watch_migration(WatchMigrationRequest {}).await;
+        asked.is_ok()
+    })
+    .await;
     cluster.coordinator.is_ready().await;
     let mut told = cluster.placements(&cluster.experts[0]).await;
     let active = next(&mut told).await;
@@ -436,4 +443,92 @@ async fn the_next_leader_goes_on_with_a_step_or_withdraws_it() {
     assert_whole(&now, cluster.coordinator.experts_in_all());
     assert!(now.epoch >= loading.epoch + u64::from(withdrawn));
     cluster.coordinator.generate(&[1]).await.unwrap();
+}
+
+#[cfg(feature = "failpoints")]
+mod fail_points {
+    use std::time::Instant;
+
+    use guild_node::failpoint;
+
+    use super::*;
+
+    /// Fails twice; the leader pauses after each.
+    const TWICE: &str = "2*return(error)->off";
+    /// What two pauses take at least.
+    const TWO_PAUSES: Duration = Duration::from_millis(400);
+
+    /// A migration during which the leader cannot tell of something at first.
+    /// Fail points are of a process: every test needs its own.
+    async fn is_told_later(point: &str) {
+        let cluster = Cluster::of(3, |config| config.replicas = 2).await;
+        let (stop, asking) = cluster.keep_asking();
+        let mut changes = cluster.changes().await;
+        failpoint::set(point, TWICE).unwrap();
+        let begun = Instant::now();
+        let drained = cluster.drain("expert-2", false).await.unwrap();
+        let end = to_its_end(&mut changes, drained.migration).await.pop();
+        assert_eq!(end.unwrap().completed, 1);
+        expect("the old epochs freed", || async {
+            let now = cluster.active().await;
+            now.oldest_epoch == now.epoch
+        })
+        .await;
+        assert!(begun.elapsed() >= TWO_PAUSES, "{point} has not failed");
+        stop.store(true, Ordering::SeqCst);
+        assert!(asking.await.unwrap() > 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_step_that_cannot_be_told_at_once_is_told_later() {
+        is_told_later("migrate::step").await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_epoch_that_cannot_be_published_at_once_is_published_later() {
+        is_told_later("migrate::publish").await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_cannot_be_freed_at_once_is_freed_later() {
+        is_told_later("migrate::free").await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_never_told_is_given_up_and_withdrawn_later() {
+        let cluster = Cluster::of(3, |config| {
+            config.replicas = 2;
+            config.copy_deadline = Duration::from_millis(300);
+        })
+        .await;
+        let before = cluster.active().await;
+        let mut told = cluster.placements(&cluster.experts[0]).await;
+        assert_eq!(next(&mut told).await.epoch, before.epoch);
+        let mut changes = cluster.changes().await;
+        failpoint::set("migrate::step", "return(error)").unwrap();
+        failpoint::set("migrate::withdraw", TWICE).unwrap();
+        let drained = cluster.drain("expert-2", false).await.unwrap();
+        loop {
+            let now = next(&mut changes).await;
+            if now.rolled_back > 0 {
+                break;
+            }
+        }
+        failpoint::set("migrate::step", "off").unwrap();
+        let withdrawn = next(&mut told).await;
+        assert_eq!(withdrawn.state(), PlacementState::Withdrawn);
+        assert!(withdrawn.epoch > before.epoch && drained.migration == 1);
+        cluster.coordinator.generate(&[1]).await.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_planner_that_fails_moves_nothing_and_is_asked_again() {
+        let cluster = Cluster::of(2, |_| ()).await;
+        cluster.skew().await;
+        failpoint::set("migrate::plan", "1*return(error)->off").unwrap();
+        let failed = cluster.rebalance(false).await.unwrap_err();
+        assert_eq!(failed.code(), Code::Internal);
+        assert!(failed.message().contains("migrate::plan"), "{failed}");
+        assert_eq!(cluster.rebalance(false).await.unwrap().migration, 1);
+    }
 }
