@@ -18,7 +18,7 @@ use guild_transport::{ExchangeCode, ExchangeError, SlotHost, Work};
 
 use crate::{
     capacity::{self, Capacity},
-    merge::{Merger, Merging, Order, Piece, Stopped},
+    merge::{Merger, Merging, Order, Piece, Stopped, gather},
 };
 
 /// Tables kept: the active placement, the one before it for those who have not
@@ -212,18 +212,30 @@ impl SlotHost for Host {
             }
             at += pairs;
         }
+        let forward = |expert: &Expert, rows: &[f32]| {
+            let begun = Instant::now();
+            let out = expert.forward(&self.cpu, rows);
+            self.capacity.observe(rows.len() / width, begun.elapsed());
+            out
+        };
+        let merging = self.merger.merging();
+        let merged = |piece: &Piece<Expert>| merging.merges(piece.expert.bytes());
+        if !pieces.iter().any(merged) {
+            let mut out = Vec::with_capacity(at * width);
+            for Piece { expert, rows, .. } in pieces {
+                merging.count(rows.len());
+                let mut gathered = Vec::with_capacity(rows.len() * width);
+                gather(&mut gathered, &work.rows, &rows, width);
+                out.extend_from_slice(&forward(&expert, &gathered));
+            }
+            return Ok(out);
+        }
         let order = Order {
             source: work.source,
             deadline: work.deadline,
             rows: work.rows,
             width,
             pieces,
-        };
-        let forward = |expert: &Expert, rows: &[f32]| {
-            let begun = Instant::now();
-            let out = expert.forward(&self.cpu, rows);
-            self.capacity.observe(rows.len() / width, begun.elapsed());
-            out
         };
         self.merger.run(order, forward).map_err(|why| match why {
             Stopped::Late => self.error(

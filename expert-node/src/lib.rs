@@ -51,7 +51,7 @@ pub struct ExpertNodeConfig {
     /// How long a node that is asked to end goes on serving those that still
     /// send rows here.
     pub drain: Duration,
-    /// Counts products, and for measurements turns merging off; on, unless somebody does.
+    /// Which experts are merged, and how many products that makes.
     pub merging: Merging,
 }
 

@@ -18,7 +18,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -32,14 +32,18 @@ use company::Company;
 /// Work that brings more by itself runs as it is.
 pub const MERGED_ROWS: usize = 256;
 
-/// Turns merging off and on again, for measurements, and counts products.
-/// Clones are the same switch.
+/// Experts from so many bytes on are merged, unless configured. The weights of
+/// smaller ones stay in a core's own cache, and running them takes no longer than
+/// handing rows over to another thread.
+pub const MERGE_FROM_BYTES: u64 = 1 << 20;
+
+/// Says which experts are merged, and counts products. Clones are the same switch.
 #[derive(Clone, Debug)]
 pub struct Merging(Arc<Switch>);
 
 #[derive(Debug)]
 struct Switch {
-    on: AtomicBool,
+    from_bytes: AtomicU64,
     products: AtomicU64,
     rows: AtomicU64,
 }
@@ -54,10 +58,9 @@ pub struct Products {
 }
 
 impl Default for Merging {
-    /// On.
     fn default() -> Self {
         Self(Arc::new(Switch {
-            on: AtomicBool::new(true),
+            from_bytes: AtomicU64::new(MERGE_FROM_BYTES),
             products: AtomicU64::new(0),
             rows: AtomicU64::new(0),
         }))
@@ -65,9 +68,10 @@ impl Default for Merging {
 }
 
 impl Merging {
-    /// While off, work that arrives is run by itself.
-    pub fn set(&self, on: bool) {
-        self.0.on.store(on, Ordering::Relaxed);
+    /// From now on experts of at least so many bytes are merged: 0 for all, `u64::MAX` for none,
+    /// which measurements compare with.
+    pub fn set_from_bytes(&self, bytes: u64) {
+        self.0.from_bytes.store(bytes, Ordering::Relaxed);
     }
 
     /// What was run until now.
@@ -78,11 +82,12 @@ impl Merging {
         }
     }
 
-    fn is_on(&self) -> bool {
-        self.0.on.load(Ordering::Relaxed)
+    /// Whether an expert of so many bytes is.
+    pub(crate) fn merges(&self, bytes: u64) -> bool {
+        bytes >= self.0.from_bytes.load(Ordering::Relaxed)
     }
 
-    fn count(&self, rows: usize) {
+    pub(crate) fn count(&self, rows: usize) {
         self.0.products.fetch_add(1, Ordering::Relaxed);
         self.0.rows.fetch_add(rows as u64, Ordering::Relaxed);
     }
@@ -166,6 +171,7 @@ struct Batch<E> {
 }
 
 impl<E> Merger<E> {
+    /// Counts its products in `merging`.
     pub(crate) fn new(merging: Merging) -> Self {
         Self {
             state: Mutex::new(State {
@@ -177,6 +183,10 @@ impl<E> Merger<E> {
             arrived: Condvar::new(),
             merging,
         }
+    }
+
+    pub(crate) fn merging(&self) -> &Merging {
+        &self.merging
     }
 
     /// Runs an order, perhaps with others, and returns its rows in the order of
@@ -194,10 +204,6 @@ impl<E> Merger<E> {
         let pairs: usize = order.pieces.iter().map(|piece| piece.rows.len()).sum();
         let mut out = vec![0.0; pairs * width];
         if pairs == 0 {
-            return Ok(out);
-        }
-        if !self.merging.is_on() {
-            self.alone(order, forward, &mut out)?;
             return Ok(out);
         }
         let wake = Arc::new(Condvar::new());
@@ -229,26 +235,6 @@ impl<E> Merger<E> {
                 state = wake.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
         }
-    }
-
-    fn alone(
-        &self,
-        order: Order<E>,
-        forward: impl Fn(&E, &[f32]) -> Vec<f32>,
-        out: &mut [f32],
-    ) -> Result<(), Stopped> {
-        let (width, rows) = (order.width, Arc::new(order.rows));
-        for piece in order.pieces {
-            let at = piece.at * width;
-            let batch = Batch {
-                expert: Arc::clone(&piece.expert),
-                pieces: vec![(0, Arc::clone(&rows), piece)],
-            };
-            self.merging.count(batch.rows());
-            let product = batch.run(width, &forward).map_err(|_| Stopped::Panicked)?;
-            out[at..at + product.len()].copy_from_slice(&product);
-        }
-        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, State<E>> {
@@ -299,8 +285,7 @@ impl<E> Merger<E> {
         let begun = Instant::now();
         let mut state = self.lock();
         loop {
-            let now = Instant::now();
-            let hold = state.hold(id, begun, now);
+            let hold = state.hold(id, begun, Instant::now());
             if hold.is_zero() {
                 return;
             }
@@ -447,10 +432,7 @@ impl<E> Batch<E> {
     ) -> Result<Vec<f32>, Box<dyn Any + Send>> {
         let mut gathered = Vec::with_capacity(self.rows() * width);
         for (_, rows, piece) in &self.pieces {
-            for &row in &piece.rows {
-                let start = row as usize * width;
-                gathered.extend_from_slice(&rows[start..start + width]);
-            }
+            gather(&mut gathered, rows, &piece.rows, width);
         }
         // Orders of other threads hang on this one: they must hear of it.
         catch_unwind(AssertUnwindSafe(|| forward(&self.expert, &gathered)))
@@ -464,6 +446,14 @@ impl Done {
     }
 }
 
+/// Appends the rows of these indices.
+pub(crate) fn gather(to: &mut Vec<f32>, from: &[f32], rows: &[u32], width: usize) {
+    for &row in rows {
+        let start = row as usize * width;
+        to.extend_from_slice(&from[start..start + width]);
+    }
+}
+
 /// What tells one resident expert from another, for as long as both are here.
 fn address<E>(expert: &Arc<E>) -> usize {
     Arc::as_ptr(expert).addr()
@@ -471,229 +461,4 @@ fn address<E>(expert: &Arc<E>) -> usize {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
-    use std::{
-        sync::mpsc::{Receiver, Sender, channel},
-        thread::{self, JoinHandle},
-    };
-
-    use super::*;
-
-    const WIDTH: usize = 2;
-    /// A row that begins with this makes its expert panic.
-    const POISON: f32 = -1.0;
-
-    /// An expert that says when it begins, and goes on when it is told to.
-    struct Gated {
-        number: f32,
-        begun: Sender<(f32, Vec<f32>)>,
-        go: Mutex<Receiver<()>>,
-    }
-
-    /// What the test holds of such experts.
-    struct House {
-        merger: Arc<Merger<Gated>>,
-        experts: Vec<Arc<Gated>>,
-        begun: Receiver<(f32, Vec<f32>)>,
-        go: Vec<Sender<()>>,
-    }
-
-    type Answer = JoinHandle<Result<Vec<f32>, Stopped>>;
-
-    impl House {
-        fn with(experts: usize) -> House {
-            let (say, begun) = channel();
-            let (go, experts) = (0..experts)
-                .map(|number| {
-                    let (go, wait) = channel();
-                    let gated = Gated {
-                        number: number as f32,
-                        begun: say.clone(),
-                        go: Mutex::new(wait),
-                    };
-                    (go, Arc::new(gated))
-                })
-                .unzip();
-            House {
-                merger: Arc::new(Merger::new(Merging::default())),
-                experts,
-                begun,
-                go,
-            }
-        }
-
-        /// Rows that begin with `first` to `experts`, on a thread of its own,
-        /// which has let them in when this returns.
-        fn send(&self, first: f32, experts: &[usize], deadline: Option<Instant>) -> Answer {
-            let pieces = (0..).zip(experts).map(|(at, &expert)| Piece {
-                expert: Arc::clone(&self.experts[expert]),
-                rows: vec![0],
-                at,
-            });
-            let order = Order {
-                source: first as u64,
-                deadline,
-                rows: Rows::from(vec![first, 0.5]),
-                width: WIDTH,
-                pieces: pieces.collect(),
-            };
-            let merger = Arc::clone(&self.merger);
-            let known = self.merger.lock().next;
-            let answer = thread::spawn(move || {
-                merger.run(order, |expert, rows| {
-                    let firsts: Vec<f32> = rows.iter().step_by(WIDTH).copied().collect();
-                    expert.begun.send((expert.number, firsts.clone())).unwrap();
-                    expert.go.lock().unwrap().recv().unwrap();
-                    assert!(!firsts.contains(&POISON));
-                    rows.iter().map(|x| x + 100.0 * expert.number).collect()
-                })
-            });
-            while self.merger.lock().next == known {
-                thread::yield_now();
-            }
-            answer
-        }
-
-        /// The next product that begins: which expert, and who is in it.
-        fn next(&self) -> (usize, Vec<f32>) {
-            let (expert, rows) = self.begun.recv().unwrap();
-            (expert as usize, rows)
-        }
-
-        fn go(&self, expert: usize) {
-            self.go[expert].send(()).unwrap();
-        }
-    }
-
-    fn ok(answer: Answer) -> Vec<f32> {
-        answer.join().unwrap().unwrap()
-    }
-
-    #[test]
-    fn what_arrives_while_one_expert_runs_joins_the_next() {
-        let house = House::with(4);
-        let a = house.send(1.0, &[0, 1, 2], None);
-        assert_eq!(house.next(), (0, vec![1.0]));
-        let b = house.send(2.0, &[0, 2], None);
-        let c = house.send(3.0, &[2, 1, 3], None);
-        house.go(0);
-        assert_eq!(house.next(), (1, vec![1.0, 3.0]));
-        house.go(1);
-        assert_eq!(house.next(), (2, vec![1.0, 2.0, 3.0]));
-        house.go(2);
-        // Done: its answer waits for nobody else's experts.
-        assert_eq!(ok(a), [1.0, 0.5, 101.0, 100.5, 201.0, 200.5]);
-        // The next oldest leads.
-        assert_eq!(house.next(), (0, vec![2.0]));
-        house.go(0);
-        assert_eq!(ok(b), [2.0, 0.5, 202.0, 200.5]);
-        assert_eq!(house.next(), (3, vec![3.0]));
-        house.go(3);
-        assert_eq!(ok(c), [203.0, 200.5, 103.0, 100.5, 303.0, 300.5]);
-        let products = house.merger.merging.products();
-        assert_eq!((products.products, products.rows), (5, 8));
-        assert!(house.merger.lock().queue.is_empty());
-    }
-
-    #[test]
-    fn a_follower_whose_rows_are_done_leaves_before_the_leader() {
-        let house = House::with(3);
-        let a = house.send(1.0, &[0, 1, 2], None);
-        house.next();
-        let b = house.send(2.0, &[1], None);
-        house.go(0);
-        assert_eq!(house.next(), (1, vec![1.0, 2.0]));
-        house.go(1);
-        assert_eq!(ok(b), [102.0, 100.5]);
-        house.next();
-        house.go(2);
-        ok(a);
-    }
-
-    #[test]
-    fn who_comes_too_late_is_not_run_and_holds_up_nobody() {
-        let house = House::with(2);
-        let a = house.send(1.0, &[0], None);
-        house.next();
-        let late = house.send(2.0, &[1], Some(Instant::now()));
-        let b = house.send(3.0, &[1], None);
-        house.go(0);
-        ok(a);
-        assert_eq!(house.next(), (1, vec![3.0]));
-        house.go(1);
-        assert_eq!(late.join().unwrap(), Err(Stopped::Late));
-        assert_eq!(ok(b), [103.0, 100.5]);
-    }
-
-    #[test]
-    fn a_panic_is_answered_to_all_whose_rows_were_in_it_and_others_go_on() {
-        let house = House::with(2);
-        let a = house.send(1.0, &[0, 1], None);
-        house.next();
-        let poisoned = house.send(POISON, &[1], None);
-        let b = house.send(3.0, &[0], None);
-        house.go(0);
-        assert_eq!(house.next(), (1, vec![1.0, POISON]));
-        house.go(1);
-        assert_eq!(a.join().unwrap(), Err(Stopped::Panicked));
-        assert_eq!(poisoned.join().unwrap(), Err(Stopped::Panicked));
-        assert_eq!(house.next(), (0, vec![3.0]));
-        house.go(0);
-        assert_eq!(ok(b), [3.0, 0.5]);
-        let c = house.send(4.0, &[1], None);
-        house.next();
-        house.go(1);
-        assert_eq!(ok(c), [104.0, 100.5]);
-    }
-
-    #[test]
-    fn a_product_has_its_limit_and_large_work_runs_as_it_is() {
-        let rows = |n: usize| vec![0; n];
-        let expert = Arc::new(0);
-        let order = |source, n| Order {
-            source,
-            deadline: None,
-            rows: Rows::from(vec![0.0; WIDTH]),
-            width: WIDTH,
-            pieces: vec![Piece {
-                expert: Arc::clone(&expert),
-                rows: rows(n),
-                at: 0,
-            }],
-        };
-        let taken = |sizes: &[usize]| {
-            let merger = Merger::new(Merging::default());
-            let mut state = merger.lock();
-            for (source, &n) in (0..).zip(sizes) {
-                state.enter(order(source, n), Arc::default());
-            }
-            let batch = state.take(0, Instant::now()).unwrap();
-            let sources = batch.pieces.iter().map(|(id, ..)| *id);
-            (batch.rows(), sources.collect::<Vec<_>>())
-        };
-        let most = MERGED_ROWS;
-        assert_eq!(taken(&[1, most - 2, 2, 1]), (most, vec![0, 1, 3]));
-        assert_eq!(taken(&[most + 1, 1]), (most + 1, vec![0]));
-    }
-
-    #[test]
-    fn switched_off_everybody_runs_alone() {
-        let house = House::with(1);
-        house.merger.merging.set(false);
-        house.go(0);
-        let order = Order {
-            source: 0,
-            deadline: None,
-            rows: Rows::from(vec![1.0, 2.0]),
-            width: WIDTH,
-            pieces: vec![Piece {
-                expert: Arc::clone(&house.experts[0]),
-                rows: vec![0],
-                at: 0,
-            }],
-        };
-        let out = house.merger.run(order, |_, rows| rows.to_vec()).unwrap();
-        assert_eq!(out, [1.0, 2.0]);
-        assert_eq!(house.merger.lock().next, 0);
-    }
-}
+mod tests;

@@ -121,6 +121,7 @@ fn merged_rows_have_the_bits_of_rows_run_alone_in_every_interleaving() {
     let checkpoint = checkpoint();
     let width = checkpoint.config().hidden_size;
     let merging = Merging::default();
+    merging.set_from_bytes(0);
     let host = Host::new("e0", width, Cpu::new(2)).merging(merging.clone());
     // The same experts in other slots of the next epoch, which merge with these.
     let slots: Vec<ExpertKey> = (0..8).map(|expert| (1, expert)).collect();
