@@ -132,10 +132,11 @@ impl Shown {
             writeln!(stdout, "{}", words(now))?;
             stdout.flush()
         };
-        Ok(match &self.bar {
+        match &self.bar {
             Some((_, bar)) => bar.suspend(write)?,
             None => write()?,
-        })
+        }
+        Ok(())
     }
 
     /// Moves the bar on a terminal.
