@@ -4,8 +4,8 @@
 //! [`at`] is nothing at all. With it a process does at each place what `FAILPOINTS` says, as
 //! `PLACE=ACTION;PLACE=ACTION`: the actions are those of the crate `fail`, with its percentages
 //! and counts, so that `copy::chunk=9*off->1*return(error)` fails the tenth time. `return(error)`
-//! is an error, `return(crash)` ends the process on the spot, `sleep(MS)` and `pause` stall the
-//! thread. This module must not know what happens at the places.
+//! is an error, `return(crash)` ends the process on the spot, `return(delay MS)` stalls the thread;
+//! each of them is in the log. `sleep(MS)` and `pause` stall it without a word. This module must not know what happens at the places.
 
 /// The places: those of the coordinator that leads, then those of an expert node.
 pub const ALL: &[&str] = &[
@@ -74,10 +74,18 @@ mod armed {
     pub fn at(name: &'static str) -> Result<(), Fired> {
         fail::fail_point!(name, |what| {
             tracing::warn!(name, what, "fail point");
-            if what.as_deref() == Some("crash") {
+            let what = what.as_deref().unwrap_or_default();
+            if what == "crash" {
                 std::process::abort();
             }
-            Err(Fired(name))
+            let delay = what.strip_prefix("delay ");
+            match delay.and_then(|ms| ms.trim().parse().ok()) {
+                Some(ms) => {
+                    std::thread::sleep(std::time::Duration::from_millis(ms));
+                    Ok(())
+                }
+                None => Err(Fired(name)),
+            }
         });
         Ok(())
     }
@@ -131,6 +139,9 @@ mod tests {
         set("copy::begin", "1*off->1*return(error)->off").unwrap();
         let seen: Vec<bool> = (0..4).map(|_| at("copy::begin").is_ok()).collect();
         assert_eq!(seen, [true, false, true, true]);
+        set("copy::begin", "1*return(delay 1)->1*return(error)").unwrap();
+        let seen: Vec<bool> = (0..2).map(|_| at("copy::begin").is_ok()).collect();
+        assert_eq!(seen, [true, false]);
         let wrong = set("copy::begin", "explode").unwrap_err();
         assert!(wrong.to_string().contains("copy::begin=explode"), "{wrong}");
         let nowhere = set("copy::nowhere", "off").unwrap_err();

@@ -136,6 +136,11 @@ impl Node {
         self.process = Guild::start_in(self.namespace.as_deref(), &self.environment, &self.args);
     }
 
+    /// What it will find in its environment when it is started again.
+    pub fn set_environment(&mut self, environment: Vec<(String, String)>) {
+        self.environment = environment;
+    }
+
     /// SIGTERM, and how it ended.
     pub async fn terminate(&mut self, limit: Duration) -> ExitStatus {
         self.signal("TERM");
@@ -195,6 +200,8 @@ pub struct House {
     pub experts: Vec<Node>,
     /// Before the first expert nodes.
     pub proxies: Vec<Proxy>,
+    /// Of all coordinators.
+    urls: String,
 }
 
 impl House {
@@ -247,8 +254,17 @@ impl House {
             attention,
             experts,
             proxies,
+            urls,
             plan,
         }
+    }
+
+    /// One more expert node.
+    pub fn add_expert(&mut self, name: String, environment: Vec<(String, String)>) {
+        let listen = format!("{}:{}", self.plan.host, free_port());
+        let args = node_args("expert-node", &self.urls, &name, &listen, &listen);
+        let node = Node::start(name, listen, args, environment, None);
+        self.experts.push(node);
     }
 
     /// URL of the first gRPC front door.
