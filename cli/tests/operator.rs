@@ -334,6 +334,35 @@ async fn every_change_is_a_line_until_interrupted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_watch_goes_on_with_the_next_leader() {
+    let first = Pretended::new();
+    let (one, end) = first.serve().await;
+    // Another process: it shares what the store holds, and no connection.
+    let (two, _end) = first.serve().await;
+    let both = format!("{one},{two}");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_guild"))
+        .args(["experts", "watch", "--json", "--coordinator", &both])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    use tokio::io::AsyncBufReadExt as _;
+    let mut lines = tokio::io::BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut next = async || {
+        let line = tokio::time::timeout(PATIENCE, lines.next_line()).await;
+        let line = line.expect("a line").unwrap().unwrap();
+        serde_json::from_str::<Value>(&line).unwrap()
+    };
+    assert_eq!(next().await["migration"], json!(0));
+    end.trigger();
+    // How it stands is the first word of the next one.
+    assert_eq!(next().await["migration"], json!(0));
+    first.migrate("balance");
+    while next().await["completed"] != json!(1) {}
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_list_says_who_drains_how_fast_nodes_are_and_what_fits() {
     let (leader, _end) = Pretended::new().serve().await;
     let (code, stdout, stderr) = experts(&leader, &["ls"]).await;

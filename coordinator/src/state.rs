@@ -56,6 +56,8 @@ pub(crate) struct ClusterState {
     /// What attention nodes report to this coordinator while it leads.
     pub(crate) load: LoadBook,
     rebalance: Rebalance,
+    /// One plan at a time: it takes a core and a copy of all that is known.
+    planning: tokio::sync::Mutex<()>,
     /// As the leader sees it.
     migration: watch::Sender<MigrationStatus>,
 }
@@ -172,6 +174,7 @@ impl ClusterState {
             lost: broadcast::Sender::new(LOSSES),
             load,
             rebalance,
+            planning: tokio::sync::Mutex::default(),
             migration: watch::Sender::default(),
         };
         state.with(|_, _| ());

@@ -350,6 +350,10 @@ async fn a_drained_node_is_emptied_and_may_come_back() {
     for name in ["expert-9", "expert-1", "expert-2", "expert-3"] {
         assert!(unknown.message().contains(name), "{unknown}");
     }
+    for name in ["", &"x".repeat(1000)] {
+        let refused = cluster.drain(name, false).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+    }
     // Attention nodes hold no experts.
     let attention = cluster.drain("attention-1", false).await.unwrap_err();
     assert_eq!(attention.code(), Code::NotFound);

@@ -56,6 +56,13 @@ pub(super) fn drain_node(
     request: &DrainNodeRequest,
 ) -> Result<DrainNodeResponse, Status> {
     let DrainNodeRequest { node, undo } = request;
+    if node.is_empty() || node.len() > membership::MAX_TEXT {
+        let problem = format!(
+            "must be the name of an expert node, at most {} bytes",
+            membership::MAX_TEXT
+        );
+        return Err(status::invalid("node", problem));
+    }
     let drained = state
         .lead(|membership, now| {
             let drained = membership.drain_node(now, node, *undo);

@@ -75,6 +75,7 @@ impl ClusterState {
         budget_bytes: Option<u64>,
         dry_run: bool,
     ) -> Result<Planned, RebalanceError> {
+        let _turn = self.planning.lock().await;
         let known = self.lead(|membership, _| membership.clone());
         let known = known.map_err(RebalanceError::NotLeading)?;
         let shots = self.load.shots();

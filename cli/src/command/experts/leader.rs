@@ -25,6 +25,8 @@ use crate::security::node_tls;
 const MAX_ANSWER_BYTES: usize = 128 << 20;
 /// What an answer may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// What a plan may take, which is thought over first.
+const PLANNING: Duration = Duration::from_secs(60);
 
 /// The coordinators that can be asked.
 pub(super) struct Asking {
@@ -149,8 +151,17 @@ impl Asking {
 
 /// A request that waits for its answer no longer than an operator would.
 pub(super) fn timed<T>(message: T) -> Request<T> {
+    within(TIMEOUT, message)
+}
+
+/// A request that waits for a plan.
+pub(super) fn planned<T>(message: T) -> Request<T> {
+    within(PLANNING, message)
+}
+
+fn within<T>(limit: Duration, message: T) -> Request<T> {
     let mut request = Request::new(message);
-    request.set_timeout(TIMEOUT);
+    request.set_timeout(limit);
     request
 }
 

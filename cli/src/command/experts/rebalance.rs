@@ -6,7 +6,7 @@ use std::io::Write as _;
 use guild_proto::cluster::v1::{RebalanceRequest, RebalanceResponse};
 use serde::Serialize;
 
-use super::leader::{Asking, timed};
+use super::leader::{Asking, planned};
 use super::print;
 use super::progress::{Changes, Shown};
 use crate::args::ExpertsRebalance;
@@ -54,7 +54,7 @@ pub(super) fn run(args: &ExpertsRebalance) -> Result<(), Failure> {
 
 async fn ask(leader: &mut Asking, request: RebalanceRequest) -> Result<RebalanceResponse, Failure> {
     let answer = leader
-        .ask(async |mut client| client.rebalance(timed(request)).await)
+        .ask(async |mut client| client.rebalance(planned(request)).await)
         .await;
     answer.map_err(|status| leader.failure(status))
 }
