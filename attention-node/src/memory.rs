@@ -1,8 +1,9 @@
-//! How much memory the latent KV cache gets. Secret: what the host has left, and which share of
-//! it is prudent.
+//! How much memory the latent KV cache gets. Secret: which share of what
+//! the host has left is prudent.
 
 use guild_model::Config;
 use guild_model::cache::LatentCache;
+use guild_node::memory;
 
 /// Share of the available memory that an automatic cache may take: the rest is for activations,
 /// other processes and the page cache that other nodes load their weights through.
@@ -51,34 +52,12 @@ pub(crate) fn pages(
     let budget = match memory {
         KvMemory::Bytes(bytes) => bytes,
         KvMemory::Auto => {
-            let share = available().map_or(AUTO_UNKNOWN, |bytes| bytes / AUTO_SHARE);
+            let share = memory::available().map_or(AUTO_UNKNOWN, |bytes| bytes / AUTO_SHARE);
             share.max(page_bytes)
         }
     };
     let paid = usize::try_from(budget / page_bytes.max(1)).unwrap_or(usize::MAX);
     paid.min(useful).min(u32::MAX as usize)
-}
-
-/// Bytes that can be allocated without swapping: what the kernel says, and what is left of the
-/// control group's limit if there is one.
-fn available() -> Option<u64> {
-    let read = |path: &str| std::fs::read_to_string(path).ok();
-    let host = read("/proc/meminfo").and_then(|text| meminfo(&text));
-    let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
-    let group = number("/sys/fs/cgroup/memory.max")
-        .map(|limit| limit.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)));
-    match (host, group) {
-        (Some(host), Some(group)) => Some(host.min(group)),
-        (host, group) => host.or(group),
-    }
-}
-
-fn meminfo(text: &str) -> Option<u64> {
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 #[cfg(test)]
@@ -105,12 +84,5 @@ mod tests {
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn meminfo_is_read_as_the_kernel_writes_it() {
-        let text = "MemTotal:       16318028 kB\nMemAvailable:    8000000 kB\n";
-        assert_eq!(meminfo(text), Some(8_192_000_000));
-        assert_eq!(meminfo("MemTotal: 1 kB\n"), None);
     }
 }

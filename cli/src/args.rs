@@ -418,15 +418,6 @@ pub(crate) struct ExpertNode {
     /// Where experts come from first that other nodes have: from these, or from the checkpoint
     #[arg(long, default_value_t, value_parser = CopyFrom::from_str, value_name = "peer|checkpoint")]
     pub(crate) copy_from: CopyFrom,
-    /// What fails together with this node, such as a host or a rack: copies of an expert are kept
-    /// apart where they can be
-    #[arg(
-        long,
-        default_value = "",
-        value_name = "NAME",
-        hide_default_value = true
-    )]
-    pub(crate) failure_domain: String,
     #[command(flatten)]
     pub(crate) compute: Compute,
     #[command(flatten)]

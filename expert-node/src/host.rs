@@ -12,9 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use guild_model::{Cpu, expert::Expert};
 use guild_node::member::Lease;
-use guild_transport::{ExchangeCode, ExchangeError, SlotHost, Work};
+use guild_transport::{ExchangeCode, ExchangeError, SlotBlob, SlotHost, Work};
 
 use crate::{
     capacity::{self, Capacity},
@@ -247,6 +248,23 @@ impl SlotHost for Host {
                 format!("epoch {epoch}: an expert panicked; the log says where"),
             ),
         })
+    }
+
+    fn blob(&self, epoch: u64, slot: u32) -> Result<SlotBlob, ExchangeError> {
+        let expert = self.expert(epoch, slot)?;
+        Ok(SlotBlob {
+            digest: expert.digest(),
+            bytes: Bytes::from_owner(Lent(expert)),
+        })
+    }
+}
+
+/// An expert that lends out its memory.
+struct Lent(Arc<Expert>);
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        self.0.blob()
     }
 }
 

@@ -1,18 +1,21 @@
 //! The expert node: resident routed experts, and the rows that are sent to them.
 //!
-//! Secret of this room: which experts are in memory, and when. [`residents`]
-//! reads exactly the experts that a placement gives to this node, [`host`] runs
-//! rows by the slot tables of the newest placements, and [`run`] is the whole
-//! node: it joins the cluster, follows the placement, reports truthfully and
-//! drains. It uses `model` for the experts, `transport` for the rows, `node` for
-//! the host and `proto` for the placement. It must not know attention, gates or
-//! weights of experts in a sum: rows come in and go out unweighted.
+//! Secret of this room: which experts are in memory, and when. [`residents`] keeps
+//! account of them, `copy` brings those that a placement gives to this node, from
+//! another node or from the checkpoint, [`host`] runs rows by the slot tables of the
+//! newest placements, and [`run`] is the whole node: it joins the cluster, follows the
+//! placement, reports truthfully and drains. It uses `model` for the experts,
+//! `transport` for the rows, `node` for the host and `proto` for the placement. It must
+//! not know attention, gates or weights of experts in a sum: rows come in and go out
+//! unweighted.
 
 mod capacity;
+mod copy;
 pub mod host;
 mod live;
 pub mod merge;
 pub mod residents;
+mod thread;
 
 use std::time::Duration;
 
@@ -21,6 +24,7 @@ use guild_node::{ExitKind, HasExitKind, member::MemberError, serve::ServeError, 
 
 use crate::{merge::Merging, residents::LoadError};
 
+pub use copy::CopyFrom;
 pub use live::run;
 
 /// What an expert node is told.
@@ -48,6 +52,8 @@ pub struct ExpertNodeConfig {
     pub process: String,
     /// What fails together with this node: a host, a rack; empty: nothing else.
     pub failure_domain: String,
+    /// Where experts come from first that other nodes have already.
+    pub copy_from: CopyFrom,
     /// How long a node that is asked to end goes on serving those that still
     /// send rows here.
     pub drain: Duration,
@@ -77,6 +83,7 @@ impl ExpertNodeConfig {
             capacity_bytes: 0,
             process: String::new(),
             failure_domain: String::new(),
+            copy_from: CopyFrom::default(),
             drain: Self::DRAIN,
             merging: Merging::default(),
         }
@@ -108,6 +115,15 @@ pub enum Error {
     },
 }
 
+impl Error {
+    fn task(what: &'static str, reason: &dyn std::fmt::Display) -> Error {
+        Error::Task {
+            what,
+            reason: reason.to_string(),
+        }
+    }
+}
+
 impl HasExitKind for Error {
     fn exit_kind(&self) -> ExitKind {
         match self {
@@ -115,7 +131,9 @@ impl HasExitKind for Error {
             Self::Load(LoadError::Capacity { .. }) => ExitKind::Resources,
             Self::Serve(error) => error.exit_kind(),
             Self::Member(error) => error.exit_kind(),
-            Self::Task { .. } => ExitKind::Internal,
+            Self::Load(LoadError::Copy { .. } | LoadError::Fired(_)) | Self::Task { .. } => {
+                ExitKind::Internal
+            }
         }
     }
 }

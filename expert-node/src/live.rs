@@ -4,13 +4,15 @@
 //! is ready at an epoch when every expert that the epoch gives it is resident;
 //! it goes on serving an epoch while it loads the next one.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, convert::Infallible, pin::pin, sync::Arc, time::Duration};
 
-use guild_model::{Checkpoint, Cpu};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+use guild_model::{Checkpoint, Cpu, expert::Expert};
 use guild_node::{
     Shutdown,
     channel::Dialer,
-    member::{Member, MemberConfig, NodeState},
+    failpoint,
+    member::{Measured, Member, MemberConfig, NodeState},
     serve::{Health, Server},
     tls,
 };
@@ -18,18 +20,21 @@ use guild_proto::{
     cluster::v1::{Placement, Role},
     experts::v1::experts_server::SERVICE_NAME,
 };
-use guild_transport::{ServiceLimits, SlotHost, Switchboard, service};
+use guild_transport::{LinkLimits, Links, ServiceLimits, SlotHost, Switchboard, service};
 use tokio::{
     net::TcpListener,
-    sync::oneshot,
+    runtime, select,
+    sync::watch,
     time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     Error, ExpertNodeConfig,
+    copy::{COPIES, Copier},
     host::Host,
-    residents::{ExpertKey, LoadError, Progress, Residents},
+    residents::{ExpertKey, LoadError, Residents},
+    thread,
 };
 
 /// A draining node is done when no rows have come for this long: those who
@@ -41,6 +46,8 @@ const QUIET_POLL: Duration = Duration::from_millis(20);
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Progress is logged each time another so many percent are resident.
 const PROGRESS_PERCENT: usize = 10;
+/// How often this node looks at its memory and its speed.
+const MEASURE_EVERY: Duration = Duration::from_secs(1);
 
 /// Runs an expert node on `listener` until `shutdown`; then it leaves the
 /// cluster, goes on serving while rows come and the drain limit lasts, and
@@ -59,7 +66,7 @@ pub async fn run(
     let checkpoint = cfg.model.clone();
     let width = checkpoint.config().hidden_size;
     let numerics_class = cfg.dtype.numerics_class(&cpu);
-    let host = Host::new(&cfg.name, width, cpu).merging(cfg.merging.clone());
+    let host = Host::new(&cfg.name, width, cpu.clone()).merging(cfg.merging.clone());
     let host = Arc::new(host);
 
     let closing = CancellationToken::new();
@@ -84,9 +91,26 @@ pub async fn run(
     let down = Shutdown::new();
     let serving = server.run(listener, down.clone(), LAST_WORDS);
     let mut serving = AbortOnDropHandle::new(tokio::spawn(serving));
-    let attached = switchboard.map(|board| Attached::new(board, &cfg.name, &host));
+    let attached = switchboard
+        .clone()
+        .map(|board| Attached::new(board, &cfg.name, &host));
 
+    let residents = Residents::new(checkpoint.clone(), cfg.dtype, cfg.capacity_bytes);
+    let residents = Arc::new(residents);
+    let copier = Copier {
+        name: cfg.name.clone(),
+        process: cfg.process.clone(),
+        from: cfg.copy_from,
+        residents: Arc::clone(&residents),
+        host: Arc::clone(&host),
+        cpu,
+        width,
+        links: Arc::new(links(&cfg)),
+        board: switchboard,
+    };
     let node = Node {
+        residents,
+        copier,
         cfg,
         numerics_class,
         host,
@@ -97,8 +121,8 @@ pub async fn run(
         outcome = node.live(checkpoint) => outcome,
         ended = &mut serving => return Err(match ended {
             Ok(Err(error)) => error.into(),
-            Ok(Ok(())) => failed("the server", &"it ended early"),
-            Err(error) => failed("the server", &error),
+            Ok(Ok(())) => Error::task("the server", &"it ended early"),
+            Err(error) => Error::task("the server", &error),
         }),
     };
     drop(attached);
@@ -107,6 +131,16 @@ pub async fn run(
     // What is not said by then is cut with the task.
     let _ = timeout(2 * LAST_WORDS, &mut serving).await;
     outcome
+}
+
+/// Nobody yet: whom experts are copied from.
+fn links(cfg: &ExpertNodeConfig) -> Links {
+    let dialer = Dialer::to(tls::Role::TAKING_ROWS, cfg.tls.as_ref());
+    let runtime = runtime::Handle::current();
+    Links::new(&cfg.name, LinkLimits::default(), runtime).dialling(Arc::new(move |endpoint| {
+        let dialer = dialer.clone();
+        Box::pin(async move { dialer.connect(endpoint).await })
+    }))
 }
 
 /// This node's place on a switchboard, for as long as it lives.
@@ -135,25 +169,78 @@ struct Node {
     cfg: ExpertNodeConfig,
     numerics_class: String,
     host: Arc<Host>,
+    residents: Arc<Residents>,
+    copier: Copier,
     health: Health,
     shutdown: Shutdown,
 }
 
-/// What the newest placement has come to.
+/// What the coordinator has published: the newest placement, and the newest that is active.
+struct News {
+    newest: watch::Receiver<Option<Arc<Placement>>>,
+    active: watch::Receiver<Option<Arc<Placement>>>,
+}
+
+/// One look at the news.
+#[derive(Clone, Default)]
+struct Published {
+    newest: Option<Arc<Placement>>,
+    active: Option<Arc<Placement>>,
+}
+
+impl News {
+    fn look(&mut self) -> Published {
+        // The newest is read first: an active one that came before it is then seen as well.
+        let newest = self.newest.borrow_and_update().clone();
+        let active = self.active.borrow_and_update().clone();
+        Published { newest, active }
+    }
+
+    /// Completes when there is something to look at; never when the membership has ended.
+    async fn changed(&mut self) {
+        let changed = select! {
+            changed = self.newest.changed() => changed,
+            changed = self.active.changed() => changed,
+        };
+        if changed.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+impl Published {
+    fn all(&self) -> impl Iterator<Item = &Arc<Placement>> {
+        [&self.active, &self.newest].into_iter().flatten()
+    }
+
+    fn has(&self, epoch: u64) -> bool {
+        self.all().any(|placement| placement.epoch == epoch)
+    }
+
+    fn active_epoch(&self) -> u64 {
+        self.active.as_ref().map_or(0, |active| active.epoch)
+    }
+}
+
+/// What the placements have come to.
+#[derive(Default)]
 struct Loading {
-    residents: Option<Residents>,
+    /// What has been made resident for a placement that is not complete.
+    spare: HashMap<ExpertKey, Arc<Expert>>,
     /// The epoch that was last tried, resident or failed.
     tried: Option<u64>,
-    /// The newest epoch that is resident.
+    /// The newest epoch that is resident; 0: none.
     epoch: u64,
+    /// The newest that could not be loaded, and why.
+    failed: Option<(u64, String)>,
 }
 
 impl Node {
     /// From an open checkpoint to the end.
     async fn live(&self, checkpoint: Checkpoint) -> Result<(), Error> {
         let hashed = checkpoint.clone();
-        let digest = tokio::select! {
-            digest = on_thread("the checkpoint's digest", move || hashed.digest()) => digest??,
+        let digest = select! {
+            digest = thread::alone("the checkpoint's digest", move || hashed.digest()) => digest??,
             () = self.shutdown.requested() => return Ok(()),
         };
         let membership = MemberConfig {
@@ -170,52 +257,114 @@ impl Node {
         let dialer = Dialer::to(tls::Role::COORDINATING, self.cfg.tls.as_ref());
         let member = Member::start_by(membership, dialer)?;
         self.host.count_by(member.lease());
-        tokio::select! {
-            outcome = self.follow(checkpoint, &member) => outcome?,
+        select! {
+            outcome = self.follow(&member) => outcome?,
             Err(refused) = member.ended() => return Err(refused.into()),
+            never = self.keep_measuring(&member) => match never {},
         }
         self.drain(&member).await;
         Ok(())
     }
 
-    /// Follows the placement until the node is asked to end.
-    async fn follow(&self, checkpoint: Checkpoint, member: &Member) -> Result<(), Error> {
-        let residents = Residents::new(checkpoint, self.cfg.dtype, self.cfg.capacity_bytes);
-        let mut loading = Loading {
-            residents: Some(residents),
-            tried: None,
-            epoch: 0,
-        };
-        self.report(member, 0, Err("no placement yet".to_owned()))
-            .await;
-        let (mut newest, mut active) = (member.placement(), member.active());
-        newest.mark_changed();
+    /// Tells the coordinator, again and again, what this node holds and can do.
+    async fn keep_measuring(&self, member: &Member) -> Infallible {
         loop {
-            tokio::select! {
-                () = self.shutdown.requested() => return Ok(()),
-                Ok(()) = newest.changed() => {}
-            }
-            // The newest is read first: an active one that came before it is
-            // then seen below. It may have been active from its start, for its
-            // experts are here when it is what was left of an earlier one.
-            let newest = newest.borrow_and_update().clone();
-            let active = active.borrow_and_update().clone();
-            for placement in [active, newest].into_iter().flatten() {
-                // The same epoch comes again when its state changes, and
-                // what could not be read once is not tried for it again.
-                if loading.tried.is_none_or(|tried| placement.epoch > tried) {
-                    self.adopt(&placement, member, &mut loading).await?;
+            self.measure(member);
+            sleep(MEASURE_EVERY).await;
+        }
+    }
+
+    fn measure(&self, member: &Member) {
+        member.set_measured(Measured {
+            rows_per_second: self.host.rows_per_second().unwrap_or(0.0),
+            resident_bytes: self.residents.bytes(),
+            free_bytes: self.residents.free_bytes(),
+        });
+    }
+
+    /// Follows the placement until the node is asked to end.
+    async fn follow(&self, member: &Member) -> Result<(), Error> {
+        let mut news = News {
+            newest: member.placement(),
+            active: member.active(),
+        };
+        let mut loading = Loading::default();
+        let state = Err("no placement yet".to_owned());
+        self.report(member, &loading, state).await;
+        loop {
+            let published = news.look();
+            self.let_go(&published, member, &mut loading).await;
+            // The same epoch comes again when its state changes, and what could
+            // not be read once is not tried for it again. One may be active from
+            // its start: its experts are here when it is what an earlier one left.
+            let untried = |placement: &&Arc<Placement>| {
+                loading.tried.is_none_or(|tried| placement.epoch > tried)
+            };
+            if let Some(placement) = published.all().find(untried).cloned() {
+                self.adopt(&placement, &published, member, &mut loading, &mut news)
+                    .await?;
+                if self.shutdown.is_requested() {
+                    return Ok(());
                 }
+                continue;
+            }
+            // What was copied for a placement that was withdrawn.
+            if !loading.spare.is_empty() {
+                loading.spare.clear();
+                self.measure(member);
+            }
+            select! {
+                () = self.shutdown.requested() => return Ok(()),
+                () = news.changed() => {}
             }
         }
+    }
+
+    /// Drops the tables that nobody sends rows by: those that all have left, and those that were
+    /// withdrawn or superseded before they were active.
+    async fn let_go(&self, published: &Published, member: &Member, loading: &mut Loading) {
+        self.retire(published);
+        if loading.epoch > 0 && !self.host.epochs().contains(&loading.epoch) {
+            loading.epoch = self.host.epochs().last().copied().unwrap_or(0);
+            let state = match loading.epoch {
+                0 => Err("the placement was withdrawn".to_owned()),
+                _ => Ok(()),
+            };
+            self.report(member, loading, state).await;
+        }
+        self.measure(member);
+    }
+
+    fn retire(&self, published: &Published) {
+        let Some(active) = &published.active else {
+            return;
+        };
+        let epochs = self.host.epochs();
+        let oldest = active.oldest_epoch.min(active.epoch);
+        let gone: Vec<u64> = epochs
+            .into_iter()
+            .filter(|&epoch| epoch < oldest || epoch > active.epoch && !published.has(epoch))
+            .collect();
+        if gone.is_empty() {
+            return;
+        }
+        if let Err(fired) = failpoint::at("epoch::free") {
+            tracing::warn!(?gone, %fired, "not freed");
+            return;
+        }
+        self.host.forget_before(oldest);
+        gone.iter().for_each(|&epoch| self.host.withdraw(epoch));
+        tracing::info!(epochs = ?gone, resident_bytes = self.residents.bytes(), "freed");
     }
 
     /// Loads what a placement gives to this node and reports what came of it.
     async fn adopt(
         &self,
         placement: &Placement,
+        published: &Published,
         member: &Member,
         loading: &mut Loading,
+        news: &mut News,
     ) -> Result<(), Error> {
         let epoch = placement.epoch;
         let mine = placement
@@ -224,65 +373,133 @@ impl Node {
             .find(|node| node.name == self.cfg.name);
         let slots: Vec<ExpertKey> = mine
             .map(|node| {
-                node.slots
-                    .iter()
-                    .map(|slot| (slot.layer, slot.expert))
-                    .collect()
+                let keys = node.slots.iter().map(|slot| (slot.layer, slot.expert));
+                keys.collect()
             })
             .unwrap_or_default();
-        let Some(mut residents) = loading.residents.take() else {
-            return Err(failed("loading", &"it was not finished"));
-        };
         let first = loading.epoch == 0;
-        let watch = Watch {
+        let progress = Progress {
             member: member.clone(),
-            shutdown: self.shutdown.clone(),
             epoch,
             // While an older epoch is served, the node is ready at that one.
             report: first,
         };
-        // Reading and widening weights is no work for the async threads.
-        let (back, outcome) = on_thread("loading experts", move || {
-            let outcome = residents.load(&slots, || watch.superseded(), |now| watch.tell(now));
-            (residents, outcome)
-        })
-        .await?;
-        loading.residents = Some(back);
+        let outcome = {
+            let spare = &mut loading.spare;
+            let mut loads = pin!(self.load(epoch, &slots, published, spare, progress));
+            loop {
+                select! {
+                    outcome = &mut loads => break outcome,
+                    () = self.shutdown.requested() => return Ok(()),
+                    () = news.changed() => {
+                        let published = news.look();
+                        self.retire(&published);
+                        if !published.has(epoch) {
+                            tracing::info!(epoch, "no longer wanted");
+                            return Ok(());
+                        }
+                    }
+                }
+            }
+        };
+        self.copier.part();
+        let outcome = outcome.and_then(|experts| {
+            failpoint::at("epoch::resident").map_err(LoadError::from)?;
+            Ok(experts)
+        });
+        loading.tried = Some(epoch);
+        loading.spare.clear();
         match outcome {
-            Ok(Some(experts)) => {
+            Ok(experts) => {
                 tracing::info!(epoch, slots = experts.len(), "resident");
                 self.host.publish(epoch, experts);
                 let host = Arc::clone(&self.host);
-                on_thread("measuring this node", move || host.calibrate()).await?;
-                loading.tried = Some(epoch);
+                thread::alone("measuring this node", move || host.calibrate()).await?;
                 loading.epoch = epoch;
-                self.report(member, epoch, Ok(())).await;
+                loading.failed = None;
+                self.measure(member);
+                self.report(member, loading, Ok(())).await;
             }
-            Ok(None) => tracing::info!(epoch, "no longer wanted"),
             // A checkpoint that cannot be read is for whoever started the node to mend; a node that
             // already serves an epoch goes on serving it and says what it could not load.
-            Err(error @ LoadError::Expert { .. }) if first => {
+            Err(Error::Load(error @ LoadError::Expert { .. })) if first => {
                 member.leave().await;
                 return Err(error.into());
             }
-            Err(error) => {
-                let reason = describe(epoch, &error);
+            Err(Error::Load(error)) => {
+                let reason = format!("cannot load epoch {epoch}: {error}");
                 tracing::error!("{reason}");
-                loading.tried = Some(epoch);
-                self.report(member, loading.epoch, Err(reason)).await;
+                // Rows come by the active placement: without it, nothing older helps.
+                let serves = !first && published.active_epoch() != epoch;
+                let state = if serves { Ok(()) } else { Err(reason.clone()) };
+                loading.failed = Some((epoch, reason));
+                self.measure(member);
+                self.report(member, loading, state).await;
             }
+            Err(error) => return Err(error),
         }
         Ok(())
     }
 
+    /// The experts of `slots`, in that order; those that are not in memory are brought here.
+    /// What has come when this is dropped stays in `spare`.
+    async fn load(
+        &self,
+        epoch: u64,
+        slots: &[ExpertKey],
+        published: &Published,
+        spare: &mut HashMap<ExpertKey, Arc<Expert>>,
+        progress: Progress,
+    ) -> Result<Vec<Arc<Expert>>, Error> {
+        spare.retain(|key, _| slots.contains(key));
+        let missing = self.residents.missing(slots);
+        // Held from here on, whatever becomes of the tables they are in.
+        for &key in slots {
+            if let Some(resident) = self.residents.find(key) {
+                spare.insert(key, resident);
+            }
+        }
+        match self.residents.check_room(&missing) {
+            // Where nothing is active nobody sends rows, and older tables are of no use.
+            Err(LoadError::Capacity { .. }) if published.active.is_none() => {
+                self.host.forget_before(epoch);
+                self.residents.check_room(&missing)?;
+            }
+            room => room?,
+        }
+        let behind = published
+            .active
+            .as_deref()
+            .filter(|active| active.epoch < epoch);
+        let homes = self.copier.meet(behind, &missing);
+        let wanted = spare.len() + missing.len();
+        let mut coming = stream::iter(missing)
+            .map(|key| {
+                let brought = self.copier.bring(key, epoch, &homes);
+                async move { Ok::<_, Error>((key, brought.await?)) }
+            })
+            .buffer_unordered(COPIES);
+        while let Some((key, expert)) = coming.try_next().await? {
+            spare.insert(key, expert);
+            progress.tell(spare.len(), wanted, self.residents.bytes());
+        }
+        drop(coming);
+        let found = slots.iter().filter_map(|key| spare.get(key).cloned());
+        let found: Vec<_> = found.collect();
+        match found.len() == slots.len() {
+            true => Ok(found),
+            false => Err(Error::task("loading", &"an expert was lost on the way")),
+        }
+    }
+
     /// Tells the coordinator and those who ask for health.
-    async fn report(&self, member: &Member, epoch: u64, state: Result<(), String>) {
+    async fn report(&self, member: &Member, loading: &Loading, state: Result<(), String>) {
         let ready = state.is_ok();
         member.set_state(NodeState {
-            epoch,
+            epoch: loading.epoch,
             ready,
             reason: state.err().unwrap_or_default(),
-            failed: None,
+            failed: loading.failed.clone(),
         });
         self.health.set_serving(SERVICE_NAME, ready).await;
         self.health.set_serving("", ready).await;
@@ -305,32 +522,18 @@ impl Node {
     }
 }
 
-/// What a load listens to and whom it tells.
-struct Watch {
+/// Whom a load tells how far it has come.
+struct Progress {
     member: Member,
-    shutdown: Shutdown,
     epoch: u64,
     report: bool,
 }
 
-impl Watch {
-    fn superseded(&self) -> bool {
-        let newest = self.member.placement();
-        let newer = newest
-            .borrow()
-            .as_ref()
-            .is_some_and(|p| p.epoch > self.epoch);
-        newer || self.shutdown.is_requested()
-    }
-
-    fn tell(&self, now: Progress) {
-        let Progress {
-            done,
-            wanted,
-            bytes,
-        } = now;
+impl Progress {
+    /// `done` of `wanted` experts are here; all in memory take `bytes`.
+    fn tell(&self, done: usize, wanted: usize, bytes: u64) {
         let percent = |done: usize| done * 100 / wanted.max(1) / PROGRESS_PERCENT;
-        if percent(done) == percent(done - 1) {
+        if percent(done) == percent(done.saturating_sub(1)) {
             return;
         }
         tracing::info!(epoch = self.epoch, done, wanted, bytes, "loading experts");
@@ -343,34 +546,4 @@ impl Watch {
             });
         }
     }
-}
-
-fn describe(epoch: u64, error: &LoadError) -> String {
-    format!("cannot load epoch {epoch}: {error}")
-}
-
-fn failed(what: &'static str, reason: &dyn std::fmt::Display) -> Error {
-    Error::Task {
-        what,
-        reason: reason.to_string(),
-    }
-}
-
-/// Runs `work` on a thread of its own: it may take minutes, and the end of the
-/// process need not wait for it.
-async fn on_thread<T: Send + 'static>(
-    what: &'static str,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Error> {
-    let (done, result) = oneshot::channel();
-    std::thread::Builder::new()
-        .name("guild-loader".to_owned())
-        .spawn(move || {
-            // Nobody waits any more when the node ends early.
-            let _ = done.send(work());
-        })
-        .map_err(|error| failed(what, &error))?;
-    result
-        .await
-        .map_err(|_| failed(what, &"it has panicked, see the log"))
 }

@@ -1,12 +1,21 @@
-//! Experts in memory: reading what a placement asks for, keeping what is
-//! already there, letting go of what nobody uses.
+//! Experts in memory: what is there, what is missing, and what it all takes.
+//!
+//! Secret: the account of memory. Slot tables own the experts; here is known which of them live,
+//! so that none is in memory twice and all of them together, those of every epoch, stay within
+//! what this node may hold. It must not know placements, nor where an expert comes from: it reads
+//! one from the checkpoint or takes one over from elsewhere, as it is told.
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
-use guild_model::{Checkpoint, ModelError, checkpoint::Dtype, expert::Expert};
+use guild_model::{
+    Checkpoint, ModelError,
+    checkpoint::Dtype,
+    expert::{Blob, Expert},
+};
+use guild_node::memory;
 
 /// A routed expert of the model: (layer, logical expert).
 pub type ExpertKey = (u32, u32);
@@ -26,37 +35,42 @@ pub enum LoadError {
     },
     /// The placement asks for more than this node said it can hold.
     #[error(
-        "{wanted} experts take more than the {capacity} bytes of --capacity; raise it or add expert nodes"
+        "{missing} more experts of {needed} bytes, with {held} bytes in memory, take more than the {capacity} bytes of --capacity; raise it or add expert nodes"
     )]
     Capacity {
-        /// Distinct experts asked for.
-        wanted: usize,
+        /// Distinct experts that are not in memory yet.
+        missing: usize,
+        /// Bytes they would take.
+        needed: u64,
+        /// Bytes of all experts in memory, those of every epoch.
+        held: u64,
         /// Bytes allowed.
         capacity: u64,
     },
+    /// What another node gave away as an expert is not that expert.
+    #[error("layer {layer}, expert {expert}: the copy from {node} is not to be trusted: {reason}")]
+    Copy {
+        /// Layer of the expert.
+        layer: u32,
+        /// Its number in the layer.
+        expert: u32,
+        /// Name of the node it came from.
+        node: String,
+        /// How that showed, with both sides of what differs.
+        reason: String,
+    },
+    /// A test wants a failure here.
+    #[error(transparent)]
+    Fired(#[from] guild_node::failpoint::Fired),
 }
 
-/// The experts that this process has read. Slot tables own them: an expert that
-/// no table uses any more is gone.
+/// The experts in this process's memory.
 pub struct Residents {
     checkpoint: Checkpoint,
     dtype: Dtype,
-    /// Bytes for the experts of one placement; 0 is unlimited.
+    /// Bytes for all of them; 0 is unlimited.
     capacity: u64,
-    experts: HashMap<ExpertKey, Weak<Expert>>,
-    /// What a superseded load has read, for the next one.
-    spare: Vec<Arc<Expert>>,
-}
-
-/// How far a load has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
-    /// Experts that are resident.
-    pub done: usize,
-    /// Experts asked for.
-    pub wanted: usize,
-    /// Bytes of those that are resident.
-    pub bytes: u64,
+    experts: Mutex<HashMap<ExpertKey, Weak<Expert>>>,
 }
 
 impl Residents {
@@ -66,15 +80,13 @@ impl Residents {
             checkpoint,
             dtype,
             capacity,
-            experts: HashMap::new(),
-            spare: Vec::new(),
+            experts: Mutex::default(),
         }
     }
 
     /// Experts in memory.
     pub fn len(&self) -> usize {
-        let alive = |expert: &&Weak<Expert>| expert.strong_count() > 0;
-        self.experts.values().filter(alive).count()
+        self.experts().len()
     }
 
     /// Whether none is in memory.
@@ -82,66 +94,109 @@ impl Residents {
         self.len() == 0
     }
 
-    /// The experts of `slots`, in that order; those that are not resident yet
-    /// are read, one after the other. `None` when `superseded` said, before an
-    /// expert was read, that the result is no longer wanted; what has been read
-    /// is kept for the next call.
-    ///
-    /// # Errors
-    /// An expert cannot be read, or they are too many; nothing is kept of them.
-    pub fn load(
-        &mut self,
-        slots: &[ExpertKey],
-        superseded: impl Fn() -> bool,
-        progress: impl Fn(Progress),
-    ) -> Result<Option<Vec<Arc<Expert>>>, LoadError> {
-        let wanted = slots.iter().collect::<HashSet<_>>().len();
-        let mut seen = HashSet::new();
-        let mut bytes = 0;
-        let mut found = Vec::with_capacity(slots.len());
-        // Until this load has taken its own from them.
-        let _spare = std::mem::take(&mut self.spare);
-        for &key in slots {
-            let resident = match self.experts.get(&key).and_then(Weak::upgrade) {
-                Some(resident) => resident,
-                None if superseded() => {
-                    self.spare = found;
-                    return Ok(None);
-                }
-                None => self.read(key)?,
-            };
-            if seen.insert(key) {
-                bytes += resident.bytes();
-                if self.capacity > 0 && bytes > self.capacity {
-                    return Err(LoadError::Capacity {
-                        wanted,
-                        capacity: self.capacity,
-                    });
-                }
-                progress(Progress {
-                    done: seen.len(),
-                    wanted,
-                    bytes,
-                });
-            }
-            found.push(resident);
-        }
-        self.experts.retain(|_, expert| expert.strong_count() > 0);
-        Ok(Some(found))
+    /// Bytes of all experts in memory, those of every epoch.
+    pub fn bytes(&self) -> u64 {
+        let experts = self.experts();
+        let alive = experts.values().filter_map(Weak::upgrade);
+        alive.map(|expert| expert.bytes()).sum()
     }
 
-    fn read(&mut self, key: ExpertKey) -> Result<Arc<Expert>, LoadError> {
-        let (layer, expert) = key;
-        let (at, of) = (layer as usize, expert as usize);
-        let read = Expert::load(&self.checkpoint, at, of, self.dtype).map_err(|source| {
-            LoadError::Expert {
-                layer,
-                expert,
-                source,
-            }
-        })?;
-        let read = Arc::new(read);
-        self.experts.insert(key, Arc::downgrade(&read));
-        Ok(read)
+    /// Bytes that further experts may take: what is left of the capacity, or of
+    /// the host where there is none; `None` where the host does not say.
+    pub fn free_bytes(&self) -> Option<u64> {
+        match self.capacity {
+            0 => memory::available(),
+            capacity => Some(capacity.saturating_sub(self.bytes())),
+        }
+    }
+
+    /// An expert that is in memory.
+    pub fn find(&self, key: ExpertKey) -> Option<Arc<Expert>> {
+        self.experts().get(&key).and_then(Weak::upgrade)
+    }
+
+    /// Those of `slots` that are not in memory, each once, in that order.
+    pub fn missing(&self, slots: &[ExpertKey]) -> Vec<ExpertKey> {
+        let experts = self.experts();
+        let mut seen = HashSet::new();
+        let absent = slots.iter().filter(|key| !experts.contains_key(key));
+        absent.filter(|key| seen.insert(**key)).copied().collect()
+    }
+
+    /// Whether experts that are not in memory can be beside all that is.
+    ///
+    /// # Errors
+    /// They are too many, or the model has no such expert.
+    pub fn check_room(&self, missing: &[ExpertKey]) -> Result<(), LoadError> {
+        let held = self.bytes();
+        let mut needed: u64 = 0;
+        for &key in missing {
+            let (layer, expert) = (key.0 as usize, key.1 as usize);
+            let bytes = Expert::bytes_of(&self.checkpoint, layer, expert, self.dtype);
+            needed = needed.saturating_add(bytes.map_err(|source| unreadable(key, source))?);
+        }
+        if self.capacity > 0 && held.saturating_add(needed) > self.capacity {
+            return Err(LoadError::Capacity {
+                missing: missing.len(),
+                needed,
+                held,
+                capacity: self.capacity,
+            });
+        }
+        Ok(())
+    }
+
+    /// The expert, read from the checkpoint unless it is in memory. Blocks.
+    ///
+    /// # Errors
+    /// It cannot be read; nothing is kept of it.
+    pub fn read(&self, key: ExpertKey) -> Result<Arc<Expert>, LoadError> {
+        if let Some(resident) = self.find(key) {
+            return Ok(resident);
+        }
+        let (layer, expert) = (key.0 as usize, key.1 as usize);
+        let read = Expert::load(&self.checkpoint, layer, expert, self.dtype);
+        Ok(self.keep(key, read.map_err(|source| unreadable(key, source))?))
+    }
+
+    /// Bytes that the blob of an expert must have.
+    ///
+    /// # Errors
+    /// The model has no such expert.
+    pub fn blob_len(&self, key: ExpertKey) -> Result<usize, LoadError> {
+        let (layer, expert) = (key.0 as usize, key.1 as usize);
+        Expert::blob_len(&self.checkpoint, layer, expert, self.dtype)
+            .map_err(|source| unreadable(key, source))
+    }
+
+    /// Takes over an expert that came as a blob. Blocks.
+    ///
+    /// # Errors
+    /// The blob is not that expert; nothing is kept of it.
+    pub fn adopt(&self, key: ExpertKey, blob: Blob) -> Result<Arc<Expert>, ModelError> {
+        let (layer, expert) = (key.0 as usize, key.1 as usize);
+        let taken = Expert::from_blob(&self.checkpoint, layer, expert, self.dtype, blob)?;
+        Ok(self.keep(key, taken))
+    }
+
+    fn keep(&self, key: ExpertKey, expert: Expert) -> Arc<Expert> {
+        let expert = Arc::new(expert);
+        self.experts().insert(key, Arc::downgrade(&expert));
+        expert
+    }
+
+    /// Those that live.
+    fn experts(&self) -> MutexGuard<'_, HashMap<ExpertKey, Weak<Expert>>> {
+        let mut experts = self.experts.lock().unwrap_or_else(PoisonError::into_inner);
+        experts.retain(|_, expert| expert.strong_count() > 0);
+        experts
+    }
+}
+
+fn unreadable((layer, expert): ExpertKey, source: ModelError) -> LoadError {
+    LoadError::Expert {
+        layer,
+        expert,
+        source,
     }
 }

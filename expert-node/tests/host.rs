@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
-    cell::{Cell, RefCell},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -11,9 +10,13 @@ use std::{
 use guild_expert_node::{
     host::Host,
     merge::Merging,
-    residents::{ExpertKey, LoadError, Progress, Residents},
+    residents::{ExpertKey, LoadError, Residents},
 };
-use guild_model::{Checkpoint, Cpu, checkpoint::Dtype, expert::Expert};
+use guild_model::{
+    Checkpoint, Cpu,
+    checkpoint::Dtype,
+    expert::{Blob, Expert},
+};
 use guild_transport::{ExchangeCode, ExchangeError, Rows, SlotHost, Work};
 
 fn golden() -> PathBuf {
@@ -48,8 +51,9 @@ fn run(
     })
 }
 
-fn load(residents: &mut Residents, slots: &[ExpertKey]) -> Vec<Arc<Expert>> {
-    residents.load(slots, || false, |_| ()).unwrap().unwrap()
+fn load(residents: &Residents, slots: &[ExpertKey]) -> Vec<Arc<Expert>> {
+    let read = slots.iter().map(|&key| residents.read(key).unwrap());
+    read.collect()
 }
 
 fn bits(rows: &[f32]) -> Vec<u32> {
@@ -63,8 +67,8 @@ fn rows_equal_the_expert_alone_whatever_the_grouping() {
     let cpu = Cpu::new(2);
     let host = Host::new("e0", width, cpu.clone());
     let slots: Vec<ExpertKey> = (1..4).flat_map(|layer| [(layer, 3), (layer, 14)]).collect();
-    let mut residents = Residents::new(checkpoint.clone(), Dtype::Auto, 0);
-    host.publish(1, load(&mut residents, &slots));
+    let residents = Residents::new(checkpoint.clone(), Dtype::Auto, 0);
+    host.publish(1, load(&residents, &slots));
 
     let n = 9;
     let input = rows(n, width);
@@ -126,10 +130,10 @@ fn merged_rows_have_the_bits_of_rows_run_alone_in_every_interleaving() {
     // The same experts in other slots of the next epoch, which merge with these.
     let slots: Vec<ExpertKey> = (0..8).map(|expert| (1, expert)).collect();
     let turned: Vec<ExpertKey> = slots.iter().rev().copied().collect();
-    let mut residents = Residents::new(checkpoint, Dtype::Auto, 0);
-    let before = load(&mut residents, &slots);
+    let residents = Residents::new(checkpoint, Dtype::Auto, 0);
+    let before = load(&residents, &slots);
     host.publish(1, before);
-    host.publish(2, load(&mut residents, &turned));
+    host.publish(2, load(&residents, &turned));
 
     let work = |sender: u64, number: usize| {
         let mut dice = Dice(1 + sender * 1000 + number as u64);
@@ -196,9 +200,9 @@ fn tables_nobody_routes_by_go_when_they_are_forgotten_or_withdrawn() {
     let checkpoint = checkpoint();
     let width = checkpoint.config().hidden_size;
     let host = Host::new("e0", width, Cpu::new(1));
-    let mut residents = Residents::new(checkpoint, Dtype::Auto, 0);
+    let residents = Residents::new(checkpoint, Dtype::Auto, 0);
     for epoch in 1..4 {
-        host.publish(epoch, load(&mut residents, &[(1, epoch as u32)]));
+        host.publish(epoch, load(&residents, &[(1, epoch as u32)]));
     }
     assert!(host.expert(2, 0).is_ok());
     host.withdraw(3);
@@ -217,8 +221,8 @@ fn what_a_node_can_do_is_measured_once_it_has_experts() {
     let host = Host::new("e0", width, Cpu::new(1));
     host.calibrate();
     assert_eq!(host.rows_per_second(), None);
-    let mut residents = Residents::new(checkpoint, Dtype::Auto, 0);
-    host.publish(1, load(&mut residents, &[(1, 0), (1, 1)]));
+    let residents = Residents::new(checkpoint, Dtype::Auto, 0);
+    host.publish(1, load(&residents, &[(1, 0), (1, 1)]));
     host.publish(2, Vec::new());
     assert_eq!(host.rows_per_second(), None);
     host.calibrate();
@@ -244,8 +248,8 @@ fn what_does_not_fit_the_placement_is_refused_by_name() {
         code(1, width, &input, 0),
         (ExchangeCode::UnknownEpoch, true)
     );
-    let mut residents = Residents::new(checkpoint, Dtype::Auto, 0);
-    host.publish(1, load(&mut residents, &[(1, 0)]));
+    let residents = Residents::new(checkpoint, Dtype::Auto, 0);
+    host.publish(1, load(&residents, &[(1, 0)]));
     assert!(run(&host, 1, width, &input, &[(0, vec![0])]).is_ok());
     assert_eq!(
         code(2, width, &input, 0),
@@ -264,9 +268,9 @@ fn an_epoch_serves_on_while_its_successor_is_here_and_then_goes() {
     let width = checkpoint.config().hidden_size;
     let host = Host::new("e0", width, Cpu::new(1));
     let input = rows(1, width);
-    let mut residents = Residents::new(checkpoint, Dtype::Auto, 0);
-    let mut publish = |epoch, slots: &[ExpertKey]| {
-        host.publish(epoch, load(&mut residents, slots));
+    let residents = Residents::new(checkpoint, Dtype::Auto, 0);
+    let publish = |epoch, slots: &[ExpertKey]| {
+        host.publish(epoch, load(&residents, slots));
         residents.len()
     };
     let first = |epoch| run(&host, epoch, width, &input, &[(0, vec![0])]).map(|out| bits(&out));
@@ -291,90 +295,92 @@ fn an_epoch_serves_on_while_its_successor_is_here_and_then_goes() {
 }
 
 #[test]
-fn resident_experts_are_kept_and_only_missing_ones_are_read() {
-    let mut residents = Residents::new(checkpoint(), Dtype::Auto, 0);
-    let before = load(&mut residents, &[(1, 0), (1, 1)]);
-    let told = RefCell::new(Vec::new());
-    let asked = Cell::new(0);
-    let superseded = || {
-        asked.set(asked.get() + 1);
-        false
-    };
-    let after = residents
-        .load(&[(1, 1), (3, 15), (1, 1)], superseded, |now| {
-            told.borrow_mut().push(now)
-        })
-        .unwrap()
-        .unwrap();
-    assert!(Arc::ptr_eq(&before[1], &after[0]) && Arc::ptr_eq(&after[0], &after[2]));
-    assert_eq!(asked.get(), 1, "one expert was missing");
-    let bytes = before[0].bytes();
-    let progress = |done, bytes| Progress {
-        done,
-        wanted: 2,
-        bytes,
-    };
-    assert_eq!(*told.borrow(), [progress(1, bytes), progress(2, 2 * bytes)]);
-}
-
-#[test]
-fn a_superseded_load_leaves_what_it_has_read_to_the_next() {
-    let mut residents = Residents::new(checkpoint(), Dtype::Auto, 0);
-    let left = Cell::new(2);
-    let superseded = || {
-        left.set(left.get() - 1);
-        left.get() < 0
-    };
-    let slots = [(1, 0), (1, 1), (1, 2), (1, 3)];
+fn an_expert_is_in_memory_once_and_only_as_long_as_somebody_holds_it() {
+    let residents = Residents::new(checkpoint(), Dtype::Auto, 0);
+    let slots = [(1, 0), (3, 15), (1, 0)];
+    assert_eq!(residents.missing(&slots), [(1, 0), (3, 15)]);
+    let held = load(&residents, &slots);
+    assert!(Arc::ptr_eq(&held[0], &held[2]));
+    assert!(residents.missing(&slots).is_empty());
     assert!(
         residents
-            .load(&slots, superseded, |_| ())
-            .unwrap()
-            .is_none()
+            .find((3, 15))
+            .is_some_and(|expert| Arc::ptr_eq(&expert, &held[1]))
     );
-    assert_eq!(residents.len(), 2);
-    let next = load(&mut residents, &[(1, 1)]);
-    // (1, 0) is asked for no more and in no table.
-    assert_eq!((next.len(), residents.len()), (1, 1));
+    assert_eq!(
+        (residents.len(), residents.bytes()),
+        (2, 2 * held[0].bytes())
+    );
+    drop(held);
+    assert_eq!((residents.len(), residents.bytes()), (0, 0));
+    assert!(residents.find((1, 0)).is_none());
 }
 
 #[test]
-fn a_load_that_fails_names_its_reason_and_holds_no_memory() {
-    let checkpoint = checkpoint();
-    let mut residents = Residents::new(checkpoint.clone(), Dtype::Auto, 0);
-    let kept = load(&mut residents, &[(1, 0)]);
-    let fail = |residents: &mut Residents, slots: &[ExpertKey]| {
-        let error = residents.load(slots, || false, |_| ()).unwrap_err();
-        error.to_string()
+fn an_expert_that_comes_as_a_blob_is_the_one_that_is_read() {
+    let residents = Residents::new(checkpoint(), Dtype::Auto, 0);
+    let read = residents.read((2, 7)).unwrap();
+    let (blob, right) = (read.blob().to_vec(), read.digest());
+    drop(read);
+    let copied = |key| {
+        let mut copy = Blob::with_len(residents.blob_len(key).unwrap());
+        copy.as_mut().copy_from_slice(&blob);
+        residents.adopt(key, copy)
     };
-    let error = fail(&mut residents, &[(1, 1), (1, 16)]);
-    assert!(error.contains("layer 1, expert 16"), "{error}");
-    assert_eq!(residents.len(), 1);
-    // Layer 0 is dense, layer 9 does not exist.
-    assert!(fail(&mut residents, &[(0, 0)]).contains("layer 0"));
-    assert!(fail(&mut residents, &[(9, 0)]).contains("layer 9"));
-    assert!(fail(&mut residents, &[(u32::MAX, u32::MAX)]).contains("layer 4294967295"));
-
-    let capacity = kept[0].bytes() * 2;
-    let mut residents = Residents::new(checkpoint, Dtype::Auto, capacity);
-    drop(load(&mut residents, &[(1, 0), (1, 1), (1, 0)]));
-    let error = residents
-        .load(&[(1, 0), (1, 1), (1, 2)], || false, |_| ())
-        .unwrap_err();
+    let adopted = copied((2, 7)).unwrap();
+    assert_eq!(adopted.digest(), right);
     assert!(
-        matches!(error, LoadError::Capacity { wanted: 3, .. }),
+        residents
+            .find((2, 7))
+            .is_some_and(|found| Arc::ptr_eq(&found, &adopted))
+    );
+    let error = copied((2, 8)).unwrap_err().to_string();
+    assert!(error.contains("layer 2, expert 8"), "{error}");
+    assert_eq!(residents.len(), 1);
+}
+
+#[test]
+fn what_cannot_be_read_or_has_no_room_is_named_and_takes_no_memory() {
+    let checkpoint = checkpoint();
+    let residents = Residents::new(checkpoint.clone(), Dtype::Auto, 0);
+    let each = load(&residents, &[(1, 0)])[0].bytes();
+    // Layer 0 is dense, layer 9 does not exist.
+    for (key, says) in [
+        ((1, 16), "layer 1, expert 16"),
+        ((0, 0), "layer 0"),
+        ((9, 0), "layer 9"),
+        ((u32::MAX, u32::MAX), "layer 4294967295"),
+    ] {
+        for error in [
+            residents.read(key).unwrap_err(),
+            residents.check_room(&[key]).unwrap_err(),
+            residents.blob_len(key).unwrap_err(),
+        ] {
+            assert!(error.to_string().contains(says), "{error}");
+        }
+    }
+    assert!(residents.is_empty());
+
+    let residents = Residents::new(checkpoint, Dtype::Auto, each * 3);
+    let held = load(&residents, &[(1, 0), (1, 1)]);
+    assert_eq!(residents.free_bytes(), Some(each));
+    residents.check_room(&[(1, 2)]).unwrap();
+    let error = residents.check_room(&[(1, 2), (1, 3)]).unwrap_err();
+    assert!(
+        matches!(error, LoadError::Capacity { missing: 2, held, .. } if held == 2 * each),
         "{error}"
     );
     assert!(error.to_string().contains("--capacity"), "{error}");
-    assert!(residents.is_empty());
+    drop(held);
+    residents.check_room(&[(1, 2), (1, 3)]).unwrap();
 }
 
 #[test]
 fn a_kept_dtype_is_the_one_asked_for() {
     let checkpoint = checkpoint();
     let bytes = |dtype| {
-        let mut residents = Residents::new(checkpoint.clone(), dtype, 0);
-        load(&mut residents, &[(1, 0)])[0].bytes()
+        let residents = Residents::new(checkpoint.clone(), dtype, 0);
+        load(&residents, &[(1, 0)])[0].bytes()
     };
     assert_eq!(bytes(Dtype::F32), 2 * bytes(Dtype::Bf16));
 }

@@ -303,14 +303,14 @@ async fn a_placement_that_cannot_be_loaded_is_told_and_the_last_one_serves_on() 
     assert_eq!(first, expected(1, 0));
 
     stage.publish(2, PlacementState::Loading, &[(1, 99)]);
-    let beat = stage.hears(|beat| !beat.ready).await;
-    assert_eq!(beat.epoch, 1);
+    let beat = stage.hears(|beat| beat.failed_epoch == 2).await;
+    assert_eq!((beat.epoch, beat.ready), (1, true));
     assert!(
-        beat.reason.contains("epoch 2") && beat.reason.contains("expert 99"),
+        beat.failure.contains("epoch 2") && beat.failure.contains("expert 99"),
         "{}",
-        beat.reason
+        beat.failure
     );
-    assert!(!stage.serving().await);
+    assert!(stage.serving().await);
     assert_eq!(exchange(&links, 1).await.unwrap(), first);
     assert_eq!(
         exchange(&links, 2).await.unwrap_err().code,
@@ -319,7 +319,8 @@ async fn a_placement_that_cannot_be_loaded_is_told_and_the_last_one_serves_on() 
 
     stage.publish(3, PlacementState::Loading, &[(3, 3)]);
     stage.ready(3).await;
-    assert!(stage.serving().await);
+    let beat = stage.hears(|beat| beat.epoch == 3).await;
+    assert_eq!((beat.failed_epoch, beat.failure.as_str()), (0, ""));
     assert_eq!(exchange(&links, 3).await.unwrap(), expected(3, 3));
     assert_eq!(exchange(&links, 1).await.unwrap(), first);
     // No experts at all is a placement like any other.
@@ -331,6 +332,20 @@ async fn a_placement_that_cannot_be_loaded_is_told_and_the_last_one_serves_on() 
         exchange(&links, 1).await.unwrap_err().code,
         ExchangeCode::UnknownEpoch
     );
+    stage.end().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_active_placement_that_cannot_be_loaded_leaves_the_node_not_ready() {
+    let stage = stage(false, |_| ()).await;
+    stage.publish(1, PlacementState::Active, &[(1, 0)]);
+    stage.ready(1).await;
+    stage.publish(2, PlacementState::Active, &[(1, 99)]);
+    let beat = stage
+        .hears(|beat| !beat.ready && beat.failed_epoch == 2)
+        .await;
+    assert!(beat.reason.contains("expert 99"), "{}", beat.reason);
+    assert!(!stage.serving().await);
     stage.end().await.unwrap();
 }
 

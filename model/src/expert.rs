@@ -163,6 +163,19 @@ impl Expert {
         Ok(expected(ckpt, layer, expert, dtype)?.len)
     }
 
+    /// What [`Expert::bytes`] of this expert is or would be.
+    ///
+    /// # Errors
+    /// As [`Expert::load`], without reading a value.
+    pub fn bytes_of(
+        ckpt: &Checkpoint,
+        layer: usize,
+        expert: usize,
+        dtype: Dtype,
+    ) -> Result<u64, ModelError> {
+        Ok(expected(ckpt, layer, expert, dtype)?.weight_bytes())
+    }
+
     /// The expert as it lies in memory.
     pub fn blob(&self) -> &[u8] {
         self.blob.as_ref()
@@ -186,8 +199,7 @@ impl Expert {
 
     /// Resident bytes of its weights. The blob has a few hundred more, header and padding.
     pub fn bytes(&self) -> u64 {
-        let of = |m: &Placed| m.data.len() + m.scales.len();
-        self.layout.matrices.iter().map(of).sum::<usize>() as u64
+        self.layout.weight_bytes()
     }
 
     fn matrix(&self, m: &Placed) -> MatrixRef<'_> {

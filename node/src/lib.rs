@@ -13,6 +13,7 @@ pub mod exit;
 pub mod failpoint;
 pub mod keys;
 pub mod member;
+pub mod memory;
 pub mod serve;
 pub mod shutdown;
 pub mod size;

@@ -1,5 +1,6 @@
 //! `guild expert-node`.
 
+use guild_expert_node::ExpertNodeConfig;
 use guild_model::Checkpoint;
 use guild_node::tls::Role;
 
@@ -29,7 +30,10 @@ async fn serve(args: &ExpertNode) -> Result<(), Failure> {
         .tls(place.tls.as_ref())
         .insecure(args.exposure.insecure)
         .show(args.common.log_format);
-    let config = shells::expert(&place, args.compute, args.capacity, args.exposure);
+    let config = ExpertNodeConfig {
+        copy_from: args.copy_from,
+        ..shells::expert(&place, args.compute, args.capacity, args.exposure)
+    };
     guild_expert_node::run(config, listener, cpu, None, shutdown)
         .await
         .map_err(|error| Failure::of(&error))

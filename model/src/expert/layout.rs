@@ -97,6 +97,12 @@ impl Layout {
         })
     }
 
+    /// Bytes of data and scales: without header and padding.
+    pub(super) fn weight_bytes(&self) -> u64 {
+        let of = |m: &Placed| m.data.len() + m.scales.len();
+        self.matrices.iter().map(of).sum::<usize>() as u64
+    }
+
     /// The header's bytes.
     pub(super) fn header(&self) -> [u8; HEADER] {
         let mut header = [0; HEADER];
