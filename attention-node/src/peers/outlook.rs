@@ -9,6 +9,8 @@ use guild_transport::NodeId;
 use super::{Fit, Known, Peer};
 use crate::view::View;
 
+/// Seconds that the way there and back takes while no node far away has answered.
+const WIRE: f64 = 1e-3;
 /// Capacities that differ by no more than this factor are alike.
 const ALIKE: f64 = 1.5;
 
@@ -39,7 +41,7 @@ impl Known {
             let far = fits.iter().zip(nodes).filter(|&(_, &node)| !near(node));
             far.filter_map(|(fit, _)| *fit)
         };
-        let usual = median(far().map(|fit| fit.fixed)).unwrap_or(0.0);
+        let usual = median(far().map(|fit| fit.fixed)).unwrap_or(WIRE);
         let noise = median(far().map(|fit| fit.deviation)).unwrap_or(0.0);
         let queue = |at: usize| {
             let row = fits[at].map(|fit| fit.per_row).or_else(|| said(&nodes[at]));
