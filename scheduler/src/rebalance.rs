@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use crate::load::Shot;
 use crate::membership::{Membership, Node, Role, Settings};
-use crate::placement::{NodeId, NodeSlots};
+use crate::placement::{NodeId, NodeSlots, Placement};
 use crate::planner::{self, Cluster, Layer, Plan, PlanError, Split};
 
 /// Who plans.
@@ -102,12 +102,26 @@ pub fn propose(
         plan.reports.iter().map(of).sum::<f64>() / plan.reports.len() as f64
     };
     let (before, after) = (mean(|report| report.before), mean(|report| report.after));
-    let bytes = plan.bytes.saturating_add(plan.lost_bytes);
-    let moves = view.words(&plan);
+    let target = view.target(&plan.layers);
+    // Homes come before balance: what has no room elsewhere stays where it is.
+    let least = |nodes: &[NodeSlots]| {
+        let placement = Placement::new(0, nodes.to_vec()).unwrap_or_default();
+        placement.redundancy(&settings.layers, settings.experts)
+    };
+    let had = least(active.placement.nodes());
+    if least(&target) < had.min(settings.replicas.max(1)) {
+        return Ok(Proposal {
+            target: active.placement.nodes().to_vec(),
+            moves: Vec::new(),
+            bytes: 0,
+            before,
+            after: before,
+        });
+    }
     Ok(Proposal {
-        target: view.target(&plan.layers),
-        moves,
-        bytes,
+        target,
+        moves: view.words(&plan),
+        bytes: plan.bytes.saturating_add(plan.lost_bytes),
         before,
         after,
     })

@@ -52,8 +52,10 @@ impl Membership {
             let node = nodes.find(|slots| slots.node == id);
             node.map_or_else(Vec::new, |slots| slots.slots.clone())
         };
+        let lost = self.next.as_ref().filter(|next| next.was_active);
+        let used = self.active.iter().chain(lost);
         let mut old: Vec<(u32, u32)> = (self.retired.iter())
-            .chain(self.active.as_ref().map(|active| &active.placement))
+            .chain(used.map(|published| &published.placement))
             .flat_map(slots)
             .collect();
         old.sort_unstable();

@@ -18,14 +18,24 @@ impl Membership {
             Some(_) => self.active.as_ref(),
             None => self.published(),
         };
+        // What nodes hold is what was active last, where nothing is.
         let newest = newest.map(|published| &published.placement);
+        let newest = newest.or_else(|| self.retired.iter().max_by_key(|p| p.epoch()));
         let assigned = match newest.filter(|_| self.served) {
             Some(keep) => self.fill_up(keep),
-            None => self.share_out_anew(),
+            None => match self.share_out_anew() {
+                // Not where the nodes hold too much of what was active.
+                Ok(slots) if self.active.is_none() && !self.fits(&slots) => match newest {
+                    Some(keep) => self.fill_up(keep),
+                    None => Ok(slots),
+                },
+                anew => anew,
+            },
         };
         match assigned {
             Ok(slots) => {
-                let news = newest.is_none_or(|newest| !same_homes(newest.nodes(), &slots));
+                let same = newest.is_some_and(|newest| same_homes(newest.nodes(), &slots));
+                let news = !same || self.published().is_none();
                 if news || self.renew {
                     self.go_to(slots);
                 }
@@ -100,19 +110,23 @@ impl Membership {
         if moving.is_some() {
             self.roll_back("the homes had to be given out anew");
         }
-        let fits = |slots: &NodeSlots| {
-            let node = self.nodes.get(&slots.node);
-            let newest = Placement::new(0, vec![slots.clone()]).ok();
-            let all = self.unfreed(slots.node, newest.as_ref()) + slots.slots.len() as u64;
-            node.is_some_and(|node| all <= self.capacity_slots(node))
-        };
-        if self.served || self.active.is_none() || slots.iter().all(fits) {
+        if self.served || self.active.is_none() || self.fits(&slots) {
             self.publish(slots);
         } else {
             self.withdraw("it has been overtaken");
             // Where there is no way, what is active stays.
             let _ = self.begin(slots, "join", None);
         }
+    }
+
+    /// Whether the nodes can hold all this beside what is still in use.
+    fn fits(&self, slots: &[NodeSlots]) -> bool {
+        slots.iter().all(|slots| {
+            let node = self.nodes.get(&slots.node);
+            let newest = Placement::new(0, vec![slots.clone()]).ok();
+            let all = self.unfreed(slots.node, newest.as_ref()) + slots.slots.len() as u64;
+            node.is_some_and(|node| all <= self.capacity_slots(node))
+        })
     }
 
     fn publish(&mut self, slots: Vec<NodeSlots>) {
