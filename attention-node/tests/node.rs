@@ -281,6 +281,15 @@ async fn it_serves_when_a_placement_is_active_and_not_before() {
     assert_eq!((info.model.as_str(), info.max_context), ("v3-basic", 4000));
     assert_eq!(info.digest, joined.model_digest);
 
+    // What is loaded, or was to be and will not, is not served by.
+    for state in [PlacementState::Loading, PlacementState::Withdrawn] {
+        let mut next = wire(&cluster.homes, state);
+        next.epoch = 6;
+        cluster.coordinator.placement.send_replace(Some(next));
+        let events: Vec<_> = cluster.generate(3).await.unwrap().collect().await;
+        assert_eq!(events.len(), 5, "{events:?}");
+        assert_eq!(cluster.beat(|beat| beat.ready).await.epoch, 5);
+    }
     // The coordinator falls silent: what is known stays valid.
     cluster.serving.abort();
     let events: Vec<_> = cluster.generate(20).await.unwrap().collect().await;
@@ -289,6 +298,20 @@ async fn it_serves_when_a_placement_is_active_and_not_before() {
         events.last().unwrap().as_ref().unwrap().event,
         Some(Event::Complete(_))
     ));
+    cluster.shutdown.trigger();
+    cluster.ended().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_active_placement_is_reported_although_nobody_asks_for_anything() {
+    let mut cluster = Cluster1::start(false, PATIENCE).await;
+    cluster.up().await;
+    for epoch in [7, 8, 12] {
+        let mut next = wire(&cluster.homes, PlacementState::Active);
+        next.epoch = epoch;
+        cluster.coordinator.placement.send_replace(Some(next));
+        cluster.beat(|beat| beat.ready && beat.epoch == epoch).await;
+    }
     cluster.shutdown.trigger();
     cluster.ended().await.unwrap();
 }

@@ -80,7 +80,9 @@ impl Fabric for Slowed {
 struct Rig {
     exchange: Exchange<Slowed>,
     random: u64,
-    _views: watch::Sender<Option<Arc<View>>>,
+    views: watch::Sender<Option<Arc<View>>>,
+    /// The same homes at the next epoch.
+    next: Option<Arc<View>>,
 }
 
 impl Rig {
@@ -95,7 +97,7 @@ impl Rig {
                 .map(|expert| (0, expert))
                 .collect(),
         };
-        let placement = Placement::new(1, (0..NODES).map(slots).collect()).unwrap();
+        let placement = |epoch| Placement::new(epoch, (0..NODES).map(slots).collect()).unwrap();
         let board = Switchboard::default();
         let names = (0..NODES).map(|node| (node, format!("expert-{node}")));
         for (_, name) in names.clone() {
@@ -107,8 +109,8 @@ impl Rig {
             .clone()
             .map(|(node, name)| (node, name, String::new()));
         links.set_nodes(&endpoints.collect::<Vec<_>>(), Some(&board));
-        let view = Arc::new(View::new(placement, names));
-        let (views, newest) = watch::channel(Some(view));
+        let view = |epoch| Arc::new(View::new(placement(epoch), names.clone()));
+        let (views, newest) = watch::channel(Some(view(1)));
         let fabric = Arc::new(Slowed {
             links,
             delays: Mutex::default(),
@@ -118,7 +120,8 @@ impl Rig {
         Rig {
             exchange: Exchange::new(fabric, newest, Patience::default()),
             random: 1,
-            _views: views,
+            next: Some(view(2)),
+            views,
         }
     }
 
@@ -145,8 +148,8 @@ impl Rig {
         (self.random >> 33) as u32 % n
     }
 
-    /// One exchange of a few rows; how long it took.
-    async fn one(&mut self) -> Duration {
+    /// A few rows, and where they go.
+    fn rows(&mut self) -> (Vec<f32>, Routes) {
         let rows = 4 + self.below(6) as usize;
         let mut experts = Vec::new();
         for _ in 0..rows {
@@ -159,14 +162,15 @@ impl Rig {
             experts,
             logits: Vec::new(),
         };
-        let x: Vec<f32> = (0..rows).map(|row| row as f32).collect();
+        ((0..rows).map(|row| row as f32).collect(), routes)
+    }
+
+    /// One exchange; how long it took.
+    async fn one(&mut self) -> Duration {
+        let (x, routes) = self.rows();
         let begun = Instant::now();
-        let out = self
-            .exchange
-            .dispatch(0, &x, &routes)
-            .combine()
-            .await
-            .unwrap();
+        let away = self.exchange.dispatch(0, &x, &routes);
+        let out = away.combine().await.unwrap();
         let took = begun.elapsed();
         let want: Vec<f32> = x.iter().flat_map(|&row| [row; TOP_K]).collect();
         assert_eq!(out, want);
@@ -283,4 +287,22 @@ async fn a_silent_node_is_helped_at_once_and_suspected_after_its_time() {
     assert!(begun.elapsed() >= SUSPECT_AFTER);
     assert!(longest < Duration::from_millis(50), "{longest:?}");
     rig.assert_within_the_budget();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_placement_is_left_when_its_last_rows_are_back_and_not_before() {
+    let mut rig = Rig::new();
+    rig.many(10).await;
+    // Nothing is away by the first one.
+    let left = rig.views.borrow().as_ref().unwrap().left();
+    let next = rig.next.take();
+    rig.views.send_replace(next);
+    left.await;
+    let (x, routes) = rig.rows();
+    let away = rig.exchange.dispatch(0, &x, &routes);
+    let mut left = Box::pin(rig.views.borrow().as_ref().unwrap().left());
+    rig.views.send_replace(None);
+    assert!(left.as_mut().now_or_never().is_none());
+    away.combine().await.unwrap();
+    left.await;
 }
