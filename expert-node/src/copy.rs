@@ -11,7 +11,7 @@
 use std::{
     collections::{HashMap, HashSet},
     str::FromStr,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -44,6 +44,9 @@ const CANARY_LIMIT: Duration = Duration::from_secs(5);
 const ASKS: u32 = 50;
 /// Between two of these.
 const ASK_PAUSE: Duration = Duration::from_millis(100);
+/// A node that has failed so often in a row is not asked again for this placement: one that hangs
+/// would cost its time limit for every expert.
+const TRIES: u32 = 2;
 /// While rows are in work here, the next piece of a copy waits this long and looks again.
 const YIELD: Duration = Duration::from_millis(2);
 /// But no longer than so many times.
@@ -98,11 +101,32 @@ struct Home {
 pub(crate) struct Homes {
     epoch: u64,
     of: HashMap<ExpertKey, Vec<Home>>,
+    /// How often a node has failed since it last helped.
+    failures: Mutex<HashMap<NodeId, u32>>,
 }
 
 impl Homes {
     fn of(&self, key: ExpertKey) -> &[Home] {
         self.of.get(&key).map_or(&[], Vec::as_slice)
+    }
+
+    fn failures(&self) -> MutexGuard<'_, HashMap<NodeId, u32>> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_given_up(&self, home: &Home) -> bool {
+        self.failures()
+            .get(&home.node)
+            .is_some_and(|&failures| failures >= TRIES)
+    }
+
+    fn helped(&self, home: &Home) {
+        self.failures().remove(&home.node);
+    }
+
+    fn failed(&self, home: &Home, (layer, expert): ExpertKey, reason: &str) {
+        *self.failures().entry(home.node).or_default() += 1;
+        tracing::warn!(layer, expert, node = home.name, reason, "no copy");
     }
 }
 
@@ -188,7 +212,8 @@ impl Copier {
         if self.from == CopyFrom::Peer {
             // Not everybody begins with the same node.
             let first = (layer as usize + expert as usize) % from.len().max(1);
-            for home in from[first..].iter().chain(&from[..first]) {
+            let turned = from[first..].iter().chain(&from[..first]);
+            for home in turned.filter(|home| !homes.is_given_up(home)) {
                 let copied = match self.copy(key, home, homes.epoch).await {
                     Ok((copied, digest)) => self
                         .canary(key, &copied, epoch, home, homes.epoch, Some(digest))
@@ -197,26 +222,25 @@ impl Copier {
                     Err(failed) => Err(failed),
                 };
                 match copied {
-                    Ok(copied) => return Ok(copied),
-                    Err(Failed::Final(error)) => return Err(error),
-                    Err(Failed::Source(reason)) => {
-                        tracing::warn!(layer, expert, node = home.name, reason, "no copy");
+                    Ok(copied) => {
+                        homes.helped(home);
+                        return Ok(copied);
                     }
+                    Err(Failed::Final(error)) => return Err(error),
+                    Err(Failed::Source(reason)) => homes.failed(home, key, &reason),
                 }
             }
         }
         let read = self.read(key).await?;
         if self.from == CopyFrom::Checkpoint {
-            for home in from {
+            for home in from.iter().filter(|home| !homes.is_given_up(home)) {
                 match self
                     .canary(key, &read, epoch, home, homes.epoch, None)
                     .await
                 {
                     Ok(()) => break,
                     Err(Failed::Final(error)) => return Err(error),
-                    Err(Failed::Source(reason)) => {
-                        tracing::info!(layer, expert, node = home.name, reason, "no canary");
-                    }
+                    Err(Failed::Source(reason)) => homes.failed(home, key, &reason),
                 }
             }
         }

@@ -396,6 +396,7 @@ impl Node {
                         self.retire(&published);
                         if !published.has(epoch) {
                             tracing::info!(epoch, "no longer wanted");
+                            self.copier.part();
                             return Ok(());
                         }
                     }

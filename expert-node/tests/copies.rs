@@ -231,6 +231,28 @@ async fn a_source_that_dies_midway_is_replaced_by_another_and_that_by_the_checkp
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_fails_again_and_again_is_not_asked_for_every_expert() {
+    let (dying, begun) = Faint::serve(true, 50, "expert-0").await;
+    let stage = Stage::new().await;
+    let node = stage.node("expert-9", |_| ()).await;
+    let many: Vec<Key> = (0..12).map(|expert| (2, expert)).collect();
+    let nodes = [dying.with(&many), node.place.with(&[])];
+    let active = placement(1, Active, &nodes);
+    stage.publish(std::slice::from_ref(&active));
+    stage.ready("expert-9", 1).await;
+    let nodes = [dying.with(&many), node.place.with(&many)];
+    stage.publish(&[active, placement(2, Loading, &nodes)]);
+    stage.ready("expert-9", 2).await;
+    let asked = *begun.borrow();
+    assert!((2..=4).contains(&asked), "{asked} times");
+    assert_eq!(
+        through(&node.place, 2, 11).await.unwrap(),
+        expected((2, 11))
+    );
+    node.end().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_withdrawn_placement_stops_its_copies_at_once_and_gives_their_memory_back() {
     let (silent, mut begun) = Faint::serve(false, 50, "expert-0").await;
     let scene = Scene::new(&[silent], |_| ()).await;
