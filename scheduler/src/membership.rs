@@ -214,13 +214,14 @@ impl Membership {
         node.speed = coarse(report.measured.rows_per_second, node.speed);
         let failed = report.failed.clone();
         let returns = node.role == Role::Expert && node.report.draining && !report.draining;
-        // A node that cannot load an epoch still has the one before it.
-        node.resident = match report.ready {
-            true => report.epoch,
-            false => node.resident.min(report.epoch),
-        };
+        // A process never loses what it has reported: what says less is late, or about the next.
+        if report.ready {
+            node.resident = node.resident.max(report.epoch);
+        }
+        let reported = report.epoch;
         node.report = report;
         self.note_seen(now, id);
+        self.rise_above(now, reported);
         if returns && self.has_holes() {
             self.plan_at.get_or_insert(now);
         }
@@ -334,6 +335,7 @@ impl Membership {
     /// A node may have seen, from an earlier coordinator, an epoch that this one
     /// is using for something else: then this one goes above it.
     fn respect_epoch(&mut self, now: Duration, new: &Registration) {
+        self.rise_above(now, new.newest_epoch);
         if self.remembered.contains(&new.incarnation) {
             return;
         }
@@ -347,6 +349,16 @@ impl Membership {
             self.renew = true;
         }
         self.newest_epoch = self.newest_epoch.max(new.newest_epoch);
+    }
+
+    /// Somebody has seen an epoch that was never made here: another leader made it, and what was
+    /// written of it is lost. That number must not come to mean something else.
+    fn rise_above(&mut self, now: Duration, epoch: u64) {
+        if epoch > self.newest_epoch && epoch <= MAX_EPOCH {
+            self.newest_epoch = epoch;
+            self.renew = true;
+            self.plan_at.get_or_insert(now);
+        }
     }
 
     /// An expert node has joined: is a new placement wanted, and when?
@@ -401,10 +413,11 @@ impl Membership {
             self.remove(now, id, Loss::Silent);
         }
         self.judge(now);
-        if self.retry_at.take_if(|at| now >= *at).is_some()
-            && (self.shortfall.is_some() || self.has_holes())
-        {
-            self.plan_at.get_or_insert(now);
+        if self.retry_at.take_if(|at| now >= *at).is_some() {
+            self.retry_at = self.next_retry(now);
+            if self.shortfall.is_some() || self.has_holes() {
+                self.plan_at.get_or_insert(now);
+            }
         }
         if self.plan_at.is_some_and(|at| now >= at) {
             self.plan_at = None;

@@ -276,7 +276,14 @@ impl<'a> View<'a> {
                 .get(&id)
                 .map_or_else(String::new, |name| (*name).to_owned())
         };
-        plan.moves.iter().map(|m| m.in_words(&name)).collect()
+        let moves = plan.moves.iter().map(|m| m.in_words(&name));
+        let leave = self.nodes.iter().filter(|seen| !seen.stays);
+        let leave = leave.filter_map(|seen| {
+            let held: usize = seen.held.iter().map(Vec::len).sum();
+            let name = &seen.node.name;
+            (held > 0).then(|| format!("{held} experts leave {name}, which is being emptied"))
+        });
+        moves.chain(leave).collect()
     }
 
     /// What a plan has every node hold, by ascending node.

@@ -33,6 +33,12 @@ impl Membership {
         entry.is_some_and(|entry| entry.until > self.clock)
     }
 
+    /// When the next of the nodes that are left alone is not any more.
+    pub(super) fn next_retry(&self, now: Duration) -> Option<Duration> {
+        let ends = self.backed_off.values().map(|entry| entry.until);
+        ends.filter(|&until| until > now).min()
+    }
+
     /// The time for a step is over.
     pub(super) fn blame_late(&mut self, epoch: u64) {
         let gaining = self.gaining();
