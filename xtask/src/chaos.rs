@@ -17,6 +17,7 @@ const BARS: &[&str] = &[
     "coordinators",
     "security",
     "bad_checkpoints",
+    "bad_weights",
 ];
 /// Tells the tests how much is asked for.
 const EXTENT: &str = "GUILD_CHAOS";

@@ -191,3 +191,29 @@ async fn etcd_may_lose_a_member_its_quorum_and_all_its_data_while_the_cluster_se
         work.again(&door).await;
     }
 }
+
+/// While it is frozen it hears nobody: that is no reason to take them for dead.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_coordinator_that_wakes_gives_no_node_up() {
+    let work = Work::of(mixed_workload(2048)).await;
+    let house = House::start(Plan::default()).await;
+    let before = house.status().await.unwrap();
+    let load = work.load_at(&house.direct());
+    seconds(QUIET).await;
+    let fault = Instant::now();
+    house.coordinators[0].node.signal("STOP");
+    tokio::time::sleep(PAST_THE_LEASE).await;
+    house.coordinators[0].node.signal("CONT");
+    shrinks_nowhere(&house, before.epoch, PAST_THE_LEASE).await;
+    let after = house.status().await.unwrap();
+    let seen = load.stop().await;
+    report(
+        "frozen_coordinator",
+        &seen,
+        json!({ "epochs": [before.epoch, after.epoch] }),
+    );
+    assert_nothing_failed(&seen);
+    assert_stall(&seen, fault, UNLED);
+    assert_eq!(before.epoch, after.epoch, "nothing had to move");
+    work.again(house.grpc()).await;
+}

@@ -7,6 +7,7 @@
 
 mod control;
 mod frames;
+mod migration;
 mod network;
 mod nodes;
 mod rolling;
