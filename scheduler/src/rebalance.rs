@@ -130,6 +130,7 @@ pub fn propose(
 /// The expert nodes as the planner is to see them.
 struct View<'a> {
     nodes: Vec<Seen<'a>>,
+    domains: BTreeMap<NodeId, u32>,
     layers: &'a [u32],
 }
 
@@ -171,6 +172,7 @@ impl<'a> View<'a> {
                     held: held(node.id),
                 })
                 .collect(),
+            domains: membership.domains(),
             layers,
         }
     }
@@ -183,22 +185,6 @@ impl<'a> View<'a> {
             false => 1.0,
         };
         self.nodes.iter().map(speed).collect()
-    }
-
-    /// What fails together: a named domain, else a process, else a node.
-    fn domains(&self) -> Vec<u32> {
-        let mut known: BTreeMap<(u8, String), u32> = BTreeMap::new();
-        let mut number = |seen: &Seen| {
-            let node = seen.node;
-            let key = match (node.failure_domain.as_str(), node.process.as_str()) {
-                ("", "") => (0, node.id.to_string()),
-                ("", process) => (1, process.to_owned()),
-                (domain, _) => (2, domain.to_owned()),
-            };
-            let next = known.len() as u32;
-            *known.entry(key).or_insert(next)
-        };
-        self.nodes.iter().map(&mut number).collect()
     }
 
     /// Experts of each layer that each node may hold, [layers, nodes]. A node of
@@ -232,12 +218,12 @@ impl<'a> View<'a> {
     }
 
     fn cluster(&self, settings: &Settings, room: &[Vec<u32>]) -> Cluster {
-        let (speeds, domains) = (self.speeds(), self.domains());
+        let speeds = self.speeds();
         let node = |(n, seen): (usize, &Seen)| planner::Node {
             id: seen.node.id,
             capacity: speeds[n],
             slots: room.iter().map(|row| row[n]).max().unwrap_or(0),
-            domain: domains[n],
+            domain: self.domains.get(&seen.node.id).copied().unwrap_or_default(),
             live: seen.stays,
         };
         let layer = |(row, &layer): (usize, &u32)| Layer {

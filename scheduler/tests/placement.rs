@@ -16,6 +16,7 @@ fn equal(nodes: u32, capacity_slots: u64) -> Vec<Candidate> {
         .map(|node| Candidate {
             node,
             capacity_slots,
+            domain: node,
         })
         .collect()
 }
@@ -62,6 +63,40 @@ fn check(
     placement
 }
 
+#[test]
+fn copies_go_to_another_failure_domain_where_there_is_room() {
+    let layers = [1, 2];
+    let rack = |node, domain, capacity_slots| Candidate {
+        node,
+        capacity_slots,
+        domain,
+    };
+    let two = |slots| {
+        [
+            rack(1, 7, slots),
+            rack(2, 7, slots),
+            rack(3, 8, slots),
+            rack(4, 8, slots),
+        ]
+    };
+    for slots in [UNLIMITED, 10] {
+        let assigned = assign(&layers, 10, &two(slots), 2, None).unwrap();
+        let placement = Placement::new(1, assigned).unwrap();
+        for (layer, expert) in layers.iter().flat_map(|&l| (0..10).map(move |e| (l, e))) {
+            let homes = placement.resolve(layer, expert);
+            assert_eq!(homes.len(), 2);
+            assert_ne!(homes[0].0 > 2, homes[1].0 > 2, "{homes:?}");
+        }
+    }
+    // No room there: a copy in the same domain is better than none.
+    let small = [rack(1, 7, 20), rack(2, 7, 20), rack(3, 8, 4)];
+    let assigned = assign(&layers, 10, &small, 2, None).unwrap();
+    assert_eq!(
+        Placement::new(1, assigned).unwrap().redundancy(&layers, 10),
+        2
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
@@ -90,11 +125,11 @@ proptest! {
         let sum: u64 = shares.iter().sum();
         let mut candidates: Vec<Candidate> = (1u32..)
             .zip(&shares)
-            .map(|(node, &capacity_slots)| Candidate { node, capacity_slots })
+            .map(|(node, &capacity_slots)| Candidate { node, capacity_slots, domain: node })
             .collect();
         // The last one gets exactly what is missing, and a little.
         if sum < total {
-            candidates.push(Candidate { node: 100, capacity_slots: total - sum + spare });
+            candidates.push(Candidate { node: 100, capacity_slots: total - sum + spare, domain: 100 });
         }
         let assigned = assign(&layers, experts, &candidates, 1, None).unwrap();
         for node in &assigned {
@@ -113,7 +148,7 @@ proptest! {
         capacities.push(200);
         let candidates: Vec<Candidate> = (1u32..)
             .zip(&capacities)
-            .map(|(node, &capacity_slots)| Candidate { node, capacity_slots })
+            .map(|(node, &capacity_slots)| Candidate { node, capacity_slots, domain: node })
             .collect();
         let mut turned = candidates.clone();
         turned.rotate_left(rotate % candidates.len());
@@ -135,7 +170,7 @@ proptest! {
             .filter(|c| !dead.contains(&c.node))
             .map(|c| Candidate { capacity_slots: 200, ..*c })
             .collect();
-        after.extend((0..joined).map(|i| Candidate { node: 50 + i, capacity_slots: room }));
+        after.extend((0..joined).map(|i| Candidate { node: 50 + i, capacity_slots: room, domain: 50 + i }));
         let total = u64::from(count * experts);
         match assign(&layers, experts, &after, 1, Some(&old)) {
             Ok(assigned) => {
@@ -200,7 +235,7 @@ proptest! {
         let total = u64::from(count * experts);
         let candidates: Vec<Candidate> = (1u32..)
             .zip(&capacities)
-            .map(|(node, &capacity_slots)| Candidate { node, capacity_slots })
+            .map(|(node, &capacity_slots)| Candidate { node, capacity_slots, domain: node })
             .collect();
         match assign(&layers, experts, &candidates, replicas, None) {
             Ok(assigned) => {
@@ -270,10 +305,12 @@ fn twice_the_capacity_gets_twice_the_experts() {
         Candidate {
             node: 1,
             capacity_slots: 80,
+            domain: 1,
         },
         Candidate {
             node: 2,
             capacity_slots: 160,
+            domain: 2,
         },
     ];
     let assigned = assign(&[3, 4], 96, &candidates, 1, None).unwrap();

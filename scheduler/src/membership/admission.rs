@@ -1,8 +1,29 @@
 //! What a node says of itself, checked and made comparable.
 
-use super::{MAX_EPOCH, MAX_TEXT, Membership, Refused, Registration};
+use std::collections::BTreeMap;
+
+use super::{MAX_EPOCH, MAX_TEXT, Membership, Node, Refused, Registration, Role};
+use crate::placement::NodeId;
 
 impl Membership {
+    /// What fails together, as numbers, for every expert node: a named failure
+    /// domain, else a process, else the node alone.
+    pub(crate) fn domains(&self) -> BTreeMap<NodeId, u32> {
+        let key = |node: &Node| match (node.failure_domain.as_str(), node.process.as_str()) {
+            ("", "") => (0, node.id.to_string()),
+            ("", process) => (1, process.to_owned()),
+            (domain, _) => (2, domain.to_owned()),
+        };
+        let mut known: BTreeMap<(u8, String), u32> = BTreeMap::new();
+        let experts = self.nodes.values().filter(|node| node.role == Role::Expert);
+        experts
+            .map(|node| {
+                let next = known.len() as u32;
+                (node.id, *known.entry(key(node)).or_insert(next))
+            })
+            .collect()
+    }
+
     /// Whether a node may join.
     pub(super) fn check(&self, new: &Registration) -> Result<(), Refused> {
         let field = |field: &'static str, problem: &str| {

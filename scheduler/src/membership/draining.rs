@@ -74,9 +74,11 @@ impl Membership {
     fn without(&self, id: NodeId) -> Result<Vec<NodeSlots>, Shortfall> {
         let active = self.active.as_ref().map(|active| &active.placement);
         let others = self.of_role(Role::Expert).filter(|node| node.id != id);
+        let domains = self.domains();
         let candidates: Vec<Candidate> = others
             .map(|node| Candidate {
                 node: node.id,
+                domain: domains.get(&node.id).copied().unwrap_or_default(),
                 capacity_slots: match self.is_open(node) {
                     true => self.capacity_slots(node),
                     false => u64::from(self.held(node.id)),

@@ -46,6 +46,7 @@ impl Membership {
 
     /// What is there, with homes for what is missing.
     fn fill_up(&self, keep: &Placement) -> Result<Vec<NodeSlots>, Shortfall> {
+        let domains = self.domains();
         let nodes = self.of_role(Role::Expert);
         let candidates: Vec<Candidate> = nodes
             .filter(|node| !node.report.draining)
@@ -55,6 +56,7 @@ impl Membership {
                 let room = self.capacity_slots(node);
                 Candidate {
                     node: node.id,
+                    domain: domains.get(&node.id).copied().unwrap_or_default(),
                     capacity_slots: match self.is_open(node) {
                         true => room.saturating_sub(self.unfreed(node.id, Some(keep))),
                         false => kept,
@@ -73,10 +75,12 @@ impl Membership {
         // In the order of names, which outlive a coordinator while ids do
         // not: after its restart every node is given what it holds already.
         nodes.sort_by(|a, b| a.name.cmp(&b.name));
+        let domains = self.domains();
         let candidates: Vec<Candidate> = (0..)
             .zip(&nodes)
             .map(|(turn, node)| Candidate {
                 node: turn,
+                domain: domains.get(&node.id).copied().unwrap_or_default(),
                 capacity_slots: self.capacity_slots(node),
             })
             .collect();

@@ -15,6 +15,8 @@ pub struct Candidate {
     pub node: NodeId,
     /// Experts it has memory for; `u64::MAX` where it does not matter.
     pub capacity_slots: u64,
+    /// Nodes with the same number fail together.
+    pub domain: u32,
 }
 
 /// The candidates cannot hold all experts.
@@ -52,7 +54,8 @@ impl Shortfall {
 /// With `keep`, experts whose home is a candidate stay in that very slot, and
 /// only what is missing is given to the nodes that hold least.
 ///
-/// Every home beyond the first goes to the node that holds least of the layer,
+/// Every home beyond the first goes to another failure domain where one has room,
+/// there to the node that holds least of the layer,
 /// then least in all, for its capacity; among equals to the one that shares
 /// fewest experts with those that have it already. So a node's load passes to
 /// several others when it is lost.
@@ -96,7 +99,9 @@ pub fn assign(
             held.collect()
         }
     };
-    let mut filling = Filling::new(nodes, most, &layers, experts);
+    let domains: BTreeMap<NodeId, u32> = candidates.iter().map(|c| (c.node, c.domain)).collect();
+    let domains = domains.into_values().collect();
+    let mut filling = Filling::new(nodes, most, domains, &layers, experts);
     filling.every_expert_once(total)?;
     let was = (keep.is_none()).then(|| filling.slots_in_all());
     for copies in 2..=replicas.min(capacities.len() as u32) {
@@ -119,6 +124,8 @@ struct Filling<'a> {
     nodes: Vec<NodeSlots>,
     /// Slots a node may have.
     most: Vec<u64>,
+    /// What fails with a node.
+    domains: Vec<u32>,
     /// [layers, nodes]
     in_layer: Vec<Vec<u64>>,
     /// [layers * experts]: indices of the nodes that have it.
@@ -128,12 +135,19 @@ struct Filling<'a> {
 }
 
 impl<'a> Filling<'a> {
-    fn new(nodes: Vec<NodeSlots>, most: Vec<u64>, layers: &'a [u32], experts: u32) -> Self {
+    fn new(
+        nodes: Vec<NodeSlots>,
+        most: Vec<u64>,
+        domains: Vec<u32>,
+        layers: &'a [u32],
+        experts: u32,
+    ) -> Self {
         let count = nodes.len();
         let mut filling = Filling {
             layers,
             experts,
             most,
+            domains,
             in_layer: vec![vec![0; count]; layers.len()],
             homes: vec![Vec::new(); layers.len() * experts as usize],
             shared: vec![vec![0; count]; count],
@@ -223,6 +237,8 @@ impl<'a> Filling<'a> {
         let count = self.nodes.len();
         let homes = &self.homes[cell];
         let first = homes.first().map_or(0, |&home| home + 1);
+        let domain = |at: usize| self.domains[at];
+        let near = |at: usize| homes.iter().any(|&home| domain(home) == domain(at));
         let together = |at: usize| homes.iter().map(|&h| self.shared[at][h]).sum::<u32>();
         let part = |held: u64, other: usize| u128::from(held) * u128::from(self.most[other]);
         let held = |at: usize| self.nodes[at].slots.len() as u64;
@@ -236,7 +252,8 @@ impl<'a> Filling<'a> {
                 let of_layer = part(layer[a], b).cmp(&part(layer[b], a));
                 let in_all = || part(held(a), b).cmp(&part(held(b), a));
                 let loss = || together(a).cmp(&together(b));
-                of_layer.then_with(in_all).then_with(loss)
+                let apart = near(a).cmp(&near(b));
+                { apart }.then(of_layer).then_with(in_all).then_with(loss)
             })
     }
 }
