@@ -116,6 +116,9 @@ pub struct Policy {
     pub room: Vec<Vec<u32>>,
     /// Nodes, by their numbers, that keep what they hold and are given nothing.
     pub closed: Vec<u32>,
+    /// Nodes, by their numbers, that rows reach without a wire: of places that are
+    /// as good for balance, such a one is taken.
+    pub wireless: Vec<u32>,
 }
 
 impl Default for Policy {
@@ -132,6 +135,7 @@ impl Default for Policy {
             max_homes: usize::MAX,
             room: Vec::new(),
             closed: Vec::new(),
+            wireless: Vec::new(),
         }
     }
 }

@@ -5,7 +5,7 @@
 //! fails together. It reads the membership and changes nothing; a proposal is
 //! begun with [`Membership::migrate`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::load::Shot;
 use crate::membership::{Membership, Node, Role, Settings};
@@ -130,6 +130,8 @@ pub fn propose(
 /// The expert nodes as the planner is to see them.
 struct View<'a> {
     nodes: Vec<Seen<'a>>,
+    /// Expert nodes in the process of an attention node.
+    wireless: Vec<NodeId>,
     domains: BTreeMap<NodeId, u32>,
     layers: &'a [u32],
 }
@@ -161,6 +163,10 @@ impl<'a> View<'a> {
             }
             held
         };
+        let attention: BTreeSet<&String> = (membership.nodes())
+            .filter(|node| node.role == Role::Attention && !node.process.is_empty())
+            .map(|node| &node.process)
+            .collect();
         let experts = membership.nodes().filter(|node| node.role == Role::Expert);
         View {
             nodes: experts
@@ -171,6 +177,10 @@ impl<'a> View<'a> {
                     capacity: membership.capacity_slots(node),
                     held: held(node.id),
                 })
+                .collect(),
+            wireless: (membership.nodes())
+                .filter(|node| node.role == Role::Expert && attention.contains(&node.process))
+                .map(|node| node.id)
                 .collect(),
             domains: membership.domains(),
             layers,
@@ -249,6 +259,7 @@ impl<'a> View<'a> {
             max_homes: homes(settings) as usize,
             room,
             closed: closed.map(|seen| seen.node.id).collect(),
+            wireless: self.wireless.clone(),
             ..planner::Policy::default()
         }
     }

@@ -393,6 +393,89 @@ fn epochs_go_above_everything_any_node_has_seen() {
 }
 
 #[test]
+fn late_words_of_a_node_take_nothing_back() {
+    let (mut c, [one, two, _]) = Cluster::serving();
+    let epoch = c.epoch();
+    c.m.mark_served();
+    // Before it had loaded anything, and while it was loading.
+    c.beat(one, Report::default());
+    c.beat(
+        two,
+        Report {
+            reason: "loading".into(),
+            ..ready(epoch - 1)
+        },
+    );
+    assert_eq!(c.m.active_epoch(), Some(epoch));
+    assert!(c.m.next().is_none());
+}
+
+#[test]
+fn an_epoch_that_only_a_member_remembers_is_not_made_a_second_time() {
+    let (mut c, [one, two, attention]) = Cluster::serving();
+    c.m.mark_served();
+    let (known, seen) = (c.epoch(), c.epoch() + 5);
+    // Another leader made it, and what was written of it is lost.
+    c.beat(one, ready(seen));
+    c.wait(SETTLE);
+    assert!(c.epoch() > seen, "{} is not above {seen}", c.epoch());
+    assert_eq!(c.m.active_epoch(), Some(known), "nothing is lost meanwhile");
+    let newest = c.epoch();
+    for id in [one, two, attention] {
+        c.beat(id, ready(newest));
+    }
+    assert_eq!(c.m.active_epoch(), Some(newest));
+}
+
+#[test]
+fn every_node_that_is_left_alone_is_tried_again_when_its_own_time_is_over() {
+    let (mut c, [one, two, three, attention]) = redundant();
+    let alive = |c: &mut Cluster, ids: &[NodeId]| {
+        let epoch = c.m.active_epoch().unwrap();
+        for &id in ids {
+            c.beat(id, ready(epoch));
+        }
+    };
+    c.m.leave(
+        c.now,
+        three,
+        c.m.node(three).unwrap().name.bytes().map(u64::from).sum(),
+    )
+    .unwrap();
+    c.wait(Duration::ZERO);
+    // Both fail, the second one twice and so for longer.
+    for id in [two, one, two] {
+        for _ in 0..40 {
+            if c.m.next().is_some() {
+                break;
+            }
+            c.wait(Duration::from_millis(500));
+            alive(&mut c, &[one, two, attention]);
+        }
+        let epoch = c.m.next().expect("copies are wanted").placement.epoch();
+        let active = c.m.active_epoch().unwrap();
+        let failed = Report {
+            failed: Some((epoch, "disk".into())),
+            ..ready(active)
+        };
+        c.beat(id, failed);
+    }
+    for _ in 0..400 {
+        if let Some(epoch) = c.m.next().map(|next| next.placement.epoch()) {
+            for id in [one, two, attention] {
+                c.beat(id, ready(epoch));
+            }
+        }
+        if c.m.redundancy() == (2, 2) {
+            return;
+        }
+        c.wait(Duration::from_millis(500));
+        alive(&mut c, &[one, two, attention]);
+    }
+    panic!("{:?}", c.m.redundancy());
+}
+
+#[test]
 fn nodes_that_come_back_in_another_order_are_given_what_they_held() {
     let held = |names: [&str; 3]| {
         let mut c = Cluster::new(3);

@@ -492,3 +492,31 @@ fn relabelling_finds_the_largest_overlap() {
         |(p, g): (&Vec<Option<u32>>, &Vec<Option<u32>>)| g.iter().filter(|e| p.contains(e)).count();
     assert_eq!(present.iter().zip(&given).map(stay).sum::<usize>(), 4);
 }
+
+#[test]
+fn of_places_that_are_as_good_rows_go_where_they_need_no_wire() {
+    // Node 0 is hot; nodes 1 to 4 are alike, with room for one more each.
+    let mut cluster = bare(5, 3, 1, 8);
+    cluster.layers[0].slots = [&[0, 1, 2][..], &[3], &[4], &[5], &[6, 7]]
+        .map(|held| held.iter().copied().map(Some).collect())
+        .to_vec();
+    let shot = Shot {
+        rows: vec![vec![50, 50, 100, 100, 100, 100, 50, 50]],
+    };
+    let at = |wireless: Vec<u32>| {
+        let policy = Policy {
+            max_homes: 8,
+            wireless,
+            ..Policy::default()
+        };
+        let plan = plan(&cluster, &[&shot], &policy).unwrap();
+        let came = |m: &&guild_scheduler::planner::Move| m.kind != MoveKind::Drop && m.node > 0;
+        let nodes: Vec<u32> = plan.moves.iter().filter(came).map(|m| m.node).collect();
+        (nodes, plan.reports[0].after)
+    };
+    let (anywhere, balance) = at(Vec::new());
+    assert_eq!(anywhere.len(), 1);
+    for wireless in 1..4 {
+        assert_eq!(at(vec![wireless]), (vec![wireless], balance));
+    }
+}

@@ -11,6 +11,11 @@ const SETTLE_ROUNDS: usize = 8;
 /// Rounds after one step: only few rows have to find a new level.
 const STEP_ROUNDS: usize = 2;
 
+/// What a row on a wire adds to the penalty, in whose units a row on a node in
+/// perfect balance adds 8: it decides between places that differ by less than a
+/// thousandth of a node's load.
+const WIRE: f64 = 0.05;
+
 /// What of the nodes the arithmetic needs, in columns.
 pub(super) struct Nodes {
     pub(super) capacity: Vec<f64>,
@@ -20,6 +25,8 @@ pub(super) struct Nodes {
     pub(super) live: Vec<bool>,
     /// Nodes that may be given something.
     pub(super) open: Vec<bool>,
+    /// Nodes that rows reach by a wire, where there are others.
+    wired: Vec<bool>,
     /// Homes that every expert keeps, and homes beyond which none is added.
     pub(super) min_homes: usize,
     pub(super) max_homes: usize,
@@ -39,6 +46,9 @@ impl Nodes {
             live: nodes.iter().map(|n| n.live).collect(),
             open: (nodes.iter())
                 .map(|n| n.live && !policy.closed.contains(&n.id))
+                .collect(),
+            wired: (nodes.iter())
+                .map(|n| !policy.wireless.is_empty() && !policy.wireless.contains(&n.id))
                 .collect(),
             min_homes: policy.min_homes,
             max_homes: policy.max_homes,
@@ -429,7 +439,11 @@ impl<'a> Board<'a> {
         let change = |&n: &u32| {
             let capacity = self.nodes.capacity[n as usize];
             let (after, before) = (value[n as usize], load[n as usize]);
-            capacity * (penalty(after / capacity) - penalty(before / capacity))
+            let wire = match self.nodes.wired[n as usize] {
+                true => WIRE * (after - before),
+                false => 0.0,
+            };
+            capacity * (penalty(after / capacity) - penalty(before / capacity)) + wire
         };
         touched.iter().map(change).sum()
     }
