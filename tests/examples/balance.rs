@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use guild_model::random;
 use guild_proto::cluster::v1::cluster_client::ClusterClient;
 use guild_proto::cluster::v1::{
-    ExpertLoadRequest, MigrationPhase, MigrationStatus, WatchMigrationRequest,
+    ExpertLoadRequest, MigrationPhase, MigrationStatus, Role, StatusRequest, WatchMigrationRequest,
 };
 use guild_proto::inference::v1::SamplingParams;
 use guild_proto::inference::v1::generate_response::Event;
@@ -232,6 +232,17 @@ impl Cluster {
         }
     }
 
+    /// What the expert nodes say they can do, rows a second.
+    async fn capacities(&self) -> Vec<f64> {
+        let mut client = ClusterClient::connect(self.coordinator.clone())
+            .await
+            .unwrap();
+        let asked = client.status(StatusRequest {}).await;
+        let nodes = asked.unwrap().into_inner().nodes;
+        let experts = nodes.iter().filter(|node| node.role() == Role::Expert);
+        experts.map(|node| node.rows_per_second.round()).collect()
+    }
+
     /// Mean over the layers of (mean load of the nodes over the highest), by the load of the last seconds.
     async fn balancedness(&self) -> f64 {
         let mut client = ClusterClient::connect(self.coordinator.clone())
@@ -394,6 +405,7 @@ async fn run(
     let begun = Instant::now();
     let mut tokens = Vec::new();
     let mut balance = Vec::new();
+    let mut capacities = vec![cluster.capacities().await];
     for half in 0..2 {
         let enough = Arc::new(AtomicBool::new(false));
         let load = load(
@@ -405,6 +417,7 @@ async fn run(
         let load = tokio::spawn(load);
         tokio::time::sleep(time / 2).await;
         balance.push(cluster.balancedness().await);
+        capacities.push(cluster.capacities().await);
         enough.store(true, Ordering::Relaxed);
         tokens.extend(load.await.unwrap());
     }
@@ -430,6 +443,7 @@ async fn run(
         "workload": if workload == Workload::Skew { "skew" } else { "drift" },
         "planner": planner,
         "own_processors": quotas.is_some(),
+        "rows_per_s": capacities,
         "balancedness_half": round(balance[0]),
         "balancedness_end": round(balance[1]),
         "tokens_per_s": round(rate(begun, end)),
