@@ -12,3 +12,4 @@ pub mod http;
 pub mod load;
 pub mod process;
 pub mod proxy;
+pub mod sim;

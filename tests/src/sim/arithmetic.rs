@@ -44,7 +44,10 @@ impl Model {
         let mut row = embed(tokens);
         for layer in self.layers() {
             let experts = self.routes(layer, row);
-            row = combine(row, experts.iter().map(|&e| expert(weight((layer, e)), row)));
+            row = combine(
+                row,
+                experts.iter().map(|&e| expert(weight((layer, e)), row)),
+            );
         }
         head(row)
     }

@@ -6,7 +6,8 @@ use guild_scheduler::membership::{Registration, Report};
 use guild_scheduler::placement::{NodeId, Placement};
 
 use super::arithmetic::Key;
-use super::event::Who;
+use super::coordinator::Placements;
+use super::event::{Time, Who};
 use super::faults::Fault;
 
 /// A placement as it goes over the wire.
@@ -52,6 +53,8 @@ pub(super) enum State {
 pub(super) struct Stored {
     pub(super) epoch: u64,
     pub(super) bytes: Arc<Vec<u8>>,
+    /// What the writer will tell once it is written: for the checks alone.
+    pub(super) placements: Arc<Placements>,
 }
 
 /// A call that is answered once.
@@ -59,16 +62,35 @@ pub(super) struct Stored {
 pub(super) enum Call {
     // to the store
     Campaign,
-    KeepAlive { lease: u64 },
-    Write { lease: u64, expected: u64, state: Stored },
+    KeepAlive {
+        lease: u64,
+    },
+    Write {
+        lease: u64,
+        expected: u64,
+        state: Stored,
+    },
     Observe,
     // to a coordinator
     Register(Box<Registration>),
-    Heartbeat { node: NodeId, incarnation: u64, report: Report },
-    Leave { node: NodeId, incarnation: u64 },
+    Heartbeat {
+        node: NodeId,
+        incarnation: u64,
+        report: Report,
+    },
+    Leave {
+        node: NodeId,
+        incarnation: u64,
+    },
     // to an expert node: the slots of an epoch and a row for each
-    Frame { epoch: u64, rows: Vec<(u32, u64)> },
-    Fetch { epoch: u64, slot: u32 },
+    Frame {
+        epoch: u64,
+        rows: Vec<(u32, u64)>,
+    },
+    Fetch {
+        epoch: u64,
+        slot: u32,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -77,23 +99,43 @@ pub(super) enum Answer {
     Unreachable,
     /// Nothing came in time.
     TimedOut,
-    Won { lease: u64, revision: u64, state: Option<Stored> },
+    Won {
+        lease: u64,
+        revision: u64,
+        state: Option<Stored>,
+    },
     Occupied,
     Kept,
-    Written { revision: u64 },
+    Written {
+        revision: u64,
+    },
     /// Somebody (perhaps the writer itself) has written in between.
-    Overtaken { revision: u64, state: Option<Stored> },
+    Overtaken {
+        revision: u64,
+        state: Option<Stored>,
+    },
     Fenced,
-    Seen { revision: u64, leader: Option<usize>, state: Option<Stored> },
-    Joined { node: NodeId },
+    Seen {
+        revision: u64,
+        leader: Option<usize>,
+        state: Option<Stored>,
+    },
+    Joined {
+        node: NodeId,
+    },
     Beaten,
     UnknownNode,
-    NotLeader { leader: Option<usize> },
+    NotLeader {
+        leader: Option<usize>,
+    },
     Refused,
     Rows(Vec<u64>),
     UnknownEpoch,
     UnknownSlot,
-    Blob { weight: u64, digest: u64 },
+    Blob {
+        weight: u64,
+        digest: u64,
+    },
 }
 
 /// A call that is answered by a stream.
@@ -120,11 +162,26 @@ pub(super) enum Push {
 
 #[derive(Clone, Debug)]
 pub(super) enum Message {
-    Call { rpc: u64, from: Who, body: Call },
-    Answer { rpc: u64, body: Answer },
-    Open { conn: u64, body: Open },
-    Push { conn: u64, body: Push },
-    Broken { conn: u64 },
+    Call {
+        rpc: u64,
+        from: Who,
+        body: Call,
+    },
+    Answer {
+        rpc: u64,
+        body: Answer,
+    },
+    Open {
+        conn: u64,
+        body: Open,
+    },
+    Push {
+        conn: u64,
+        body: Push,
+    },
+    Broken {
+        conn: u64,
+    },
     /// The store hints that something has changed.
     Hint,
 }
@@ -132,38 +189,72 @@ pub(super) enum Message {
 /// What a process has set for itself.
 #[derive(Clone, Debug)]
 pub(super) enum Timer {
-    Timeout { rpc: u64 },
+    Timeout {
+        rpc: u64,
+    },
     // coordinators
     Tick,
     Relist,
     Campaign,
     KeepAlive,
     WriteAgain,
-    Relay { stream: u64, stamp: u64 },
+    Relay {
+        stream: u64,
+        stamp: u64,
+    },
     Plan,
     // nodes
-    Join { stamp: u64 },
-    Beat { stamp: u64 },
-    Watch { stamp: u64 },
-    Goodbye,
+    Join {
+        stamp: u64,
+    },
+    Beat {
+        stamp: u64,
+    },
+    Watch {
+        stamp: u64,
+    },
+    /// The end, and how long it is away.
+    Goodbye {
+        away: Time,
+    },
     // expert nodes
-    Copied { stamp: u64 },
-    Executed { rpc: u64, to: Who, answer: Answer },
+    Copied {
+        stamp: u64,
+    },
+    Executed {
+        rpc: u64,
+        to: Who,
+        answer: Answer,
+    },
     // attention nodes
-    Step { stamp: u64 },
-    Exchange { stamp: u64 },
+    Step {
+        stamp: u64,
+    },
+    Exchange {
+        stamp: u64,
+    },
 }
 
 /// What happens in the world.
 #[derive(Clone, Debug)]
 pub(super) enum Event {
-    Message { to: Who, life: u64, message: Message },
-    Timer { of: Who, life: u64, timer: Timer },
+    Message {
+        to: Who,
+        life: u64,
+        message: Message,
+    },
+    Timer {
+        of: Who,
+        life: u64,
+        timer: Timer,
+    },
     Fault(Fault),
     /// A client begins its request, or begins it again.
     Client(usize),
     /// A connection over a cut line or to a dead process has been silent for too long.
-    Silence { conn: u64 },
+    Silence {
+        conn: u64,
+    },
     /// The faults stop and the world heals.
     Heal,
     /// By now all has to be well.

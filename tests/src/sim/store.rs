@@ -2,10 +2,10 @@
 //! that only the present leader can write. As `node::store` does it with etcd: terms are leases,
 //! and a write names the revision that it follows, so that one which arrives late does nothing.
 
+use super::Defect;
 use super::event::{Time, Who};
 use super::message::{Answer, Call, Stored};
 use super::world::{World, note};
-use super::Defect;
 
 /// What the store holds.
 #[derive(Debug, Default)]
@@ -31,7 +31,10 @@ struct Reign {
 impl Store {
     /// Who leads, if the lease still runs.
     pub(super) fn leader(&self, now: Time) -> Option<usize> {
-        self.reign.as_ref().filter(|r| now < r.ends).map(|r| r.leader)
+        self.reign
+            .as_ref()
+            .filter(|r| now < r.ends)
+            .map(|r| r.leader)
     }
 
     pub(super) fn state(&self) -> Option<&Stored> {
@@ -40,7 +43,12 @@ impl Store {
 
     /// All is lost, the numbers of its terms and revisions as well.
     pub(super) fn wipe(&mut self) {
-        *self = Store { last_lease: self.last_lease, away: self.away, slow: self.slow, ..Store::default() };
+        *self = Store {
+            last_lease: self.last_lease,
+            away: self.away,
+            slow: self.slow,
+            ..Store::default()
+        };
     }
 }
 
@@ -50,7 +58,9 @@ impl World {
         if self.store.away {
             return;
         }
-        let Who::Coordinator(candidate) = from else { return };
+        let Who::Coordinator(candidate) = from else {
+            return;
+        };
         let (now, ttl) = (self.now, self.set.ttl);
         let leader = self.store.leader(now);
         if leader.is_none() && self.store.reign.take().is_some() {
@@ -64,11 +74,22 @@ impl World {
                 store.last_lease += 1;
                 store.revision += 1;
                 let lease = store.last_lease;
-                store.reign = Some(Reign { lease, leader: candidate, ends: now + ttl });
+                store.reign = Some(Reign {
+                    lease,
+                    leader: candidate,
+                    ends: now + ttl,
+                });
                 let (revision, state) = (store.state_revision, store.state.clone());
-                note!(self, "store: Coordinator({candidate}) is elected, lease {lease}");
+                note!(
+                    self,
+                    "store: Coordinator({candidate}) is elected, lease {lease}"
+                );
                 self.hint_all();
-                Answer::Won { lease, revision, state }
+                Answer::Won {
+                    lease,
+                    revision,
+                    state,
+                }
             }
             Call::Campaign => Answer::Occupied,
             Call::KeepAlive { lease } if holds(store, lease) => {
@@ -77,14 +98,21 @@ impl World {
                 }
                 Answer::Kept
             }
-            Call::Write { lease, expected, state } => {
+            Call::Write {
+                lease,
+                expected,
+                state,
+            } => {
                 let unfenced = self.defect == Some(Defect::UnfencedLeader);
                 if !holds(store, lease) && !unfenced {
                     self.report.count("write fenced");
                     Answer::Fenced
                 } else if expected != store.state_revision && !unfenced {
                     self.report.count("write overtaken");
-                    Answer::Overtaken { revision: store.state_revision, state: store.state.clone() }
+                    Answer::Overtaken {
+                        revision: store.state_revision,
+                        state: store.state.clone(),
+                    }
                 } else {
                     store.revision += 1;
                     store.state_revision = store.revision;
@@ -96,9 +124,11 @@ impl World {
                 }
             }
             Call::KeepAlive { .. } => Answer::Fenced,
-            Call::Observe => {
-                Answer::Seen { revision: store.revision, leader, state: store.state.clone() }
-            }
+            Call::Observe => Answer::Seen {
+                revision: store.revision,
+                leader,
+                state: store.state.clone(),
+            },
             _ => return,
         };
         self.answer(Who::Store, from, rpc, answer);

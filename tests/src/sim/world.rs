@@ -48,6 +48,8 @@ struct Conn {
     lives: (u64, u64),
     /// When its last message arrives: it keeps their order.
     last: Time,
+    /// A message is stuck on a dead line, and all behind it.
+    stuck: bool,
 }
 
 /// Everything there is.
@@ -144,7 +146,8 @@ impl World {
 
     pub(super) fn timer(&mut self, of: Who, after: Time, timer: Timer) {
         let life = self.life(of);
-        self.agenda.add(self.now + after, Event::Timer { of, life, timer });
+        self.agenda
+            .add(self.now + after, Event::Timer { of, life, timer });
     }
 
     fn delay(&mut self) -> Time {
@@ -171,12 +174,23 @@ impl World {
             return;
         }
         let life = self.life(to);
-        let at = self.now + self.delay();
+        let slow = match from == Who::Store || to == Who::Store {
+            true => self.store.slow,
+            false => 0,
+        };
+        let at = self.now + self.delay() + slow;
         let twice = matches!(message, Message::Call { .. }) && self.rng.chance(TWICE_PER_MILLE);
         if twice {
             self.report.count("call duplicated");
             let at = self.now + self.delay();
-            self.agenda.add(at, Event::Message { to, life, message: message.clone() });
+            self.agenda.add(
+                at,
+                Event::Message {
+                    to,
+                    life,
+                    message: message.clone(),
+                },
+            );
         }
         self.agenda.add(at, Event::Message { to, life, message });
     }
@@ -210,35 +224,52 @@ impl World {
         let conn = self.id();
         let lives = (self.life(client), self.life(server));
         let last = self.now;
-        self.conns.insert(conn, Conn { client, server, lives, last });
+        self.conns.insert(
+            conn,
+            Conn {
+                client,
+                server,
+                lives,
+                last,
+                stuck: false,
+            },
+        );
         let there = self.process(server);
         let (up, silent) = (there.up, there.silent);
         if !up || self.loses(client, server) {
-            match silent || self.is_cut(client, server) {
-                true => self.watch_silence(conn),
-                false => self.sever(conn),
+            if silent || self.is_cut(client, server) {
+                self.jam(conn);
+            } else {
+                self.sever(conn);
             }
             return conn;
         }
         let at = self.now + self.delay();
         let message = Message::Open { conn, body };
         let life = self.life(server);
-        self.agenda.add(at, Event::Message { to: server, life, message });
+        self.agenda.add(
+            at,
+            Event::Message {
+                to: server,
+                life,
+                message,
+            },
+        );
         conn
     }
 
     /// The next message of a stream. Nothing happens when it is closed.
     pub(super) fn push(&mut self, conn: u64, body: Push) {
-        let Some(&Conn { client, server, last, .. }) = self.conns.get(&conn) else {
+        let Some(open) = self.conns.get_mut(&conn).filter(|conn| !conn.stuck) else {
             return;
         };
-        if self.loses(server, client) {
+        let (client, server, last) = (open.client, open.server, open.last);
+        if self.is_cut(server, client) {
+            return self.jam(conn);
+        }
+        if self.rng.chance(self.loss) {
             // What is lost is sent again until the connection breaks.
-            match self.is_cut(server, client) {
-                true => self.watch_silence(conn),
-                false => self.sever(conn),
-            }
-            return;
+            return self.sever(conn);
         }
         let at = (self.now + self.delay()).max(last + 1);
         if let Some(conn) = self.conns.get_mut(&conn) {
@@ -246,12 +277,26 @@ impl World {
         }
         let message = Message::Push { conn, body };
         let life = self.life(client);
-        self.agenda.add(at, Event::Message { to: client, life, message });
+        self.agenda.add(
+            at,
+            Event::Message {
+                to: client,
+                life,
+                message,
+            },
+        );
     }
 
     /// Nothing more goes over this stream, and both ends notice after a moment.
     pub(super) fn sever(&mut self, conn: u64) {
-        let Some(Conn { client, server, lives, last }) = self.conns.remove(&conn) else {
+        let Some(Conn {
+            client,
+            server,
+            lives,
+            last,
+            ..
+        }) = self.conns.remove(&conn)
+        else {
             return;
         };
         self.report.count("stream broken");
@@ -264,7 +309,14 @@ impl World {
 
     /// One end closes a stream: only the other one is told.
     pub(super) fn close(&mut self, conn: u64, by: Who) {
-        let Some(Conn { client, server, lives, last }) = self.conns.remove(&conn) else {
+        let Some(Conn {
+            client,
+            server,
+            lives,
+            last,
+            ..
+        }) = self.conns.remove(&conn)
+        else {
             return;
         };
         let (to, life) = match by == client {
@@ -274,11 +326,33 @@ impl World {
         if self.loses(by, to) {
             // The other end finds out by itself.
             let at = self.now + KEEPALIVE.1;
-            self.agenda.add(at, Event::Message { to, life, message: Message::Broken { conn } });
+            self.agenda.add(
+                at,
+                Event::Message {
+                    to,
+                    life,
+                    message: Message::Broken { conn },
+                },
+            );
             return;
         }
         let at = (self.now + self.delay()).max(last + 1);
-        self.agenda.add(at, Event::Message { to, life, message: Message::Broken { conn } });
+        self.agenda.add(
+            at,
+            Event::Message {
+                to,
+                life,
+                message: Message::Broken { conn },
+            },
+        );
+    }
+
+    /// Nothing gets through until the connection breaks.
+    fn jam(&mut self, conn: u64) {
+        if let Some(conn) = self.conns.get_mut(&conn) {
+            conn.stuck = true;
+        }
+        self.watch_silence(conn);
     }
 
     fn watch_silence(&mut self, conn: u64) {
@@ -289,7 +363,12 @@ impl World {
     /// A line has gone dead, or a process: streams over it are closed when they have been
     /// silent for long enough.
     pub(super) fn look_at_streams(&mut self) {
-        let dead: Vec<u64> = self.conns.iter().filter(|(_, c)| self.is_dead(c)).map(|(&id, _)| id).collect();
+        let dead: Vec<u64> = self
+            .conns
+            .iter()
+            .filter(|(_, c)| self.is_dead(c))
+            .map(|(&id, _)| id)
+            .collect();
         for conn in dead {
             self.watch_silence(conn);
         }
@@ -313,13 +392,22 @@ impl World {
         (process.up, process.frozen, process.silent) = (false, false, silent);
         process.life += 1;
         process.held.clear();
-        note!(self, "{who:?} dies{}", if silent { " silently" } else { "" });
+        note!(
+            self,
+            "{who:?} dies{}",
+            if silent { " silently" } else { "" }
+        );
         if silent {
             self.look_at_streams();
             return;
         }
         let lost = |conn: &Conn| conn.client == who || conn.server == who;
-        let lost: Vec<u64> = self.conns.iter().filter(|(_, c)| lost(c)).map(|(&id, _)| id).collect();
+        let lost: Vec<u64> = self
+            .conns
+            .iter()
+            .filter(|(_, c)| lost(c))
+            .map(|(&id, _)| id)
+            .collect();
         for conn in lost {
             self.sever(conn);
         }
@@ -365,17 +453,29 @@ impl World {
             self.report.happened(at);
             match event {
                 Event::Message { to, life, message } => {
-                    if self.awake(to, life, || Event::Message { to, life, message: message.clone() }) {
+                    if self.awake(to, life, || Event::Message {
+                        to,
+                        life,
+                        message: message.clone(),
+                    }) {
                         self.deliver(to, message);
                     }
                 }
                 Event::Timer { of, life, timer } => {
-                    if self.awake(of, life, || Event::Timer { of, life, timer: timer.clone() }) {
+                    if self.awake(of, life, || Event::Timer {
+                        of,
+                        life,
+                        timer: timer.clone(),
+                    }) {
                         self.ring(of, timer);
                     }
                 }
                 Event::Silence { conn } => {
-                    if self.conns.get(&conn).is_some_and(|c| self.is_dead(c)) {
+                    if self
+                        .conns
+                        .get(&conn)
+                        .is_some_and(|c| c.stuck || self.is_dead(c))
+                    {
                         self.sever(conn);
                     }
                 }
@@ -394,7 +494,11 @@ impl World {
 
     /// Whether the process hears of an event now.
     fn awake(&mut self, who: Who, life: u64, event: impl FnOnce() -> Event) -> bool {
-        let Some(process) = self.processes.get_mut(&who).filter(|p| p.up && p.life == life) else {
+        let Some(process) = self
+            .processes
+            .get_mut(&who)
+            .filter(|p| p.up && p.life == life)
+        else {
             return false;
         };
         if process.frozen {
@@ -415,7 +519,13 @@ impl World {
 
     fn ring(&mut self, of: Who, timer: Timer) {
         if let Timer::Timeout { rpc } = timer {
-            self.deliver(of, Message::Answer { rpc, body: Answer::TimedOut });
+            self.deliver(
+                of,
+                Message::Answer {
+                    rpc,
+                    body: Answer::TimedOut,
+                },
+            );
             return;
         }
         match of {
