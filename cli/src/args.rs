@@ -184,8 +184,9 @@ pub(crate) struct Engine {
     /// Tokens of one page of the KV cache
     #[arg(long, default_value_t = Defaults::PAGE_TOKENS as u32, value_name = "N", help_heading = "Engine")]
     pub(crate) page_tokens: u32,
-    /// Milliseconds an expert node may owe an answer before other homes of its experts are
-    /// asked as well; more where its answers usually take long
+    /// Milliseconds an expert node may owe an answer before it is suspected; more where its
+    /// answers usually take long. Other homes of its experts are asked as soon as it is later
+    /// than expert nodes usually are
     #[arg(long, default_value_t = SUSPECT_AFTER.as_millis() as u32, value_parser = clap::value_parser!(u32).range(1..), value_name = "MS", help_heading = "Engine")]
     pub(crate) suspect_after: u32,
 }

@@ -9,7 +9,8 @@ use guild_proto::cluster::v1::cluster_client::ClusterClient;
 use guild_proto::cluster::v1::{StatusRequest, StatusResponse};
 use guild_tests::client::mixed_workload;
 use guild_tests::house::{LEASE, Work, assert_nothing_failed, line, report, seconds};
-use guild_tests::process::{Guild, START_LIMIT, demo, free_port};
+use guild_tests::http;
+use guild_tests::process::{Guild, START_LIMIT, demo, free_port, guild};
 use guild_tests::proxy::Proxy;
 use serde_json::json;
 
@@ -209,4 +210,65 @@ async fn one_that_is_asked_to_end_takes_nothing_with_it() {
     report("colocated_drained", &seen, json!({ "processes": 3 }));
     assert_nothing_failed(&seen);
     work.again(&house.grpc).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_tls_both_roles_have_their_certificates() {
+    let work = Work::of(mixed_workload(VOCABULARY)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("certs");
+    let (code, _, stderr) = guild(&["certs", "--out", out.to_str().unwrap()]);
+    assert_eq!(code, 0, "{stderr}");
+    let path = |file: &str| out.join(file).to_str().unwrap().to_owned();
+    let of = |role: &str, to: &str| {
+        let (cert, key) = (format!("--{to}tls-cert"), format!("--{to}tls-key"));
+        let (pem, secret) = (format!("{role}.pem"), format!("{role}.key"));
+        [cert, path(&pem), key, path(&secret)]
+    };
+    let ca = ["--tls-ca".to_owned(), path("ca.pem")];
+    let [cluster, http, grpc] = [(); 3].map(|()| format!("127.0.0.1:{}", free_port()));
+    let url = format!("https://{cluster}");
+    let model = demo();
+    let model = model.to_str().unwrap();
+    let node = |more: &[String]| {
+        let args = ["attention-node", "--experts", "--model", model];
+        let args = args.into_iter().chain(["--coordinator", &url]);
+        let args = args.map(str::to_owned);
+        let args = args.chain(of("attention", "")).chain(ca.clone());
+        args.chain(more.iter().cloned()).collect::<Vec<String>>()
+    };
+    let without = node(&[]);
+    let (code, _, stderr) = guild(&without.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(code, 2, "{stderr}");
+    assert!(stderr.contains("--expert-tls-cert"), "{stderr}");
+
+    let mut nodes: Vec<Guild> = (0..2)
+        .map(|_| Guild::start(&node(&of("expert", "expert-"))))
+        .collect();
+    let coordinator = [
+        "coordinator",
+        "--model",
+        model,
+        "--listen",
+        &cluster,
+        "--http",
+        &http,
+        "--grpc",
+        &grpc,
+        "--min-expert-nodes",
+        "2",
+    ];
+    let coordinator = coordinator.iter().map(|&arg| arg.to_owned());
+    let coordinator = coordinator.chain(of("coordinator", "")).chain(ca.clone());
+    let _coordinator = Guild::start(&coordinator.collect::<Vec<_>>());
+    let end = Instant::now() + START_LIMIT;
+    while !http::get(&http, "/health").is_ok_and(|answer| answer.status == 200) {
+        let logs: Vec<String> = nodes.iter().map(Guild::output).collect();
+        assert!(Instant::now() < end, "not ready:\n{}", logs.join("\n"));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    work.again(&format!("http://{grpc}")).await;
+    // Each has half of the experts: what the other has came over TLS.
+    let (all, local) = messages(nodes.remove(0));
+    assert!(0 < local && local < all, "{local} of {all}");
 }

@@ -1,8 +1,10 @@
 //! Flags by which one process is an attention node and an expert node.
 
 use std::path::PathBuf;
+use std::str::FromStr as _;
 
 use clap::Args;
+use guild_expert_node::CopyFrom;
 
 /// An expert node beside the attention node.
 #[derive(Clone, Debug, Args)]
@@ -31,6 +33,9 @@ pub(crate) struct Colocated {
     /// Memory for its resident experts, such as 32GiB; 0: as much as is placed here
     #[arg(long, default_value = "0", value_parser = crate::units::parse_bytes, value_name = "SIZE", help_heading = "Experts in this process")]
     pub(crate) capacity: u64,
+    /// Where its experts come from first that other nodes have
+    #[arg(long, default_value_t, value_parser = CopyFrom::from_str, value_name = "peer|checkpoint", help_heading = "Experts in this process")]
+    pub(crate) copy_from: CopyFrom,
     /// Its certificate, PEM: one of the role `expert`. Needed where --tls-cert is given
     #[arg(long, value_name = "FILE", help_heading = "Experts in this process")]
     pub(crate) expert_tls_cert: Option<PathBuf>,

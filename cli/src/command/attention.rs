@@ -1,5 +1,6 @@
 //! `guild attention-node`, alone or with an expert node in the same process.
 
+use guild_expert_node::ExpertNodeConfig;
 use guild_node::tls::Role;
 use guild_transport::Switchboard;
 
@@ -58,7 +59,10 @@ async fn serve(args: &AttentionNode) -> Result<(), Failure> {
 
     let board = Switchboard::default();
     let capacity = args.colocated.capacity;
-    let expert_config = shells::expert(&experts, args.compute, capacity, args.exposure);
+    let expert_config = ExpertNodeConfig {
+        copy_from: args.colocated.copy_from,
+        ..shells::expert(&experts, args.compute, capacity, args.exposure)
+    };
     let (mut front, mut behind) = (Tier::default(), Tier::default());
     behind.spawn(&experts.name, |end| {
         let (cpu, board) = (cpu.clone(), board.clone());
