@@ -110,9 +110,9 @@ impl ClusterState {
             migration,
             moves = proposal.moves.len(),
             bytes = proposal.bytes,
-            before = proposal.before,
-            after = proposal.after,
-            "experts are moved: the worst node has `before` times its share and is to have `after`"
+            "experts are moved: the worst node has {:.2} times its share and is to have {:.2}",
+            proposal.before,
+            proposal.after
         );
         for line in proposal.moves.iter().take(LOGGED_MOVES) {
             tracing::info!(migration, "{line}");
