@@ -326,12 +326,14 @@ impl House {
         }
     }
 
-    /// Waits until every process is a member and has the newest placement.
+    /// Waits until every process is a member and has the newest placement, and every expert has
+    /// all its homes.
     pub async fn all_ready(&self) -> u64 {
         let (attention, experts) = (self.attention.len(), self.experts.len());
         self.ready_with("all ready", |status| {
             let has = |role| ready(status, role);
-            has(Role::Attention) == attention && has(Role::Expert) == experts
+            let whole = status.replicas >= status.replicas_wanted;
+            whole && has(Role::Attention) == attention && has(Role::Expert) == experts
         })
         .await
     }

@@ -107,7 +107,9 @@ impl House {
                         .filter(|node| node.ready && node.epoch == status.epoch)
                         .count()
                 };
-                if status.ready && (ready(Role::Attention), ready(Role::Expert)) == expected {
+                // A node that has just joined is ready, and of no use yet.
+                let whole = status.ready && status.replicas >= status.replicas_wanted;
+                if whole && (ready(Role::Attention), ready(Role::Expert)) == expected {
                     return;
                 }
                 last = format!("{status:?}");

@@ -149,14 +149,15 @@ impl Site {
         self.happened.values().sum()
     }
 
-    /// A connection to whoever leads.
+    /// What whoever leads answers; what has crashed meanwhile is replaced.
     async fn leader<R>(
-        &self,
+        &mut self,
         what: &str,
         ask: impl AsyncFn(ClusterClient<Channel>) -> Result<R, Status>,
     ) -> Result<R, Status> {
         let end = Instant::now() + SETTLED;
         loop {
+            self.replace_what_crashed();
             for coordinator in &self.house.coordinators {
                 let url = format!("http://{}", coordinator.node.address);
                 let Ok(client) = ClusterClient::connect(url).await else {
@@ -177,7 +178,7 @@ impl Site {
         }
     }
 
-    async fn status(&self) -> StatusResponse {
+    async fn status(&mut self) -> StatusResponse {
         let status = async |mut client: ClusterClient<Channel>| {
             // Only a leader answers the second.
             let status = client.status(StatusRequest {}).await?.into_inner();
@@ -187,7 +188,7 @@ impl Site {
         self.leader("status", status).await.unwrap()
     }
 
-    async fn migration(&self) -> MigrationStatus {
+    async fn migration(&mut self) -> MigrationStatus {
         let first = async |mut client: ClusterClient<Channel>| {
             let watched = client.watch_migration(WatchMigrationRequest {}).await?;
             let first = watched.into_inner().message().await?;
@@ -201,7 +202,6 @@ impl Site {
     async fn settle(&mut self, what: &str) {
         let begun = Instant::now();
         loop {
-            self.replace_what_crashed();
             let status = self.status().await;
             let migration = self.migration().await;
             let whole = status.ready
@@ -316,7 +316,6 @@ impl Site {
         self.count("drained");
         // It holds for as long as its process lives: a leader that crashes is asked again.
         loop {
-            self.replace_what_crashed();
             if !self.house.experts.iter().any(|node| node.name == name) {
                 return self.settle("a crash of the drained node").await;
             }
@@ -435,8 +434,9 @@ impl Site {
     }
 }
 
-/// Looks all the time whether an expert has lost its last home; returns how often it has looked.
-fn watch(house: &House, stop: Arc<AtomicBool>) -> JoinHandle<usize> {
+/// Looks all the time whether an expert has lost its last home; returns how often it has looked,
+/// or what it has seen then.
+fn watch(house: &House, stop: Arc<AtomicBool>) -> JoinHandle<Result<usize, String>> {
     let urls: Vec<String> = (house.coordinators.iter())
         .map(|c| format!("http://{}", c.node.address))
         .collect();
@@ -451,7 +451,9 @@ fn watch(house: &House, stop: Arc<AtomicBool>) -> JoinHandle<usize> {
                     let status = status.into_inner();
                     // Before it has read the store a coordinator knows nothing.
                     if status.epoch > 0 {
-                        assert!(status.replicas > 0, "an expert has no home: {status:?}");
+                        if status.replicas == 0 {
+                            return Err(format!("{status:?}"));
+                        }
                         newest = newest.max(status.epoch);
                         looks += 1;
                     }
@@ -460,12 +462,12 @@ fn watch(house: &House, stop: Arc<AtomicBool>) -> JoinHandle<usize> {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         assert!(newest > 0);
-        looks
+        Ok(looks)
     })
 }
 
 /// Bytes of memory for each slot, the same on every node.
-async fn bytes_per_slot(site: &Site) -> u64 {
+async fn bytes_per_slot(site: &mut Site) -> u64 {
     let end = Instant::now() + SETTLED;
     loop {
         let status = site.status().await;
@@ -531,10 +533,10 @@ async fn a_run(work: &Work, seed: u64, events: usize) {
     seconds(1).await;
     let stop = Arc::new(AtomicBool::new(false));
     let watching = watch(&site.house, Arc::clone(&stop));
-    let baseline = bytes_per_slot(&site).await;
+    let baseline = bytes_per_slot(&mut site).await;
     let begun = Instant::now();
     for round in 0..MAX_ROUNDS {
-        if site.events() >= events && site.all_fired() {
+        if site.events() >= events && site.all_fired() || watching.is_finished() {
             break;
         }
         // First everything once.
@@ -550,11 +552,17 @@ async fn a_run(work: &Work, seed: u64, events: usize) {
         }
     }
     let took = begun.elapsed();
-    let last = bytes_per_slot(&site).await;
+    if !watching.is_finished() {
+        site.settle("everything").await;
+    }
+    let last = bytes_per_slot(&mut site).await;
     stop.store(true, Ordering::SeqCst);
-    let looks = watching.await.expect("an expert had no home");
-    let seen = load.stop().await;
     let log = site.all_logs();
+    let looks = match watching.await.unwrap() {
+        Ok(looks) => looks,
+        Err(status) => panic!("an expert has no home: {status}\n{log}"),
+    };
+    let seen = load.stop().await;
     let mut fired = serde_json::Map::new();
     let mut missing = Vec::new();
     for &place in failpoint::ALL {
