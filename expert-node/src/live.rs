@@ -340,6 +340,10 @@ impl Node {
             return;
         };
         let epochs = self.host.epochs();
+        // What is left of an earlier placement is in older tables alone until it is taken from them.
+        if !epochs.contains(&active.epoch) {
+            return;
+        }
         let oldest = active.oldest_epoch.min(active.epoch);
         let gone: Vec<u64> = epochs
             .into_iter()
@@ -460,9 +464,16 @@ impl Node {
                 spare.insert(key, resident);
             }
         }
+        // Where nothing is active nobody sends rows, and a node that has joined again is counted on
+        // as if it were empty: its older tables must not be in the way for ever.
+        let counted_on = |active: &Placement| {
+            let id = progress.member.node_id();
+            active.nodes.iter().any(|node| Some(node.node_id) == id)
+        };
         match self.residents.check_room(&missing) {
-            // Where nothing is active nobody sends rows, and older tables are of no use.
-            Err(LoadError::Capacity { .. }) if published.active.is_none() => {
+            Err(LoadError::Capacity { .. })
+                if !published.active.as_deref().is_some_and(counted_on) =>
+            {
                 self.host.forget_before(epoch);
                 self.residents.check_room(&missing)?;
             }

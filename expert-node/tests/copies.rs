@@ -369,6 +369,26 @@ async fn before_anything_is_active_a_placement_may_take_the_place_of_the_last() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_has_joined_again_makes_room_for_what_it_is_given_then() {
+    let each = expert(OWN).bytes();
+    let stage = Stage::new().await;
+    let node = stage.node("a", |cfg| cfg.capacity_bytes = each).await;
+    // What it had under another id, and what it is given as the node that it is now.
+    let before = Place {
+        id: node.place.id + 1,
+        ..node.place.clone()
+    };
+    let active = placement(1, Active, &[before.with(&[(1, 0)])]);
+    stage.publish(std::slice::from_ref(&active));
+    stage.ready("a", 1).await;
+    let loading = placement(2, Loading, &[node.place.with(&[(1, 1)])]);
+    stage.publish(&[active, loading]);
+    stage.ready("a", 2).await;
+    assert_eq!(through(&node.place, 2, 0).await.unwrap(), expected((1, 1)));
+    node.end().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_says_how_fast_it_is_and_what_room_it_has() {
     let scene = Scene::new(&[], |_| ()).await;
     let beat = scene.stage.hears("expert-9", |beat| {
