@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-const COMMANDS: [&str; 8] = [
+const COMMANDS: [&str; 9] = [
     "up",
     "coordinator",
     "attention-node",
@@ -16,6 +16,7 @@ const COMMANDS: [&str; 8] = [
     "generate",
     "chat",
     "inspect",
+    "manifest",
     "random-model",
 ];
 
