@@ -407,8 +407,8 @@ proptest! {
         };
         let specs: Vec<Spec> = specs.iter().map(spec).collect();
         let mut c = Cluster::serving(replicas, redundant, &specs);
-        for at in 0..joins {
-            c.join(specs[at]);
+        for spec in specs.iter().take(joins) {
+            c.join(*spec);
         }
         let drained = drains && c.m.drain_node(c.now, "expert-02", false).is_ok();
         c.m.abandon(c.now, "stopped by hand");
