@@ -5,7 +5,7 @@
 //! between two layers as if it computed attention. Routes are uniform, which is
 //! the least that senders can have in common.
 //!
-//! `cargo run --release -p guild-expert-node --example merging -- MODEL_DIR [SECONDS] [ROUNDS] [PAUSE_US]`
+//! `cargo run --release -p guild-expert-node --example senders -- MODEL_DIR [SECONDS] [ROUNDS] [PAUSE_US]`
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -177,7 +177,7 @@ fn main() {
     let mut args = std::env::args().skip(1);
     let dir = args
         .next()
-        .expect("usage: merging MODEL_DIR [SECONDS] [ROUNDS] [PAUSE_US]");
+        .expect("usage: senders MODEL_DIR [SECONDS] [ROUNDS] [PAUSE_US]");
     let mut number = |default: f64| args.next().map_or(default, |a| a.parse().unwrap());
     let time = Duration::from_secs_f64(number(2.0));
     let rounds = number(3.0) as usize;
