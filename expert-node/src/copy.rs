@@ -47,7 +47,9 @@ const ASK_PAUSE: Duration = Duration::from_millis(100);
 /// A node that has failed so often in a row is not asked again for this placement: one that hangs
 /// would cost its time limit for every expert.
 const TRIES: u32 = 2;
-/// While rows are in work here, the next piece of a copy waits this long and looks again.
+/// A node that had rows so recently will have more at once.
+const BUSY: Duration = Duration::from_millis(20);
+/// While this node is busy, the next piece of a copy waits this long and looks again.
 const YIELD: Duration = Duration::from_millis(2);
 /// But no longer than so many times.
 const YIELDS: u32 = 5;
@@ -377,7 +379,7 @@ impl Copier {
 
     async fn let_rows_pass(&self) {
         for _ in 0..YIELDS {
-            if self.host.is_quiet(Duration::ZERO) {
+            if self.host.is_quiet(BUSY) {
                 return;
             }
             sleep(YIELD).await;

@@ -24,9 +24,12 @@ pub const CHUNK_BYTES: usize = 1 << 20;
 pub(crate) const CHUNKS_READY: usize = 2;
 /// HTTP/2 window of a stream that a blob comes by: what of it may be on its way.
 pub(crate) const WINDOW_BYTES: u32 = 2 << 20;
-/// While rows are in work here, the next message waits this long and looks again.
+/// A node that had rows so recently will have more at once.
+pub(crate) const BUSY: Duration = Duration::from_millis(20);
+/// While a node is busy, the next message waits this long and looks again.
 const YIELD: Duration = Duration::from_millis(2);
-/// But no longer than so many times: a node that always works gives its blobs away as well.
+/// But no longer than so many times: a node that always works gives its blobs away as well, each
+/// at some 100 MB a second.
 const YIELDS: u32 = 5;
 /// Bytes of a digest: BLAKE3.
 pub const DIGEST_BYTES: usize = 32;

@@ -5,7 +5,7 @@
 //! run on blocking threads; answers go out in the order they are ready.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -80,6 +80,7 @@ pub fn service(
         executing: Arc::new(Semaphore::new(limits.max_executing.max(1))),
         bytes: Arc::new(Semaphore::new(limits.max_bytes / BYTES_PERMIT)),
         fetches: Arc::new(Semaphore::new(limits.max_fetches)),
+        last_rows: Mutex::new(None),
         limits,
         closing,
     }));
@@ -102,6 +103,8 @@ struct Inner {
     /// In units of [`BYTES_PERMIT`].
     bytes: Arc<Semaphore>,
     fetches: Arc<Semaphore>,
+    /// When rows were last given to the host.
+    last_rows: Mutex<Option<Instant>>,
     closing: CancellationToken,
 }
 
@@ -157,9 +160,8 @@ impl Experts for Exchange {
             .map_err(|error| Status::internal(error.to_string()))?
             .map_err(|error| blob::to_status(&error))?;
         let (chunks, outgoing) = mpsc::channel(blob::CHUNKS_READY);
-        let (executing, most) = (Arc::clone(&inner.executing), inner.limits.max_executing);
-        let busy = move || executing.available_permits() < most;
         let (stall, closing) = (inner.limits.fetch_stall, inner.closing.clone());
+        let busy = move || inner.is_busy();
         tokio::spawn(blob::give(blob, chunks, busy, stall, closing, place));
         Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
     }
@@ -210,6 +212,18 @@ impl Inner {
             }
         }
         while open.join_next().await.is_some() {}
+    }
+
+    fn last_rows(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.last_rows
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether rows are in work, or were a moment ago.
+    fn is_busy(&self) -> bool {
+        let working = self.executing.available_permits() < self.limits.max_executing;
+        working || self.last_rows().is_some_and(|at| at.elapsed() < blob::BUSY)
     }
 
     fn error(&self, code: ExchangeCode, message: impl Into<String>) -> ExchangeError {
@@ -298,6 +312,7 @@ impl Inner {
             .acquire_owned()
             .await
             .map_err(|error| internal(error.to_string()))?;
+        *self.last_rows() = Some(Instant::now());
         let inner = Arc::clone(&self);
         tokio::task::spawn_blocking(move || {
             // Given back when the thread is done, not when a deadline passes.
