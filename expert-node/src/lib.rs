@@ -15,6 +15,7 @@ pub mod host;
 mod live;
 pub mod merge;
 pub mod residents;
+mod scrub;
 mod thread;
 
 use std::time::Duration;
@@ -105,6 +106,20 @@ pub enum Error {
     /// The node cannot be a member of the cluster.
     #[error(transparent)]
     Member(#[from] MemberError),
+    /// The memory that an expert is in does not keep what is in it.
+    #[error(
+        "layer {layer}, expert {expert}: its memory has changed, digest {was} before, {now} now; this node has left, have the machine's memory checked"
+    )]
+    Damaged {
+        /// Layer of the expert.
+        layer: u32,
+        /// Its number in the layer.
+        expert: u32,
+        /// BLAKE3 of the expert when it came.
+        was: String,
+        /// What it is now.
+        now: String,
+    },
     /// A part of the node stopped without being asked to.
     #[error("expert node: {what} has failed: {reason}")]
     Task {
@@ -131,6 +146,7 @@ impl HasExitKind for Error {
             Self::Load(LoadError::Capacity { .. }) => ExitKind::Resources,
             Self::Serve(error) => error.exit_kind(),
             Self::Member(error) => error.exit_kind(),
+            Self::Damaged { .. } => ExitKind::Resources,
             Self::Load(LoadError::Copy { .. } | LoadError::Fired(_)) | Self::Task { .. } => {
                 ExitKind::Internal
             }

@@ -34,6 +34,7 @@ use crate::{
     copy::{COPIES, Copier},
     host::Host,
     residents::{ExpertKey, LoadError, Residents},
+    scrub::scrub,
     thread,
 };
 
@@ -261,6 +262,12 @@ impl Node {
             outcome = self.follow(&member) => outcome?,
             Err(refused) = member.ended() => return Err(refused.into()),
             never = self.keep_measuring(&member) => match never {},
+            Err(damaged) = scrub(&self.residents) => {
+                tracing::error!("{damaged}");
+                // What has been answered from it cannot be taken back; nothing more is.
+                member.leave().await;
+                return Err(damaged);
+            }
         }
         self.drain(&member).await;
         Ok(())

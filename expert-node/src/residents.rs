@@ -89,6 +89,11 @@ impl Residents {
         self.experts().len()
     }
 
+    /// The experts in memory.
+    pub fn keys(&self) -> Vec<ExpertKey> {
+        self.experts().keys().copied().collect()
+    }
+
     /// Whether none is in memory.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
