@@ -109,9 +109,10 @@ impl Coordinator {
         self.term.is_some()
     }
 
-    /// The newest epoch that it knows to be in the store.
-    pub(super) fn knows(&self) -> u64 {
-        self.written.as_ref().map_or(0, Snapshot::newest_epoch)
+    /// Whether it knows what the store holds.
+    pub(super) fn knows(&self, stored: &Stored) -> bool {
+        let written = self.written.as_ref().map(serde_json::to_vec);
+        written.is_some_and(|bytes| bytes.is_ok_and(|bytes| bytes == *stored.bytes))
     }
 
     /// Whether nobody else can lead now.

@@ -305,12 +305,11 @@ impl World {
     }
 
     fn all_know_the_store(&self) -> bool {
-        let Some(epoch) = self.store.state().map(|state| state.epoch) else {
+        let Some(stored) = self.store.state() else {
             return false;
         };
-        let mut all =
-            (0..self.coordinators.len()).map(|at| (Who::Coordinator(at), &self.coordinators[at]));
-        all.all(|(who, c)| self.is_well(who) && c.knows() == epoch)
+        let mut all = (0..).map(Who::Coordinator).zip(&self.coordinators);
+        all.all(|(who, c)| self.is_well(who) && c.knows(stored))
     }
 
     /// A process that has said goodbye ends, and comes back after a while.

@@ -36,6 +36,8 @@ pub(super) struct Session {
     /// Something new was said while a heartbeat was out.
     news: bool,
     watch: Option<u64>,
+    watch_backoff: Time,
+    watch_stamp: u64,
     stamp: u64,
     /// Newest placement that is not withdrawn, and newest that is active.
     pub(super) placement: Option<Arc<Wire>>,
@@ -71,6 +73,8 @@ impl Session {
             beating: None,
             news: false,
             watch: None,
+            watch_backoff: 0,
+            watch_stamp: 0,
             stamp: 0,
             placement: None,
             active: None,
@@ -221,6 +225,7 @@ impl World {
         };
         let Some(id) = session.id else { return };
         let at = session.at;
+        session.watch_stamp += 1;
         if let Some(old) = session.watch.take() {
             self.close(old, node);
         }
@@ -324,9 +329,7 @@ impl World {
             Timer::Beat { stamp } if stamp == session.stamp && session.beating.is_none() => {
                 self.beat(node)
             }
-            Timer::Watch { stamp } if session.watch.is_none() && stamp <= session.stamp => {
-                self.follow(node)
-            }
+            Timer::Watch { stamp } if stamp == session.watch_stamp => self.follow(node),
             Timer::Join { .. } | Timer::Beat { .. } | Timer::Watch { .. } => {}
             _ => return false,
         }
@@ -352,6 +355,7 @@ impl World {
             }
             Push::Placement(told) => {
                 let told = Arc::clone(told);
+                session.watch_backoff = 0;
                 let news = session.take(Arc::clone(&told));
                 self.told(node, &told);
                 news
@@ -381,7 +385,9 @@ impl World {
             return;
         };
         session.watch = None;
-        let (at, pause, stamp) = (session.at, session.next_backoff(), session.stamp);
+        session.watch_backoff = (session.watch_backoff * 2).clamp(BACKOFF.0, BACKOFF.1);
+        session.watch_stamp += 1;
+        let (at, pause, stamp) = (session.at, session.watch_backoff, session.watch_stamp);
         self.turn_from(node, at, named);
         self.timer(node, pause, Timer::Watch { stamp });
     }

@@ -125,7 +125,15 @@ impl World {
         // Where nothing is active nobody sends rows, and old tables may be in the way.
         let oldest = self.truth.stored.as_ref();
         let oldest = oldest.map_or(u64::MAX, |stored| stored.oldest);
-        if self.truth.active.contains(&epoch) && epoch >= oldest {
+        // One that has joined again is another node.
+        let id = self.experts[at].session.id;
+        let content = self.truth.contents.get(&epoch);
+        let lists = |(placement, _): &(Placement, _)| {
+            let mut nodes = placement.nodes().iter();
+            nodes.any(|slots| Some(slots.node) == id)
+        };
+        let used = self.truth.active.contains(&epoch) && epoch >= oldest;
+        if used && content.is_some_and(lists) {
             self.report.wrong(format!(
                 "Expert({at}) has freed epoch {epoch} while it is in use"
             ));
