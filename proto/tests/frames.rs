@@ -132,6 +132,7 @@ fn golden_generate() {
             seed: Some(1),
             ..SamplingParams::default()
         }),
+        ..GenerateRequest::default()
     };
     assert_eq!(hex(&request), "0a017222050a0301ac022a09080815000000002801");
 }
