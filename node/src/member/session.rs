@@ -192,6 +192,8 @@ impl Session {
     /// Sends heartbeats until the coordinator does not know this node.
     async fn beat(&self, node_id: u32, lease: Duration) -> Lost {
         let interval = (lease / BEATS_PER_LEASE).max(BEAT_MIN);
+        // A coordinator that does not answer must not cost the lease: another may be leading.
+        let patience = CALL_TIMEOUT.min((lease / 2).max(BEAT_MIN));
         let mut said = self.said.clone();
         let mut complaint = Complaint::default();
         let mut backoff = Backoff::default();
@@ -220,7 +222,9 @@ impl Session {
             };
             let sent = Instant::now();
             let (at, coordinator, mut client) = self.coordinators.current();
-            match client.heartbeat(timed(request)).await {
+            let mut request = timed(request);
+            request.set_timeout(patience);
+            match client.heartbeat(request).await {
                 Ok(_) => {
                     self.told.lease.renew(sent + lease);
                     complaint.settle();
