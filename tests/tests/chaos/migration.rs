@@ -5,7 +5,7 @@
 //! time is armed to crash and nobody is killed meanwhile, so that no expert loses both homes by
 //! anything but a migration.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -206,7 +206,7 @@ impl Site {
             let migration = self.migration().await;
             let whole = status.ready
                 && status.replicas >= status.replicas_wanted
-                && status.nodes.len() == self.house.experts.len() + self.house.attention.len()
+                && self.are_the_members(&status)
                 && ready(&status, Role::Attention) == self.house.attention.len()
                 && ready(&status, Role::Expert) == self.house.experts.len();
             if whole && migration.phase() == MigrationPhase::Idle {
@@ -223,6 +223,14 @@ impl Site {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    /// Whether the members are the processes that run: one that was killed is a member for a lease.
+    fn are_the_members(&self, status: &StatusResponse) -> bool {
+        let nodes = self.house.experts.iter().chain(&self.house.attention);
+        let running: BTreeSet<&str> = nodes.map(|node| node.name.as_str()).collect();
+        let members = status.nodes.iter().map(|node| node.name.as_str());
+        running == members.collect()
     }
 
     fn replace_what_crashed(&mut self) {
