@@ -295,9 +295,15 @@ impl Membership {
                 status.last_failure.clone_from(reason);
             }
         }
+        let failed = matches!(outcome, Outcome::RolledBack(_));
         self.actions.push(Action::MigrationEnded {
             migration: status.migration,
             outcome,
         });
+        if failed && self.has_holes() {
+            // It may have been what was to fill them: nobody else will ask again.
+            let at = self.clock + BACK_OFF;
+            self.retry_at = Some(self.retry_at.map_or(at, |known| known.min(at)));
+        }
     }
 }
