@@ -465,6 +465,26 @@ async fn an_unknown_node_registers_again_with_the_newest_epoch_and_the_same_inca
 }
 
 #[tokio::test]
+async fn a_coordinator_that_takes_calls_and_never_answers_does_not_cost_the_lease() {
+    // The kernel takes connections for it.
+    let silent = bind("127.0.0.1:0").await.unwrap();
+    let lease = Duration::from_millis(600);
+    let (fake, mut seen) = Fake::new(lease);
+    let (address, _end) = fake.serve("127.0.0.1:0").await;
+    let both = format!("{address},{}", silent.local_addr().unwrap());
+    let member = Member::start(config(&both)).unwrap();
+    next(&mut seen, registration).await;
+    let gone = Status::unavailable("does not lead");
+    fake.beat.lock().unwrap().push_back(gone);
+    member.set_status(0, true, "", Load::default());
+    next(&mut seen, ready_beat).await;
+    // By way of the silent one.
+    let back = tokio::time::timeout(2 * lease, next(&mut seen, ready_beat));
+    back.await
+        .expect("it waits for an answer that will not come");
+}
+
+#[tokio::test]
 async fn news_does_not_wait_for_the_next_heartbeat() {
     let (fake, mut seen) = Fake::new(Duration::from_secs(600));
     let (address, _) = fake.serve("127.0.0.1:0").await;
