@@ -311,7 +311,8 @@ async fn a_withdrawn_placement_gives_way_to_the_active_one_and_does_not_come_bac
 
 #[tokio::test]
 async fn a_withdrawn_epoch_is_named_to_the_next_coordinator() {
-    let (fake, mut seen) = Fake::new(Duration::from_millis(60));
+    // Long enough to be held on a busy machine: placements are refused without it.
+    let (fake, mut seen) = Fake::new(Duration::from_secs(6));
     let (address, _) = fake.serve("127.0.0.1:0").await;
     let member = Member::start(config(&address)).unwrap();
     let stream = next(&mut seen, watch).await;
@@ -435,7 +436,7 @@ async fn a_node_without_a_lease_takes_no_placement_until_it_has_one_again() {
 
 #[tokio::test]
 async fn an_unknown_node_registers_again_with_the_newest_epoch_and_the_same_incarnation() {
-    let (fake, mut seen) = Fake::new(Duration::from_millis(60));
+    let (fake, mut seen) = Fake::new(Duration::from_secs(6));
     let (address, _) = fake.serve("127.0.0.1:0").await;
     let member = Member::start(config(&address)).unwrap();
     let first = next(&mut seen, registration).await;
@@ -468,8 +469,7 @@ async fn an_unknown_node_registers_again_with_the_newest_epoch_and_the_same_inca
 async fn a_coordinator_that_takes_calls_and_never_answers_does_not_cost_the_lease() {
     // The kernel takes connections for it.
     let silent = bind("127.0.0.1:0").await.unwrap();
-    let lease = Duration::from_millis(600);
-    let (fake, mut seen) = Fake::new(lease);
+    let (fake, mut seen) = Fake::new(Duration::from_millis(300));
     let (address, _end) = fake.serve("127.0.0.1:0").await;
     let both = format!("{address},{}", silent.local_addr().unwrap());
     let member = Member::start(config(&both)).unwrap();
@@ -478,9 +478,10 @@ async fn a_coordinator_that_takes_calls_and_never_answers_does_not_cost_the_leas
     fake.beat.lock().unwrap().push_back(gone);
     member.set_status(0, true, "", Load::default());
     next(&mut seen, ready_beat).await;
-    // By way of the silent one.
-    let back = tokio::time::timeout(2 * lease, next(&mut seen, ready_beat));
-    back.await
+    // By way of the silent one, before a call to it ends by its own limit, which is 3 s.
+    let limit = Duration::from_millis(2800);
+    tokio::time::timeout(limit, next(&mut seen, ready_beat))
+        .await
         .expect("it waits for an answer that will not come");
 }
 

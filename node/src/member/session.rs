@@ -55,6 +55,14 @@ enum Lost {
     Abandoned,
 }
 
+/// Why a watch of the placement ended.
+enum End {
+    /// By the coordinator, or on the way.
+    Status(Status),
+    /// By this node, whose lease has run out.
+    Fenced,
+}
+
 /// What the coordinator has told this node, for its owner.
 pub(super) struct Told {
     /// The newest placement.
@@ -289,14 +297,20 @@ impl Session {
                 // The heartbeats have found a reason.
                 () = self.coordinators.turned(at) => continue,
             };
-            if end.code() == Code::NotFound {
-                return Lost::Unknown;
+            match end {
+                // That is about this node: the coordinator may well be the one that leads.
+                End::Fenced => {
+                    complaint.say("the lease has run out: asking for the placement anew")
+                }
+                End::Status(status) if status.code() == Code::NotFound => return Lost::Unknown,
+                End::Status(status) => {
+                    complaint.say(&format!(
+                        "no placement from {coordinator}: {}",
+                        in_words(&status)
+                    ));
+                    self.coordinators.turn_from(at, &status);
+                }
             }
-            complaint.say(&format!(
-                "no placement from {coordinator}: {}",
-                in_words(&end)
-            ));
-            self.coordinators.turn_from(at, &end);
             backoff.wait().await;
         }
     }
@@ -307,11 +321,11 @@ impl Session {
         node_id: u32,
         complaint: &mut Complaint,
         backoff: &mut Backoff,
-    ) -> Status {
+    ) -> End {
         let request = WatchPlacementRequest { node_id };
         let mut stream = match client.watch_placement(request).await {
             Ok(response) => response.into_inner(),
-            Err(status) => return status,
+            Err(status) => return End::Status(status),
         };
         loop {
             match stream.message().await {
@@ -319,15 +333,17 @@ impl Session {
                     // A node that may be taken for dead is fenced: what was on
                     // its way to it meanwhile is not for it any more. Asked for
                     // again, the coordinator says what is, or that it must rejoin.
-                    return Status::unavailable("the lease has run out");
+                    return End::Fenced;
                 }
                 Ok(Some(placement)) => {
                     complaint.settle();
                     backoff.reset();
                     self.take(Arc::new(placement));
                 }
-                Ok(None) => return Status::unavailable("the coordinator ended the stream"),
-                Err(status) => return status,
+                Ok(None) => {
+                    return End::Status(Status::unavailable("the coordinator ended the stream"));
+                }
+                Err(status) => return End::Status(status),
             }
         }
     }
