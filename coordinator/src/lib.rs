@@ -132,8 +132,8 @@ impl CoordinatorConfig {
     /// Bytes that one plan may move, by default: a second or two of 10 GbE.
     pub const REBALANCE_BUDGET: u64 = 1 << 30;
     /// What the copies of one step may take, by default: some gigabytes from a
-    /// slow disk.
-    pub const COPY_DEADLINE: Duration = Duration::from_secs(120);
+    /// slow disk, or behind the rows of a busy node.
+    pub const COPY_DEADLINE: Duration = Duration::from_secs(600);
     /// Settle time, by default.
     pub const SETTLE: Duration = Duration::from_millis(500);
     /// Lease, by default.

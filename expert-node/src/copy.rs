@@ -11,7 +11,7 @@
 use std::{
     collections::{HashMap, HashSet},
     str::FromStr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex as Lock, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -25,7 +25,7 @@ use guild_transport::{
     Assignment, Batch, ExchangeCode, ExchangeError, Fabric, FetchRequest, Links, NodeId,
     Switchboard,
 };
-use tokio::time::sleep;
+use tokio::{sync::Mutex, time::sleep};
 
 use crate::{
     Error,
@@ -49,10 +49,12 @@ const ASK_PAUSE: Duration = Duration::from_millis(100);
 const TRIES: u32 = 2;
 /// A node that had rows so recently will have more at once.
 const BUSY: Duration = Duration::from_millis(20);
-/// While this node is busy, the next piece of a copy waits this long and looks again.
-const YIELD: Duration = Duration::from_millis(2);
-/// But no longer than so many times.
-const YIELDS: u32 = 5;
+/// While this node is busy, copying rests so many times as long as it has worked. The connection
+/// costs it about three times what is measured here: a tenth of the node goes to copies, and the
+/// slower the node, the slower they are.
+const REST: u32 = 29;
+/// The longest rest at a time.
+const MAX_REST: Duration = Duration::from_secs(1);
 
 /// Where a node that is given more experts gets them from first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -104,7 +106,7 @@ pub(crate) struct Homes {
     epoch: u64,
     of: HashMap<ExpertKey, Vec<Home>>,
     /// How often a node has failed since it last helped.
-    failures: Mutex<HashMap<NodeId, u32>>,
+    failures: Lock<HashMap<NodeId, u32>>,
 }
 
 impl Homes {
@@ -145,6 +147,8 @@ pub(crate) struct Copier {
     /// To the nodes that have what is wanted here.
     pub(crate) links: Arc<Links>,
     pub(crate) board: Option<Switchboard>,
+    /// Whose turn it is to work on a copy: all of them together take so much of the node.
+    pub(crate) turn: Mutex<()>,
 }
 
 /// Why a copy is not here.
@@ -282,30 +286,36 @@ impl Copier {
             }
         };
         let mut blob = Blob::with_len(len);
+        let mut hasher = blake3::Hasher::new();
         let mut rest = blob.as_mut();
         while let Some(piece) = fetch.next().await.map_err(source)? {
             failpoint::at("copy::chunk").map_err(source)?;
             let Some((to, after)) = rest.split_at_mut_checked(piece.len()) else {
                 return Err(Failed::Source("more came than was asked for".to_owned()));
             };
-            to.copy_from_slice(&piece);
             rest = after;
-            self.let_rows_pass().await;
+            let _turn = self.turn.lock().await;
+            let begun = Instant::now();
+            to.copy_from_slice(&piece);
+            hasher.update(&piece);
+            self.let_rows_pass(begun).await;
         }
-        let theirs = fetch.digest();
+        let (ours, theirs) = (*hasher.finalize().as_bytes(), fetch.digest());
         drop(fetch);
-        let (residents, node) = (Arc::clone(&self.residents), home.name.clone());
-        let checked = thread::behind_serving("checking a copy", move || {
-            let ours = *blake3::hash(blob.as_ref()).as_bytes();
-            let fired = failpoint::at("digest::check").is_err();
-            if ours != theirs || fired {
-                let reason = digests(&ours, Some(&theirs));
-                return Err(untrusted(key, node, reason));
-            }
-            let adopted = residents.adopt(key, blob);
-            adopted.map_err(|error| untrusted(key, node, error.to_string()))
-        });
-        let expert = checked.await.map_err(Failed::Final)?.map_err(last)?;
+        let fired = failpoint::at("digest::check").is_err();
+        if ours != theirs || fired {
+            let reason = digests(&ours, Some(&theirs));
+            return Err(last(untrusted(key, home.name.clone(), reason)));
+        }
+        let _turn = self.turn.lock().await;
+        let begun = Instant::now();
+        let residents = Arc::clone(&self.residents);
+        let adopted = thread::behind_serving("checking a copy", move || residents.adopt(key, blob));
+        let expert = adopted
+            .await
+            .map_err(Failed::Final)?
+            .map_err(|error| last(untrusted(key, home.name.clone(), error.to_string())))?;
+        self.let_rows_pass(begun).await;
         Ok((expert, theirs))
     }
 
@@ -323,6 +333,8 @@ impl Copier {
         let row = canary_row(key, epoch, self.width);
         let theirs = self.ask(home, served, row.clone()).await.map_err(source)?;
         let (copy, cpu) = (Arc::clone(copy), self.cpu.clone());
+        let _turn = self.turn.lock().await;
+        let begun = Instant::now();
         let ours = tokio::task::spawn_blocking(move || {
             let ours = copy.forward(&cpu, &row);
             // Only a copy that was read has no digest yet.
@@ -331,6 +343,7 @@ impl Copier {
         let (ours, own) = ours
             .await
             .map_err(|error| Failed::Final(panicked(&error)))?;
+        self.let_rows_pass(begun).await;
         let fired = failpoint::at("canary::compare").is_err();
         let differs = ours
             .iter()
@@ -377,12 +390,10 @@ impl Copier {
         Ok(self.links.combine(handle).await?.rows)
     }
 
-    async fn let_rows_pass(&self) {
-        for _ in 0..YIELDS {
-            if self.host.is_quiet(BUSY) {
-                return;
-            }
-            sleep(YIELD).await;
+    /// Rests from work on a copy that has `begun` then, while rows come.
+    async fn let_rows_pass(&self, begun: Instant) {
+        if !self.host.is_quiet(BUSY) {
+            sleep((begun.elapsed() * REST).min(MAX_REST)).await;
         }
     }
 }

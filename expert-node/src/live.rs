@@ -108,6 +108,7 @@ pub async fn run(
         width,
         links: Arc::new(links(&cfg)),
         board: switchboard,
+        turn: tokio::sync::Mutex::new(()),
     };
     let node = Node {
         residents,

@@ -104,6 +104,8 @@ async fn what_could_not_be_freed_is_freed_with_the_next_news() {
     // Rows by the old epoch are answered until then.
     stage.publish(&[at(3, 2, (1, 1))]);
     stage.ready("a", 3).await;
+    // In case that this was the news at which it failed.
+    stage.publish(&[at(3, 3, (1, 1))]);
     stage.hears("a", |beat| beat.resident_bytes == each).await;
     assert!(through(&node.place, 1, 0).await.is_err());
     assert_eq!(through(&node.place, 3, 0).await.unwrap(), expected((1, 1)));
