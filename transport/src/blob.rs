@@ -18,8 +18,9 @@ use tonic::{Code, Status, Streaming};
 
 use crate::{ExchangeCode, ExchangeError, SlotHost};
 
-/// Bytes of a blob in one message.
-pub const CHUNK_BYTES: usize = 1 << 20;
+/// Bytes of a blob in one message. What it takes to send and to check one is the longest that rows
+/// on a small node wait behind it.
+pub const CHUNK_BYTES: usize = 256 << 10;
 /// Messages that are ready and wait for the connection to take them.
 pub(crate) const CHUNKS_READY: usize = 2;
 /// HTTP/2 window of a stream that a blob comes by: what of it may be on its way.
@@ -29,7 +30,7 @@ pub(crate) const BUSY: Duration = Duration::from_millis(20);
 /// While a node is busy, the next message waits this long and looks again.
 const YIELD: Duration = Duration::from_millis(2);
 /// But no longer than so many times: a node that always works gives its blobs away as well, each
-/// at some 100 MB a second.
+/// at some 25 MB a second.
 const YIELDS: u32 = 5;
 /// Bytes of a digest: BLAKE3.
 pub const DIGEST_BYTES: usize = 32;
