@@ -248,21 +248,21 @@ async fn a_stream_that_is_not_the_blob_is_refused_for_what_is_wrong_with_it() {
             data[77] ^= 4;
             liar.chunks[1].data = data.into();
         }),
-        ("instead of 2098152", ExchangeCode::Malformed, |liar| {
+        ("instead of 525288", ExchangeCode::Malformed, |liar| {
             liar.chunks[0].total = 1 << 60;
         }),
-        ("instead of 2098152", ExchangeCode::Malformed, |liar| {
+        ("instead of 525288", ExchangeCode::Malformed, |liar| {
             liar.chunks[2].total += 1;
         }),
         (
-            "byte 2097152 came instead of 1048576",
+            "byte 524288 came instead of 262144",
             ExchangeCode::Malformed,
             |liar| {
                 liar.chunks.remove(1);
             },
         ),
         (
-            "byte 0 came instead of 1048576",
+            "byte 0 came instead of 262144",
             ExchangeCode::Malformed,
             |liar| {
                 liar.chunks.insert(0, liar.chunks[0].clone());
