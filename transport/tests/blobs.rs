@@ -141,7 +141,7 @@ async fn what_a_node_does_not_have_is_refused_by_name() {
         .await;
         assert_eq!(error.code, ExchangeCode::Malformed);
         assert!(
-            error.message.contains("2098152 bytes instead of 2098153"),
+            error.message.contains("525288 bytes instead of 525289"),
             "{error}"
         );
         let error = refused(FetchRequest {
