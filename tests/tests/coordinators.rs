@@ -176,19 +176,22 @@ fn report(case: &str, takeover: Duration) {
 /// Asks all coordinators all the time whether they lead.
 struct Leaders {
     stop: Arc<AtomicBool>,
+    heard: Arc<AtomicBool>,
     asking: Vec<tokio::task::JoinHandle<Vec<(usize, Instant)>>>,
 }
 
 impl Leaders {
     fn watch(coordinators: &[Coordinator]) -> Leaders {
-        let stop = Arc::new(AtomicBool::new(false));
+        let [stop, heard] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
         let one = |(at, coordinator): (usize, &Coordinator)| {
-            let (stop, cluster) = (Arc::clone(&stop), coordinator.cluster.clone());
+            let (stop, heard) = (Arc::clone(&stop), Arc::clone(&heard));
+            let cluster = coordinator.cluster.clone();
             tokio::spawn(async move {
                 let mut answers = Vec::new();
                 while !stop.load(Ordering::SeqCst) {
                     if leads(&cluster).await {
                         answers.push((at, Instant::now()));
+                        heard.store(true, Ordering::SeqCst);
                     }
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
@@ -196,7 +199,18 @@ impl Leaders {
             })
         };
         let asking = coordinators.iter().enumerate().map(one).collect();
-        Leaders { stop, asking }
+        Leaders {
+            stop,
+            heard,
+            asking,
+        }
+    }
+
+    /// Until the first answer of a leader.
+    async fn heard(&self) {
+        while !self.heard.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// (coordinator, when) of every answer as a leader.
@@ -330,6 +344,7 @@ async fn a_frozen_leader_is_replaced_and_etcd_may_be_away_while_the_cluster_serv
     house.coordinators[new].reaches(epoch).await;
 
     let watch = Leaders::watch(&house.coordinators);
+    watch.heard().await;
     // Silent, with every connection open.
     house.coordinators[old].process.signal("STOP");
     let frozen = Instant::now();
