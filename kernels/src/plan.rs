@@ -3,13 +3,14 @@
 //! Secret: thresholds, task sizes, scratch. No cut shows in the results: every output element is computed by one task
 //! from start to end.
 
+mod attend;
+
 use std::cell::Cell;
 
 use crate::{
-    HeadLayout, LatentAttention, MatrixRef, WeightsRef,
+    HeadLayout, MatrixRef, WeightsRef,
     generic::{
         LANES,
-        attention::{Attend, Keys},
         matmul::{Direct, EMPTY, Input, Line, Output, Packed, TASK_ROWS, TileRows, pack_tile},
         weights::{Bf16, F32, Fp8, Weights},
     },
@@ -29,17 +30,15 @@ const PACK_FROM: usize = 10;
 const PACK_BYTES: usize = 16 << 20;
 /// Tasks per thread that let a slow thread be overtaken.
 const TASKS_PER_THREAD: usize = 4;
-/// Heads that pass together over the cached rows in one attention task.
-const HEADS: usize = 16;
 
 thread_local! {
     /// Packed rows of the calling thread's matrix product.
     static PACKED: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
     /// Weight panel and parked accumulators of a task.
     static PANEL: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
-    /// Scores of an attention task.
-    static SCORES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
+
+pub(crate) use attend::attend;
 
 pub(crate) fn is_small(bytes: usize, macs: usize) -> bool {
     bytes / BYTES_PER_NS + macs / MACS_PER_NS < SERIAL_NS
@@ -223,79 +222,5 @@ pub(crate) unsafe fn matmul_heads(isa: Choice, pool: &Pool, job: Heads<'_>) {
                 w[head],
             )
         };
-    });
-}
-
-/// Absorbed latent attention; the caller has checked the shapes.
-pub(crate) fn attend(isa: Choice, pool: &Pool, job: LatentAttention<'_>) {
-    let LatentAttention {
-        q,
-        out,
-        heads,
-        width,
-        value_width,
-        scale,
-        rows,
-        cache,
-        page_tokens,
-        page_stride,
-        offset,
-    } = job;
-    let keys: usize = rows.iter().map(|row| row.visible).sum();
-    let pool = (!is_small(0, keys * heads * (width + value_width))).then_some(pool);
-    // Few rows: as many tasks as threads, so that each passes over the cache once.
-    let threads = pool.map_or(1, Pool::threads);
-    let together = if rows.len() >= threads * TASKS_PER_THREAD {
-        HEADS
-    } else {
-        (heads * rows.len())
-            .div_ceil(threads)
-            .next_multiple_of(4)
-            .min(HEADS)
-    };
-    let together = together.clamp(1, heads.max(1));
-    // Tasks of one row: the last may have fewer heads, so a task's outputs are `[row, from..to]`, not equal chunks.
-    let mut pieces: Vec<(usize, usize, &mut [f32])> =
-        Vec::with_capacity(rows.len() * heads.div_ceil(together));
-    for (row, out) in out
-        .chunks_exact_mut((heads * value_width).max(1))
-        .enumerate()
-    {
-        for (i, out) in out.chunks_mut(together * value_width).enumerate() {
-            pieces.push((row, i * together, out));
-        }
-    }
-    for_each_chunk(pool, &mut pieces, 1, |_, piece| {
-        for (row, head, out) in piece {
-            let heads_here = out.len() / value_width;
-            let visible = rows[*row].visible;
-            let mut scores = SCORES.take();
-            if scores.len() < heads_here * visible {
-                scores.resize(heads_here * visible, 0.0);
-            }
-            let keys = Keys {
-                cache,
-                pages: rows[*row].pages,
-                page_tokens,
-                page_stride,
-                offset,
-                width,
-            };
-            let q = &q[(*row * heads + *head) * width..][..heads_here * width];
-            // SAFETY: asks for nothing besides the instruction set: it checks its shapes.
-            unsafe {
-                isa.run(Attend {
-                    out,
-                    q,
-                    heads: heads_here,
-                    value_width,
-                    visible,
-                    scale,
-                    keys,
-                    scores: &mut scores,
-                })
-            };
-            SCORES.set(scores);
-        }
     });
 }
