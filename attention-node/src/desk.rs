@@ -9,7 +9,7 @@ use guild_scheduler::batch::{Counts, InvalidLimits, Limits, NewRequest, Refusal,
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
-use crate::sequence::{Events, Request, Sequence};
+use crate::sequence::{Constraint, Events, Request, Sequence};
 
 /// Readers that may hold on to events for each request that may run or wait. A reader that does
 /// not read keeps the events of its request in memory after the request has left the scheduler.
@@ -46,6 +46,19 @@ impl EngineHandle {
     /// # Errors
     /// [`SubmitError`]; a refused request leaves no trace.
     pub fn submit(&self, request: Request) -> Result<Events, SubmitError> {
+        self.submit_constrained(request, None)
+    }
+
+    /// As [`EngineHandle::submit`], with what may be said next. The constraint has taken note of
+    /// output that the prompt ends in already.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::submit`].
+    pub fn submit_constrained(
+        &self,
+        request: Request,
+        constraint: Option<Box<dyn Constraint>>,
+    ) -> Result<Events, SubmitError> {
         let mut state = self.0.lock();
         if state.closed {
             return Err(SubmitError::Draining);
@@ -61,7 +74,7 @@ impl EngineHandle {
             max_tokens: request.max_tokens,
         })?;
         state.next_id += 1;
-        let (sequence, events) = Sequence::new(request, place);
+        let (sequence, events) = Sequence::new(request, constraint, place);
         state.arrivals.push((id, sequence));
         drop(state);
         self.0.wake.notify_one();

@@ -33,6 +33,24 @@ pub struct Request {
     pub prompt_logprobs: Option<usize>,
 }
 
+/// What a grammar or a schema lets a request say next. It is asked in the order of the output:
+/// one [`Constraint::mask`] and one [`Constraint::accept`] for each token, whatever was drafted.
+/// It runs inside the step loop, so whatever takes long (compiling) is done before.
+pub trait Constraint: Send + std::fmt::Debug {
+    /// Makes impossible tokens so: sets their logits of `[vocab]` to -inf. Bias and penalties are
+    /// in them already; log-probabilities that are reported are not touched by it.
+    ///
+    /// # Errors
+    /// What is wrong, for the client: the request fails with it.
+    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String>;
+
+    /// Takes note of the token that was chosen.
+    ///
+    /// # Errors
+    /// As [`Constraint::mask`].
+    fn accept(&mut self, token: u32) -> Result<(), String>;
+}
+
 /// Why the output ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
@@ -51,6 +69,9 @@ pub enum Failure {
     /// The node goes down and its drain limit has passed.
     #[error("the attention node is shutting down")]
     ShuttingDown,
+    /// What constrains the output cannot go on.
+    #[error("the output cannot be constrained any further: {0}")]
+    Constraint(String),
 }
 
 /// What the reader of a request is told, in this order: one `Prompt`, a `Token` for each
@@ -110,6 +131,7 @@ impl Events {
 #[derive(Debug)]
 pub(crate) struct Sequence {
     request: Request,
+    constraint: Option<Box<dyn Constraint>>,
     /// Prompt and output.
     tokens: Vec<u32>,
     /// What penalties count; nothing where there are none.
@@ -122,7 +144,11 @@ pub(crate) struct Sequence {
 impl Sequence {
     /// The events of a request are bounded by `max_tokens`, so its channel has room for all of
     /// them: a slow reader holds up nothing but its own memory.
-    pub(crate) fn new(request: Request, place: OwnedSemaphorePermit) -> (Sequence, Events) {
+    pub(crate) fn new(
+        request: Request,
+        constraint: Option<Box<dyn Constraint>>,
+        place: OwnedSemaphorePermit,
+    ) -> (Sequence, Events) {
         let (events, reader) = mpsc::channel(request.max_tokens + 2);
         let seen = match request.shaping.counts() {
             true => Seen::new(
@@ -136,6 +162,7 @@ impl Sequence {
             seen,
             prompt_logprobs: Vec::new(),
             request,
+            constraint,
             events,
             finished: false,
         };
@@ -189,7 +216,13 @@ impl Sequence {
         if self.generated() == 0 {
             self.tell_prompt();
         }
-        let sampled = self.sample(cpu, logits);
+        let sampled = match self.sample(cpu, logits) {
+            Ok(sampled) => sampled,
+            Err(reason) => {
+                self.finished = true;
+                return self.tell(Event::Failed(Failure::Constraint(reason)));
+            }
+        };
         let token = sampled.token;
         self.tokens.push(token);
         if self.request.shaping.counts() {
@@ -234,7 +267,7 @@ impl Sequence {
     /// The draw is keyed by the token's position in the whole sequence. Logits are shaped, and
     /// before `min_tokens` stop tokens masked, for the draw alone: log-probabilities are of the raw
     /// logits always.
-    fn sample(&self, cpu: &Cpu, logits: &[f32]) -> Sampled {
+    fn sample(&mut self, cpu: &Cpu, logits: &[f32]) -> Result<Sampled, String> {
         let position = self.tokens.len() as u64;
         let top = self.request.logprobs.unwrap_or(0);
         let Request {
@@ -245,16 +278,22 @@ impl Sequence {
             ..
         } = &self.request;
         let masks = self.generated() < *min_tokens && !stop_tokens.is_empty();
-        if !masks && shaping.is_neutral() {
-            return sampler::sample(cpu, logits, sampling, position, top);
+        if !masks && shaping.is_neutral() && self.constraint.is_none() {
+            return Ok(sampler::sample(cpu, logits, sampling, position, top));
         }
         let mut shaped = logits.to_vec();
         shaping.apply(&mut shaped, &self.seen);
+        if let Some(constraint) = &mut self.constraint {
+            constraint.mask(&mut shaped)?;
+        }
         for &token in stop_tokens.iter().filter(|_| masks) {
             shaped[token as usize] = f32::NEG_INFINITY;
         }
         let token = sampler::sample(cpu, &shaped, sampling, position, 0).token;
-        sampler::logprobs_of(cpu, logits, token, top)
+        if let Some(constraint) = &mut self.constraint {
+            constraint.accept(token)?;
+        }
+        Ok(sampler::logprobs_of(cpu, logits, token, top))
     }
 
     fn tell(&self, event: Event) {

@@ -162,6 +162,7 @@ fn replies(
                 token_ids: vec![token],
                 text: String::new(),
                 logprobs: logprobs.into_iter().map(logprobs_wire).collect(),
+                cached_tokens: 0,
             }),
             Some(Event::Finished { reason, generated }) => {
                 WireEvent::Complete(complete(reason, usage, generated as u32))
@@ -200,6 +201,7 @@ fn complete(reason: Finish, prompt_tokens: u32, completion_tokens: u32) -> wire:
         usage: Some(wire::Usage {
             prompt_tokens,
             completion_tokens,
+            ..wire::Usage::default()
         }),
     }
 }
@@ -405,6 +407,12 @@ fn draining() -> Status {
 fn failed(failure: &Failure) -> Status {
     match failure {
         Failure::ShuttingDown => draining(),
+        Failure::Constraint(_) => status::with_reason(
+            Code::FailedPrecondition,
+            "CONSTRAINT_FAILED",
+            failure.to_string(),
+            [],
+        ),
         Failure::Exchange(ExchangeFailure {
             layer,
             experts,

@@ -61,7 +61,7 @@ impl Answer {
             FinishReason::Length => "length",
             FinishReason::Abort | FinishReason::Unspecified => "abort",
         };
-        let usage = complete.usage.unwrap_or_default();
+        let usage = complete.usage.clone().unwrap_or_default();
         self.usage = Usage::new(usage.prompt_tokens, usage.completion_tokens);
     }
 

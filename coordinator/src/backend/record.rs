@@ -99,7 +99,17 @@ impl Record {
             Some(Event::Prompt(_)) => self.prompt_told = true,
             Some(Event::Chunk(chunk)) => self.tokens.extend_from_slice(&chunk.token_ids),
             // The node counts from where it took over.
-            Some(Event::Complete(complete)) => complete.usage = Some(self.usage()),
+            Some(Event::Complete(complete)) => {
+                let said = complete.usage.take().unwrap_or_default();
+                let usage = self.usage();
+                complete.usage = Some(Usage {
+                    // Of a continued stream the node's prompt is more than the client's.
+                    cached_tokens: said.cached_tokens.min(usage.prompt_tokens),
+                    drafted_tokens: said.drafted_tokens,
+                    accepted_tokens: said.accepted_tokens,
+                    ..usage
+                });
+            }
             None => {}
         }
         Some(response)
@@ -141,6 +151,7 @@ impl Record {
         Usage {
             prompt_tokens: count(self.prompt),
             completion_tokens: count(self.emitted()),
+            ..Usage::default()
         }
     }
 
@@ -255,11 +266,17 @@ mod tests {
             usage: Some(Usage {
                 prompt_tokens: 4,
                 completion_tokens: 1,
+                cached_tokens: 3,
+                ..Usage::default()
             }),
             ..Complete::default()
         }));
         let usage = complete_of(record.take(said).unwrap()).usage.unwrap();
         assert_eq!((usage.prompt_tokens, usage.completion_tokens), (2, 3));
+        assert_eq!(
+            usage.cached_tokens, 2,
+            "never more than the client's prompt"
+        );
     }
 
     #[test]
@@ -277,7 +294,7 @@ mod tests {
             record.take(chunk(tokens));
             let complete = complete_of(record.end()?);
             assert_eq!(
-                complete.usage.unwrap().completion_tokens as usize,
+                complete.usage.as_ref().unwrap().completion_tokens as usize,
                 tokens.len()
             );
             Some((complete.finish_reason(), complete.matched_stop))

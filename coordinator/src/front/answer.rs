@@ -28,6 +28,8 @@ pub(super) struct Head {
     n: u32,
     pub(super) delivery: Delivery,
     prompt_tokens: u32,
+    /// Tokens of the prompts that the prefix cache had.
+    cached_tokens: u32,
     completion_tokens: u32,
 }
 
@@ -40,6 +42,7 @@ impl Head {
             n,
             delivery,
             prompt_tokens: 0,
+            cached_tokens: 0,
             completion_tokens: 0,
         }
     }
@@ -62,15 +65,17 @@ impl Head {
 
     /// Counts a finished choice; a prompt once, whatever number of choices it has.
     pub(super) fn count(&mut self, choice: usize, complete: &Complete) {
-        let usage = complete.usage.unwrap_or_default();
+        let usage = complete.usage.clone().unwrap_or_default();
         if (choice as u32).is_multiple_of(self.n) {
             self.prompt_tokens += usage.prompt_tokens;
+            self.cached_tokens += usage.cached_tokens;
         }
         self.completion_tokens += usage.completion_tokens;
     }
 
     pub(super) fn usage(&self) -> Usage {
         Usage::from_counts(self.prompt_tokens, self.completion_tokens)
+            .with_cached_tokens(self.cached_tokens)
     }
 }
 

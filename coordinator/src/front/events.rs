@@ -65,7 +65,9 @@ pub(super) fn with_text(
         stops: StopStrings::new(rules.stop.clone()),
         undecided: None,
         prompt_tokens: None,
+        cached_tokens: 0,
         completion_tokens: 0,
+        said: None,
         request_id,
         rules,
         _permit: permit,
@@ -85,7 +87,11 @@ struct Writer {
     /// A token that ends the request unless another one follows it.
     undecided: Option<u32>,
     prompt_tokens: Option<u32>,
+    /// Of the prompt, as the node says in its first chunk.
+    cached_tokens: u32,
     completion_tokens: u32,
+    /// What the node has counted, of which drafts are its own to know.
+    said: Option<Usage>,
     request_id: String,
     rules: TextRules,
     _permit: OwnedSemaphorePermit,
@@ -152,6 +158,9 @@ impl Writer {
                 "a chunk with another number of logprobs than tokens",
             ));
         }
+        // A node that goes on with a stream counts output as prompt.
+        let cached = chunk.cached_tokens.min(self.prompt_tokens.unwrap_or(0));
+        self.cached_tokens = self.cached_tokens.max(cached);
         let mut out = Chunk::default();
         let mut logprobs = chunk.logprobs.into_iter();
         for id in chunk.token_ids {
@@ -174,6 +183,7 @@ impl Writer {
     }
 
     fn take_complete(&mut self, complete: Complete) -> Result<(), Status> {
+        self.said.clone_from(&complete.usage);
         let mut out = Chunk::default();
         let by_token = complete.finish_reason() == FinishReason::Stop;
         if let Some(last) = self.undecided.take().filter(|_| !by_token)
@@ -232,6 +242,8 @@ impl Writer {
         let usage = Usage {
             prompt_tokens: self.prompt_tokens.unwrap_or(0),
             completion_tokens: self.completion_tokens,
+            cached_tokens: self.cached_tokens,
+            ..self.said.take().unwrap_or_default()
         };
         self.emit(Event::Complete(Complete {
             finish_reason: reason.into(),

@@ -334,13 +334,14 @@ impl Params {
             presence_penalty: Some(self.presence_penalty),
             frequency_penalty: Some(self.frequency_penalty),
             logit_bias: self.logit_bias.clone(),
+            constraint: None,
         };
         GenerateRequest {
             request_id,
             model: String::new(),
             input: Some(Input::TokenIds(TokenIds { ids })),
             sampling: Some(sampling),
-            output_tokens: 0,
+            ..GenerateRequest::default()
         }
     }
 }

@@ -497,6 +497,7 @@ impl Inference for Service {
             usage: Some(Usage {
                 prompt_tokens: ids.len() as u32,
                 completion_tokens: ids.len() as u32,
+                ..Usage::default()
             }),
         });
         let release = (self.script == Script::Hang).then(|| Arc::clone(&self.release));

@@ -148,6 +148,7 @@ impl Backend for Fake {
             let usage = Some(Usage {
                 prompt_tokens,
                 completion_tokens: 999,
+                ..Usage::default()
             });
             events.push(event(Event::Complete(Complete {
                 finish_reason: reason.into(),

@@ -86,7 +86,7 @@ async fn text_goes_in_and_text_and_tokens_come_out() {
     assert_eq!(
         (
             complete.finish_reason(),
-            complete.usage.unwrap().completion_tokens
+            complete.usage.as_ref().unwrap().completion_tokens
         ),
         (FinishReason::Length, said.len() as u32)
     );

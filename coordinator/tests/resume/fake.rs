@@ -101,6 +101,7 @@ pub(crate) fn events(request: &GenerateRequest, eos: &[u32]) -> Vec<Event> {
             token_ids: vec![token],
             text: String::new(),
             logprobs: scored.into_iter().collect(),
+            ..Chunk::default()
         }));
         if stops.contains(&token) {
             end = (FinishReason::Stop, Some(MatchedStop::StopTokenId(token)));
@@ -113,6 +114,7 @@ pub(crate) fn events(request: &GenerateRequest, eos: &[u32]) -> Vec<Event> {
         usage: Some(Usage {
             prompt_tokens: prompt.len() as u32,
             completion_tokens: (tokens.len() - prompt.len()) as u32,
+            ..Usage::default()
         }),
     }));
     events

@@ -315,7 +315,7 @@ async fn an_output_that_has_outgrown_every_node_ends_by_length() {
         panic!("{got:?}");
     };
     assert_eq!(complete.finish_reason(), FinishReason::Length);
-    assert_eq!(complete.usage.unwrap().completion_tokens, 3);
+    assert_eq!(complete.usage.as_ref().unwrap().completion_tokens, 3);
 }
 
 #[tokio::test]
