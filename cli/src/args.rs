@@ -21,6 +21,7 @@ mod bench;
 mod colocated;
 mod experts;
 mod manifest;
+mod security;
 
 pub(crate) use balance::{Balance, PlannerArg};
 pub(crate) use bench::{Api, Bench, BenchCommand, BenchCompare, BenchServe, Dataset, Objective};
@@ -30,6 +31,7 @@ pub(crate) use experts::{
     ExpertsRebalance, ExpertsRecord, ExpertsWatch, Leader, SplitArg,
 };
 pub(crate) use manifest::Manifest;
+pub(crate) use security::{Access, DoorArgs, Exposure, NodeTls};
 
 /// Serves the DeepSeek-V3 family with its experts spread over ordinary machines.
 #[derive(Clone, Debug, Parser)]
@@ -106,56 +108,6 @@ pub(crate) struct Compute {
     /// Threads for the arithmetic; 0: one per physical core
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1024), value_name = "N")]
     pub(crate) threads: u16,
-}
-
-/// Leaving loopback.
-#[derive(Clone, Copy, Debug, Args)]
-pub(crate) struct Exposure {
-    /// Allow addresses that other machines can reach without TLS and API keys
-    #[arg(long)]
-    pub(crate) insecure: bool,
-    /// Seconds that running requests get to end after SIGTERM or Ctrl-C
-    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
-    pub(crate) drain: u32,
-}
-
-/// Who a node is to the others of its cluster.
-#[derive(Clone, Debug, Default, Args)]
-pub(crate) struct NodeTls {
-    /// This node's certificate, PEM; with it connections inside the cluster are mutual TLS
-    #[arg(long, value_name = "FILE", help_heading = "TLS")]
-    pub(crate) tls_cert: Option<PathBuf>,
-    /// Its private key, PEM
-    #[arg(long, value_name = "FILE", help_heading = "TLS")]
-    pub(crate) tls_key: Option<PathBuf>,
-    /// CA of the cluster, PEM
-    #[arg(long, value_name = "FILE", help_heading = "TLS")]
-    pub(crate) tls_ca: Option<PathBuf>,
-}
-
-/// Who may come in at the front door.
-#[derive(Clone, Debug, Default, Args)]
-pub(crate) struct DoorArgs {
-    /// Serve only those with a key of this file; lines of NAME:SHA256, see `guild keys`
-    #[arg(long, value_name = "FILE", help_heading = "Front door")]
-    pub(crate) api_keys: Option<PathBuf>,
-    /// Certificate that clients see, PEM, for --http and --grpc
-    #[arg(long, value_name = "FILE", help_heading = "Front door")]
-    pub(crate) http_tls_cert: Option<PathBuf>,
-    /// Its private key, PEM
-    #[arg(long, value_name = "FILE", help_heading = "Front door")]
-    pub(crate) http_tls_key: Option<PathBuf>,
-}
-
-/// What a client shows at the front door, and whom it trusts there.
-#[derive(Clone, Debug, Default, Args)]
-pub(crate) struct Access {
-    /// API key; better given as GUILD_API_KEY
-    #[arg(long, value_name = "KEY", hide_default_value = true)]
-    pub(crate) api_key: Option<String>,
-    /// CA to trust at an https endpoint, PEM
-    #[arg(long, value_name = "FILE")]
-    pub(crate) tls_ca: Option<PathBuf>,
 }
 
 /// Limits of an attention node.

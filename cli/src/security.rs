@@ -1,5 +1,7 @@
 //! From flags to certificates and keys, and what may be open without them.
 
+use std::path::{Path, PathBuf};
+
 use guild_node::channel::Dialer;
 use guild_node::keys::ApiKeys;
 use guild_node::tls::{FrontTls, Role, Roots, Tls, TlsFiles};
@@ -30,27 +32,60 @@ impl Protection {
     }
 }
 
-/// The certificate of a process of `role`, if it was given one.
+/// The certificate of a process of `role`, which may have a name, if it was given one.
 ///
 /// # Errors
 /// Some of the three files are given and others are not, or they are of no use.
-pub(crate) fn node_tls(args: &NodeTls, role: Role) -> Result<Option<Tls>, Failure> {
-    let files = match (&args.tls_cert, &args.tls_key, &args.tls_ca) {
+pub(crate) fn node_tls(
+    args: &NodeTls,
+    role: Role,
+    name: Option<&str>,
+) -> Result<Option<Tls>, Failure> {
+    let folder = args.tls_dir.as_deref();
+    let inside = folder.map(|folder| in_folder(folder, role, name));
+    let file =
+        |given: &Option<PathBuf>, inside: Option<&PathBuf>| given.as_ref().or(inside).cloned();
+    let inside = inside.as_ref();
+    let files = (
+        file(&args.tls_cert, inside.map(|files| &files.cert)),
+        file(&args.tls_key, inside.map(|files| &files.key)),
+        file(&args.tls_ca, inside.map(|files| &files.ca)),
+    );
+    let files = match files {
         (None, None, None) => return Ok(None),
-        (Some(cert), Some(key), Some(ca)) => TlsFiles {
-            cert: cert.clone(),
-            key: key.clone(),
-            ca: ca.clone(),
-        },
+        (Some(cert), Some(key), Some(ca)) => TlsFiles { cert, key, ca },
         _ => {
             return Err(Failure::usage(
-                "--tls-cert, --tls-key and --tls-ca belong together: give all of them or none",
+                "--tls-cert, --tls-key and --tls-ca belong together: give all of them, or \
+                 --tls-dir, or none",
             ));
         }
     };
-    Tls::open(files, role)
-        .map(Some)
-        .map_err(|error| Failure::of(&error))
+    let opened = Tls::open(files, role).map(Some);
+    opened.map_err(|error| match folder {
+        None => Failure::of(&error),
+        Some(folder) => Failure::of(&error).hint(format!(
+            "`guild certs --out {}` makes what --tls-dir names",
+            folder.display()
+        )),
+    })
+}
+
+/// Files of a process in a folder: those of a mounted Secret, else those that `guild certs` has
+/// made for its name, else for its role.
+fn in_folder(folder: &Path, role: Role, name: Option<&str>) -> TlsFiles {
+    let files = |cert: &str, key: &str, ca: &str| TlsFiles {
+        cert: folder.join(cert),
+        key: folder.join(key),
+        ca: folder.join(ca),
+    };
+    let secret = files("tls.crt", "tls.key", "ca.crt");
+    if secret.cert.exists() {
+        return secret;
+    }
+    let of = |stem: &str| files(&format!("{stem}.pem"), &format!("{stem}.key"), "ca.pem");
+    let named = name.map(of).filter(|named| named.cert.exists());
+    named.unwrap_or_else(|| of(role.as_str()))
 }
 
 /// What stands between clients and the front door.

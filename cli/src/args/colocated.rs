@@ -36,7 +36,8 @@ pub(crate) struct Colocated {
     /// Where its experts come from first that other nodes have
     #[arg(long, default_value_t, value_parser = CopyFrom::from_str, value_name = "peer|checkpoint", help_heading = "Experts in this process")]
     pub(crate) copy_from: CopyFrom,
-    /// Its certificate, PEM: one of the role `expert`. Needed where --tls-cert is given
+    /// Its certificate, PEM: one of the role `expert`. Needed with --tls-cert;
+    /// --tls-dir has it
     #[arg(long, value_name = "FILE", help_heading = "Experts in this process")]
     pub(crate) expert_tls_cert: Option<PathBuf>,
     /// Its private key, PEM

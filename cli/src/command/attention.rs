@@ -92,10 +92,10 @@ fn beside(args: &AttentionNode) -> Result<Joining, Failure> {
     let tls = &joining.tls;
     let has_tls = tls.tls_cert.is_some() || tls.tls_key.is_some() || tls.tls_ca.is_some();
     let certified = beside.expert_tls_cert.is_some() && beside.expert_tls_key.is_some();
-    if has_tls && !certified {
+    if has_tls && !certified && tls.tls_dir.is_none() {
         return Err(Failure::usage(
             "--experts with --tls-cert needs --expert-tls-cert and --expert-tls-key: a certificate \
-             of the role `expert`, which `guild certs` makes",
+             of the role `expert`, which `guild certs` makes; in --tls-dir both are found",
         ));
     }
     Ok(Joining {
@@ -114,6 +114,7 @@ fn beside(args: &AttentionNode) -> Result<Joining, Failure> {
         // The attention node's tells of the process.
         health: None,
         tls: NodeTls {
+            tls_dir: tls.tls_dir.clone(),
             tls_cert: beside.expert_tls_cert.clone(),
             tls_key: beside.expert_tls_key.clone(),
             tls_ca: tls.tls_ca.clone(),

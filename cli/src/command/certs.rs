@@ -216,7 +216,7 @@ fn write(output: &Output) -> Result<(), Failure> {
 
 fn explain(args: &Certs, made: &[(TlsFiles, &Identity)]) -> Result<(), Failure> {
     let mut stdout = std::io::stdout();
-    for (files, identity) in made {
+    for identity in made.iter().map(|(_, identity)| identity) {
         let command = match identity.role {
             Role::Coordinator => "coordinator",
             Role::Attention => "attention-node",
@@ -227,13 +227,8 @@ fn explain(args: &Certs, made: &[(TlsFiles, &Identity)]) -> Result<(), Failure> 
             Some(name) if identity.role != Role::Operator => format!(" --name {name}"),
             _ => String::new(),
         };
-        writeln!(
-            stdout,
-            "guild {command}{name} --tls-cert {} --tls-key {} --tls-ca {} …",
-            files.cert.display(),
-            files.key.display(),
-            files.ca.display()
-        )?;
+        let folder = args.out.display();
+        writeln!(stdout, "guild {command}{name} --tls-dir {folder} …")?;
     }
     writeln!(
         stdout,

@@ -20,7 +20,7 @@ pub(crate) fn run(args: &Coordinator) -> Result<(), Failure> {
 async fn serve(args: &Coordinator) -> Result<(), Failure> {
     let shutdown = signals()?;
     let insecure = args.exposure.insecure;
-    let tls = node_tls(&args.tls, Role::Coordinator)?;
+    let tls = node_tls(&args.tls, Role::Coordinator, None)?;
     let door = Door::open(&args.door)?;
     let (nodes, clients) = (
         Protection::of_nodes(tls.as_ref(), insecure),

@@ -131,7 +131,7 @@ async fn join(
     exposure: Exposure,
     model: Option<&Checkpoint>,
 ) -> Result<(Place, TcpListener), Failure> {
-    let tls = node_tls(&joining.tls, role)?;
+    let tls = node_tls(&joining.tls, role, joining.name.as_deref())?;
     let dialer = Dialer::to(Role::COORDINATING, tls.as_ref());
     check_coordinators(&joining.coordinator, &dialer)
         .map_err(|error| Failure::usage(format!("--coordinator: {error}")))?;

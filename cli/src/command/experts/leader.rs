@@ -41,7 +41,7 @@ impl Asking {
     /// # Errors
     /// An address or the certificate is of no use.
     pub(super) fn at(leader: &Leader) -> Result<Asking, Failure> {
-        let open = |role| node_tls(&leader.tls, role);
+        let open = |role| node_tls(&leader.tls, role, None);
         // A node's own will do for looking, where no other is at hand.
         let tls = open(Role::Operator).or_else(|failure| {
             let node = open(Role::Attention).or_else(|_| open(Role::Expert));
