@@ -13,6 +13,7 @@ use crate::{
         weights::BLOCK,
     },
     isa::Choice,
+    pack::{self, Int},
     plan,
     pool::Pool,
 };
@@ -369,11 +370,45 @@ fn check_weights(w: &MatrixRef<'_>) {
             assert_eq!(scales.len(), r * c, "weight scales must be [{r}, {c}]");
             data.len()
         }
+        WeightsRef::Int8 {
+            data,
+            scales,
+            group,
+        } => {
+            return check_packed(Int::Int8, rows, cols, data, scales, group);
+        }
+        WeightsRef::Int4 {
+            data,
+            scales,
+            group,
+        } => {
+            return check_packed(Int::Int4, rows, cols, data, scales, group);
+        }
     };
     assert_eq!(
         Some(len),
         rows.checked_mul(cols),
         "weights must be [{rows}, {cols}]"
+    );
+}
+
+fn check_packed(
+    int: Int,
+    rows: usize,
+    cols: usize,
+    data: &[u8],
+    scales: &[half::bf16],
+    group: usize,
+) {
+    assert_eq!(
+        data.len(),
+        pack::bytes(int, rows, cols, group),
+        "weights must be [{rows}, {cols}] packed in groups of {group}"
+    );
+    assert_eq!(
+        scales.len(),
+        pack::scales(rows, cols, group),
+        "weight scales must be those of [{rows}, {cols}] in groups of {group}"
     );
 }
 

@@ -6,7 +6,10 @@
 use crate::arm::neon::Neon;
 #[cfg(target_arch = "x86_64")]
 use crate::x86::{avx2::Avx2, avx512::Avx512};
-use crate::{generic::Op, portable::Portable};
+use crate::{
+    generic::{Op, int::DotOp},
+    portable::Portable,
+};
 
 /// An instruction set the kernels have a leaf for. All of them give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -77,5 +80,15 @@ impl Choice {
                 Choice::Portable(isa) => isa.run(op),
             }
         }
+    }
+
+    /// The same for operations on bytes.
+    ///
+    /// # Safety
+    /// What `O` asks for besides the instruction set, which this value proves.
+    #[inline]
+    pub(crate) unsafe fn run_dot<O: DotOp>(self, op: O) -> O::Out {
+        // SAFETY: handed through; plain Rust runs everywhere.
+        unsafe { Portable.run_dot(op) }
     }
 }

@@ -13,6 +13,7 @@ mod cpu;
 pub mod file;
 mod generic;
 mod isa;
+pub mod pack;
 mod plan;
 mod pool;
 mod portable;
@@ -22,7 +23,7 @@ mod x86;
 pub use cpu::Cpu;
 pub use isa::Isa;
 
-/// A weight matrix as the checkpoint stores it: row-major `[rows (out), cols (in)]`.
+/// A weight matrix `[rows (out), cols (in)]`: row-major as the checkpoint stores it, or packed.
 #[derive(Clone, Copy, Debug)]
 pub struct MatrixRef<'a> {
     /// Output features.
@@ -33,7 +34,7 @@ pub struct MatrixRef<'a> {
     pub data: WeightsRef<'a>,
 }
 
-/// The elements of a weight matrix, as stored.
+/// The elements of a weight matrix.
 #[derive(Clone, Copy, Debug)]
 pub enum WeightsRef<'a> {
     /// `[rows, cols]`.
@@ -47,6 +48,24 @@ pub enum WeightsRef<'a> {
         data: &'a [u8],
         /// `[ceil(rows / 128), ceil(cols / 128)]`.
         scales: &'a [f32],
+    },
+    /// 8-bit integers as [`pack`] lays them, multiplied by rows that are quantised alike.
+    Int8 {
+        /// [`pack::bytes`] of them.
+        data: &'a [u8],
+        /// [`pack::scales`] of them.
+        scales: &'a [half::bf16],
+        /// Columns that share a scale.
+        group: usize,
+    },
+    /// 4-bit integers as [`pack`] lays them, multiplied by rows that are quantised to 8 bits.
+    Int4 {
+        /// [`pack::bytes`] of them.
+        data: &'a [u8],
+        /// [`pack::scales`] of them.
+        scales: &'a [half::bf16],
+        /// Columns that share a scale.
+        group: usize,
     },
 }
 

@@ -4,6 +4,7 @@
 //! from start to end.
 
 mod attend;
+mod int;
 
 use std::cell::Cell;
 
@@ -15,6 +16,7 @@ use crate::{
         weights::{Bf16, F32, Fp8, Weights},
     },
     isa::Choice,
+    pack::Int,
     pool::Pool,
 };
 
@@ -45,12 +47,14 @@ pub(crate) fn is_small(bytes: usize, macs: usize) -> bool {
 }
 
 fn weight_bytes(w: &MatrixRef<'_>) -> usize {
-    let size = match w.data {
-        WeightsRef::F32(_) => 4,
-        WeightsRef::Bf16(_) => 2,
-        WeightsRef::Fp8 { .. } => 1,
-    };
-    w.rows * w.cols * size
+    match w.data {
+        WeightsRef::F32(data) => size_of_val(data),
+        WeightsRef::Bf16(data) => size_of_val(data),
+        WeightsRef::Fp8 { data, .. } => data.len(),
+        WeightsRef::Int8 { data, scales, .. } | WeightsRef::Int4 { data, scales, .. } => {
+            data.len() + size_of_val(scales)
+        }
+    }
 }
 
 /// `out = x wᵀ`; the caller has checked the shapes.
@@ -75,6 +79,28 @@ pub(crate) unsafe fn matmul(
             WeightsRef::Fp8 { data, scales } => {
                 matmul_of(isa, pool, out, x, Fp8 { data, scales, cols }, w.rows)
             }
+            WeightsRef::Int8 {
+                data,
+                scales,
+                group,
+            } => int::matmul(
+                isa,
+                pool,
+                out,
+                x,
+                int::packed(Int::Int8, data, scales, group, w),
+            ),
+            WeightsRef::Int4 {
+                data,
+                scales,
+                group,
+            } => int::matmul(
+                isa,
+                pool,
+                out,
+                x,
+                int::packed(Int::Int4, data, scales, group, w),
+            ),
         }
     }
 }

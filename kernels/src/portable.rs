@@ -4,7 +4,11 @@
 
 use half::bf16;
 
-use crate::generic::{LANES, Lanes, Op, weights::e4m3_to_f32};
+use crate::generic::{
+    LANES, Lanes, Op,
+    int::{Dot, DotOp},
+    weights::e4m3_to_f32,
+};
 
 /// The capability to run on plain Rust; every machine has it.
 #[derive(Clone, Copy, Debug)]
@@ -16,6 +20,13 @@ impl Portable {
     pub(crate) unsafe fn run<O: Op>(self, op: O) -> O::Out {
         // SAFETY: plain Rust needs no instruction set; the rest is the caller's promise.
         unsafe { op.run::<F32x16>() }
+    }
+
+    /// # Safety
+    /// What `O` asks for besides the instruction set.
+    pub(crate) unsafe fn run_dot<O: DotOp>(self, op: O) -> O::Out {
+        // SAFETY: as above.
+        unsafe { op.run::<Bytes>() }
     }
 }
 
@@ -126,5 +137,66 @@ impl Lanes for F32x16 {
             width /= 2;
         }
         l[0]
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Bytes;
+
+/// Bytes of a line.
+const LINE: usize = 64;
+
+impl Dot for Bytes {
+    type Float = F32x16;
+    type Sum = [i32; LANES];
+    type Weights = [i8; LINE];
+    type Word = [i8; 4];
+
+    const ROWS: usize = 4;
+    const PANELS: usize = 1;
+    const OFFSET8: i32 = 0;
+    const OFFSET4: i32 = 0;
+
+    #[inline(always)]
+    unsafe fn sum(x: i32) -> [i32; LANES] {
+        [x; LANES]
+    }
+
+    #[inline(always)]
+    unsafe fn load8(p: *const u8) -> [i8; LINE] {
+        // SAFETY: 64 readable bytes by the trait's contract.
+        let bytes = unsafe { p.cast::<[u8; LINE]>().read_unaligned() };
+        bytes.map(|b| b.wrapping_sub(128) as i8)
+    }
+
+    #[inline(always)]
+    unsafe fn load4(p: *const u8) -> [[i8; LINE]; 2] {
+        // SAFETY: 64 readable bytes by the trait's contract.
+        let bytes = unsafe { p.cast::<[u8; LINE]>().read_unaligned() };
+        [
+            bytes.map(|b| (b & 15) as i8 - 8),
+            bytes.map(|b| (b >> 4) as i8 - 8),
+        ]
+    }
+
+    #[inline(always)]
+    unsafe fn word(p: *const u32) -> [i8; 4] {
+        // SAFETY: a readable word by the trait's contract.
+        let word = unsafe { p.read_unaligned() };
+        word.to_le_bytes().map(|b| b as i8)
+    }
+
+    #[inline(always)]
+    unsafe fn dot(acc: [i32; LANES], w: [i8; LINE], x: [i8; 4]) -> [i32; LANES] {
+        std::array::from_fn(|row| {
+            (0..4).fold(acc[row], |acc, i| {
+                acc + i32::from(w[row * 4 + i]) * i32::from(x[i])
+            })
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn float(sum: [i32; LANES]) -> F32x16 {
+        F32x16(sum.map(|sum| sum as f32))
     }
 }

@@ -50,6 +50,17 @@ impl Output {
         let data = unsafe { self.data.add(elements) };
         Output { data, ..self }
     }
+
+    /// Where `(row, col)` is.
+    ///
+    /// # Safety
+    /// It lies inside the output.
+    #[inline(always)]
+    pub(crate) unsafe fn place(self, row: usize, col: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.data.add(row * self.stride + col) }
+    }
+
     /// # Safety
     /// `(row, col)` lies inside the output, and no other thread writes it.
     #[inline(always)]
@@ -70,7 +81,7 @@ pub(crate) struct Input<'a> {
 
 impl Input<'_> {
     #[inline(always)]
-    fn row(&self, row: usize) -> &[f32] {
+    pub(crate) fn row(&self, row: usize) -> &[f32] {
         &self.data[row * self.stride..][..self.cols]
     }
 }

@@ -10,6 +10,7 @@
 )]
 
 pub(crate) mod attention;
+pub(crate) mod int;
 pub(crate) mod matmul;
 pub(crate) mod rows;
 pub(crate) mod weights;

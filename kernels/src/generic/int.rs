@@ -1,0 +1,391 @@
+//! Products of quantised rows and packed integer weights.
+//!
+//! Secret: the order of operations, and tiles. A row of x is quantised per group of columns: `s = max |x| / 127`, each
+//! element to the nearest integer of `x / s`, halves to even. A group's dot product is an exact integer; an output is a
+//! chain over the groups in ascending order from +0.0: `acc = fma(dot, weight scale * s, acc)`. The integers being exact,
+//! neither tile nor leaf shows. A group that holds a number that is not finite has `s = NaN`, one too small for a normal
+//! `s` counts as zeros.
+
+use half::bf16;
+
+use super::{
+    LANES, Lanes, Op, load_part,
+    matmul::{Input, Output},
+    store_part,
+};
+use crate::pack::{Int, LINE};
+
+/// Columns of a word: what one multiplication of bytes takes of a row of x.
+const QUAD: usize = 4;
+
+/// Multiplication of bytes on one instruction set.
+///
+/// # Safety
+/// Of every method: the machine has the instruction set of the leaf, and pointers are valid for what is read: 64 bytes
+/// of weights, one word of x (no alignment needed).
+pub(crate) trait Dot: Copy {
+    /// The lanes of floats beside it.
+    type Float: Lanes;
+    /// 16 sums of 32 bits.
+    type Sum: Copy;
+    /// 16 rows of four weights, ready to be multiplied.
+    type Weights: Copy;
+    /// Four elements of x for every row of weights.
+    type Word: Copy;
+
+    /// Most rows of x in a tile: 1, 2, 4, 8 or 12.
+    const ROWS: usize;
+    /// Most panels in a tile: 1 or 2.
+    const PANELS: usize;
+    /// What `load8` leaves added to each weight.
+    const OFFSET8: i32;
+    /// What `load4` leaves added to each weight.
+    const OFFSET4: i32;
+
+    unsafe fn sum(x: i32) -> Self::Sum;
+    /// One line of bytes stored 128 above their value.
+    unsafe fn load8(p: *const u8) -> Self::Weights;
+    /// Two lines in the low and the high nibbles, stored 8 above their value.
+    unsafe fn load4(p: *const u8) -> [Self::Weights; 2];
+    unsafe fn word(p: *const u32) -> Self::Word;
+    /// Adds, row by row, the four products of bytes; x is signed and not -128.
+    unsafe fn dot(acc: Self::Sum, w: Self::Weights, x: Self::Word) -> Self::Sum;
+    unsafe fn float(sum: Self::Sum) -> Self::Float;
+}
+
+/// An operation on a leaf's multiplication of bytes.
+pub(crate) trait DotOp {
+    type Out;
+
+    /// # Safety
+    /// The machine has the instruction set of `D`.
+    unsafe fn run<D: Dot>(self) -> Self::Out;
+}
+
+/// Rows of x in a tile that has `n` of them left.
+pub(crate) fn tile_rows(n: usize, most: usize) -> usize {
+    [1, 2, 4, 8]
+        .into_iter()
+        .find(|&rows| rows >= n)
+        .map_or(most, |rows| rows.min(most))
+}
+
+/// Tells [`Dot::ROWS`] of the leaf that runs it.
+pub(crate) struct DotRows;
+
+impl DotOp for DotRows {
+    type Out = usize;
+
+    #[inline(always)]
+    unsafe fn run<D: Dot>(self) -> usize {
+        D::ROWS
+    }
+}
+
+/// How columns of a quantised matrix fall into groups.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Groups {
+    /// Columns of one group.
+    pub(crate) group: usize,
+    /// Groups of a row, the last filled up with zeros.
+    pub(crate) count: usize,
+}
+
+impl Groups {
+    pub(crate) fn new(cols: usize, group: usize) -> Groups {
+        Groups {
+            group,
+            count: cols.div_ceil(group),
+        }
+    }
+
+    /// Words of a row.
+    pub(crate) fn words(self) -> usize {
+        self.count * self.group / QUAD
+    }
+}
+
+/// Quantised rows. Tiles of `most` rows follow each other, the last as [`tile_rows`] says; a tile of `n` rows is
+/// `[words][n]`, its scales and sums `[count][n]`.
+#[derive(Clone, Copy)]
+pub(crate) struct QuantRows<'a> {
+    pub(crate) words: &'a [u32],
+    pub(crate) scales: &'a [f32],
+    /// Of the integers of a group.
+    pub(crate) sums: &'a [i32],
+    pub(crate) m: usize,
+    pub(crate) most: usize,
+    pub(crate) groups: Groups,
+}
+
+/// Quantises the rows of one tile.
+pub(crate) struct Quantise<'a> {
+    pub(crate) x: Input<'a>,
+    /// First row, and rows of the tile; those past the end of `x` become zeros.
+    pub(crate) first: usize,
+    pub(crate) rows: usize,
+    pub(crate) groups: Groups,
+    /// `[words][rows]`
+    pub(crate) words: &'a mut [u32],
+    /// `[count][rows]`
+    pub(crate) scales: &'a mut [f32],
+    /// `[count][rows]`
+    pub(crate) sums: &'a mut [i32],
+}
+
+/// Adding it rounds an f32 below 2²² to an integer, which then sits in the low bits.
+const MAGIC: f32 = 12_582_912.0;
+/// Chunks of the longest group.
+const CHUNKS: usize = 128 / LANES;
+
+impl Op for Quantise<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        let (rows, groups) = (self.rows, self.groups);
+        let chunks = groups.group / LANES;
+        assert!(chunks <= CHUNKS && self.words.len() >= groups.words() * rows);
+        for r in 0..rows {
+            let x = if self.first + r < self.x.m {
+                self.x.row(self.first + r)
+            } else {
+                &[]
+            };
+            for g in 0..groups.count {
+                let from = (g * groups.group).min(x.len());
+                let x = &x[from..(from + groups.group).min(x.len())];
+                // SAFETY: the instruction set is the caller's promise; `x` is cut at the end of the row.
+                let (scale, sum) = unsafe {
+                    let mut values = [V::splat(0.0); CHUNKS];
+                    let (mut odd, mut most) = (V::splat(0.0), V::splat(0.0));
+                    for (value, x) in values.iter_mut().zip(x.chunks(LANES)) {
+                        *value = if x.len() == LANES {
+                            V::load(x.as_ptr())
+                        } else {
+                            load_part(x.as_ptr(), x.len())
+                        };
+                        odd = value.fma(V::splat(0.0), odd);
+                        most = value.max(V::splat(0.0).sub(*value)).max(most);
+                    }
+                    let scale = largest(most) / 127.0;
+                    let normal = scale >= f32::MIN_POSITIVE && !odd.sum().is_nan();
+                    let mut total = V::splat(0.0);
+                    let words = &mut self.words[g * groups.group / QUAD * rows..];
+                    for chunk in 0..chunks {
+                        let mut bytes = [0u8; LANES];
+                        if normal {
+                            let moved = values[chunk].div(V::splat(scale)).add(V::splat(MAGIC));
+                            total = total.add(moved.sub(V::splat(MAGIC)));
+                            let mut lanes = [0f32; LANES];
+                            moved.store(lanes.as_mut_ptr());
+                            bytes = lanes.map(|lane| lane.to_bits() as u8);
+                        }
+                        for i in 0..LANES / QUAD {
+                            let word = [0, 1, 2, 3].map(|j| bytes[i * QUAD + j]);
+                            words[(chunk * LANES / QUAD + i) * rows + r] = u32::from_le_bytes(word);
+                        }
+                    }
+                    let scale = if odd.sum().is_nan() {
+                        f32::NAN
+                    } else if normal {
+                        scale
+                    } else {
+                        0.0
+                    };
+                    (scale, total.sum() as i32)
+                };
+                self.scales[g * rows + r] = scale;
+                self.sums[g * rows + r] = sum;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn largest<V: Lanes>(x: V) -> f32 {
+    let mut l = [0f32; LANES];
+    // SAFETY: the array holds 16 lanes.
+    unsafe { x.store(l.as_mut_ptr()) };
+    for width in [8, 4, 2, 1] {
+        for i in 0..width {
+            l[i] = if l[i + width] > l[i] {
+                l[i + width]
+            } else {
+                l[i]
+            };
+        }
+    }
+    l[0]
+}
+
+/// A packed matrix.
+#[derive(Clone, Copy)]
+pub(crate) struct Packed<'a> {
+    pub(crate) int: Int,
+    pub(crate) data: &'a [u8],
+    /// `[panel][count][16]`
+    pub(crate) scales: &'a [bf16],
+    pub(crate) groups: Groups,
+    pub(crate) rows: usize,
+}
+
+impl Packed<'_> {
+    fn panel_bytes(&self) -> usize {
+        self.data.len() / self.rows.div_ceil(LANES).max(1)
+    }
+}
+
+/// `out = x wᵀ` for the panels `from..to`.
+///
+/// # Safety
+/// Of [`DotOp::run`], besides the instruction set: `out` is valid for `[x.m, w.rows]`, and the columns of these panels
+/// are written by this task alone. `x.groups` are those of `w`, and `x` comes from [`Quantise`].
+pub(crate) struct Product<'a> {
+    pub(crate) out: Output,
+    pub(crate) x: QuantRows<'a>,
+    pub(crate) w: Packed<'a>,
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+}
+
+impl DotOp for Product<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<D: Dot>(self) {
+        assert!(self.to <= self.w.rows.div_ceil(LANES) && self.x.most == D::ROWS);
+        let mut panel = self.from;
+        // SAFETY: handed through; the panels visited lie in `from..to`.
+        unsafe {
+            while D::PANELS >= 2 && panel + 2 <= self.to {
+                self.panels::<D, 2>(panel);
+                panel += 2;
+            }
+            while panel < self.to {
+                self.panels::<D, 1>(panel);
+                panel += 1;
+            }
+        }
+    }
+}
+
+impl Product<'_> {
+    #[inline(always)]
+    unsafe fn panels<D: Dot, const P: usize>(&self, panel: usize) {
+        for at in (0..self.x.m).step_by(D::ROWS) {
+            // SAFETY: handed through; the tile begins at a multiple of `ROWS` and has the rows that `Quantise` gave it.
+            unsafe {
+                match tile_rows(self.x.m - at, D::ROWS) {
+                    1 => self.tile::<D, P, 1>(panel, at),
+                    2 => self.tile::<D, P, 2>(panel, at),
+                    4 => self.tile::<D, P, 4>(panel, at),
+                    8 => self.tile::<D, P, 8>(panel, at),
+                    _ => self.tile::<D, P, 12>(panel, at),
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn tile<D: Dot, const P: usize, const C: usize>(&self, panel: usize, at: usize) {
+        if C > D::ROWS {
+            return;
+        }
+        // SAFETY: handed through.
+        let acc = unsafe {
+            match self.w.int {
+                Int::Int8 => self.dots::<D, P, C, 8>(panel, at),
+                Int::Int4 => self.dots::<D, P, C, 4>(panel, at),
+            }
+        };
+        for p in 0..P {
+            let col = (panel + p) * LANES;
+            let width = LANES.min(self.w.rows - col);
+            for c in 0..C.min(self.x.m - at) {
+                // SAFETY: row `at + c < m` and `width` columns from `col` on lie in the output, and are this task's.
+                unsafe {
+                    let to = self.out.place(at + c, col);
+                    if width == LANES {
+                        acc[p][c].store(to);
+                    } else {
+                        store_part(acc[p][c], to, width);
+                    }
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`Product`]; panels `panel..panel + P` and the tile of `C` rows at `at` exist.
+    #[inline(always)]
+    unsafe fn dots<D: Dot, const P: usize, const C: usize, const BITS: usize>(
+        &self,
+        panel: usize,
+        at: usize,
+    ) -> [[D::Float; C]; P] {
+        let Groups { group, count } = self.x.groups;
+        let quads = group / QUAD;
+        let words = &self.x.words[at * count * quads..][..C * count * quads];
+        let scales = &self.x.scales[at * count..][..C * count];
+        let sums = &self.x.sums[at * count..][..C * count];
+        let bytes = self.w.panel_bytes();
+        let weights = &self.w.data[panel * bytes..][..P * bytes];
+        let weight_scales = &self.w.scales[panel * count * LANES..][..P * count * LANES];
+        let offset = if BITS == 8 { D::OFFSET8 } else { D::OFFSET4 };
+        let lines = quads * BITS / 8;
+        assert!(bytes >= count * lines * LINE);
+        // SAFETY: a panel is `count` groups of `lines` lines, checked above, and its scales are as many sixteens; the
+        // words of the tile are `C` for each quad, its scales and sums `C` for each group.
+        unsafe {
+            let mut acc = [[D::Float::splat(0.0); C]; P];
+            for g in 0..count {
+                let mut dots = [[D::sum(0); C]; P];
+                for c in 0..C {
+                    for p in 0..P {
+                        dots[p][c] = D::sum(-offset * *sums.as_ptr().add(g * C + c));
+                    }
+                }
+                let x = words.as_ptr().add(g * quads * C);
+                for line in 0..lines {
+                    if BITS == 8 {
+                        let mut w = [D::load8(weights.as_ptr()); P];
+                        for p in 0..P {
+                            let at = p * bytes + (g * lines + line) * LINE;
+                            w[p] = D::load8(weights.as_ptr().add(at));
+                        }
+                        for c in 0..C {
+                            let x = D::word(x.add(line * C + c));
+                            for p in 0..P {
+                                dots[p][c] = D::dot(dots[p][c], w[p], x);
+                            }
+                        }
+                    } else {
+                        let mut w = [D::load4(weights.as_ptr()); P];
+                        for p in 0..P {
+                            let at = p * bytes + (g * lines + line) * LINE;
+                            w[p] = D::load4(weights.as_ptr().add(at));
+                        }
+                        for half in 0..2 {
+                            for c in 0..C {
+                                let x = D::word(x.add((line * 2 + half) * C + c));
+                                for p in 0..P {
+                                    dots[p][c] = D::dot(dots[p][c], w[p][half], x);
+                                }
+                            }
+                        }
+                    }
+                }
+                for p in 0..P {
+                    let scale = weight_scales.as_ptr().add((p * count + g) * LANES);
+                    let scale = D::Float::load_bf16(scale.cast());
+                    for c in 0..C {
+                        let s = D::Float::splat(*scales.as_ptr().add(g * C + c));
+                        acc[p][c] = D::float(dots[p][c]).fma(scale.mul(s), acc[p][c]);
+                    }
+                }
+            }
+            acc
+        }
+    }
+}
