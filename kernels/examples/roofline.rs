@@ -172,13 +172,13 @@ fn peak(cpu: &Cpu) -> f64 {
         #[cfg(target_arch = "x86_64")]
         match cpu.isa() {
             // SAFETY: the handle exists on this instruction set only where the machine has it.
-            Isa::Avx512 => unsafe { x86::fma512(FMAS / 16) },
+            Isa::Avx512Vnni | Isa::Avx512 => unsafe { x86::fma512(FMAS / 16) },
             // SAFETY: as above.
-            Isa::Avx2 => unsafe { x86::fma256(FMAS / 8) },
+            Isa::AvxVnni | Isa::Avx2 => unsafe { x86::fma256(FMAS / 8) },
             _ => {}
         }
     });
-    if !matches!(cpu.isa(), Isa::Avx512 | Isa::Avx2) {
+    if matches!(cpu.isa(), Isa::NeonDot | Isa::Neon | Isa::Portable) {
         return f64::NAN;
     }
     (2 * FMAS * pieces) as f64 / start.elapsed().as_secs_f64()

@@ -55,7 +55,7 @@ impl Cpu {
 
     /// The same on a given instruction set; `None` when this machine lacks it.
     pub fn with_isa(threads: usize, isa: Isa) -> Option<Cpu> {
-        let choice = Choice::new(isa)?;
+        let choice = Choice::new(isa).ok()?;
         Some(Cpu {
             inner: Arc::new(Inner {
                 isa,

@@ -2,10 +2,12 @@
 //!
 //! Secret: which leaves exist for this architecture and how one is proven to be usable.
 
+use std::{fmt, str::FromStr};
+
 #[cfg(target_arch = "aarch64")]
-use crate::arm::neon::Neon;
+use crate::arm::{bytes::NeonDot, neon::Neon};
 #[cfg(target_arch = "x86_64")]
-use crate::x86::{avx2::Avx2, avx512::Avx512};
+use crate::x86::{avx2::Avx2, avx512::Avx512, bytes256::AvxVnni, bytes512::Vnni};
 use crate::{
     generic::{Op, int::DotOp},
     portable::Portable,
@@ -14,23 +16,94 @@ use crate::{
 /// An instruction set the kernels have a leaf for. All of them give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Isa {
+    /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
+    Avx512Vnni,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// x86-64 with AVX2, FMA, F16C and AVX-VNNI.
+    AvxVnni,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
+    /// AArch64 Advanced SIMD with dot products of bytes.
+    NeonDot,
     /// AArch64 Advanced SIMD.
     Neon,
     /// Plain Rust: any machine.
     Portable,
 }
 
+/// Best first.
+const ALL: [Isa; 7] = [
+    Isa::Avx512Vnni,
+    Isa::Avx512,
+    Isa::AvxVnni,
+    Isa::Avx2,
+    Isa::NeonDot,
+    Isa::Neon,
+    Isa::Portable,
+];
+
 impl Isa {
     /// What this machine can run, best first; never empty.
     pub fn available() -> Vec<Isa> {
-        let all = [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable];
-        all.into_iter()
-            .filter(|&isa| Choice::new(isa).is_some())
+        ALL.into_iter()
+            .filter(|isa| isa.refused().is_none())
             .collect()
+    }
+
+    /// Every instruction set there is a leaf for, best first, and why this machine cannot run it.
+    pub fn survey() -> Vec<(Isa, Option<String>)> {
+        ALL.map(|isa| (isa, isa.refused())).to_vec()
+    }
+
+    /// Why this machine, or this build, cannot run it.
+    pub fn refused(self) -> Option<String> {
+        Choice::new(self).err()
+    }
+
+    /// As it is written on a command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Avx512Vnni => "avx512-vnni",
+            Isa::Avx512 => "avx512",
+            Isa::AvxVnni => "avx-vnni",
+            Isa::Avx2 => "avx2",
+            Isa::NeonDot => "neon-dot",
+            Isa::Neon => "neon",
+            Isa::Portable => "portable",
+        }
+    }
+
+    /// What a processor must have for it.
+    fn needs(self) -> &'static str {
+        match self {
+            Isa::Avx512Vnni => "avx512f, avx512bw, avx512dq, avx512vl and avx512vnni",
+            Isa::Avx512 => "avx512f, avx512bw, avx512dq and avx512vl",
+            Isa::AvxVnni => "avx2, fma, f16c and avxvnni",
+            Isa::Avx2 => "avx2, fma and f16c",
+            Isa::NeonDot => "neon and dotprod",
+            Isa::Neon => "neon",
+            Isa::Portable => "nothing",
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Isa {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Isa, String> {
+        ALL.into_iter()
+            .find(|isa| isa.name().eq_ignore_ascii_case(name))
+            .ok_or_else(|| {
+                let names = ALL.map(Isa::name).join(", ");
+                format!("`{name}` is no instruction set; there are {names}")
+            })
     }
 }
 
@@ -38,28 +111,42 @@ impl Isa {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Choice {
     #[cfg(target_arch = "x86_64")]
+    Vnni(Vnni),
+    #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
     #[cfg(target_arch = "x86_64")]
+    AvxVnni(AvxVnni),
+    #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    #[cfg(target_arch = "aarch64")]
+    NeonDot(NeonDot),
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
     Portable(Portable),
 }
 
 impl Choice {
-    /// `None` when this machine, or this build, lacks it.
-    pub(crate) fn new(isa: Isa) -> Option<Choice> {
-        match isa {
+    /// # Errors
+    /// Why this machine, or this build, lacks it.
+    pub(crate) fn new(isa: Isa) -> Result<Choice, String> {
+        let choice = match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => Vnni::new().map(Choice::Vnni),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => Avx512::new().map(Choice::Avx512),
             #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => AvxVnni::new().map(Choice::AvxVnni),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::new().map(Choice::Avx2),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDot => NeonDot::new().map(Choice::NeonDot),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => Neon::new().map(Choice::Neon),
             Isa::Portable => Some(Choice::Portable(Portable)),
             #[allow(unreachable_patterns, reason = "the leaves of other architectures")]
-            _ => None,
-        }
+            _ => return Err(format!("not built for {}", std::env::consts::ARCH)),
+        };
+        choice.ok_or_else(|| format!("the processor must have {}", isa.needs()))
     }
 
     /// Runs an operation inside the leaf's code.
@@ -72,9 +159,15 @@ impl Choice {
         unsafe {
             match self {
                 #[cfg(target_arch = "x86_64")]
+                Choice::Vnni(isa) => isa.avx512().run(op),
+                #[cfg(target_arch = "x86_64")]
                 Choice::Avx512(isa) => isa.run(op),
                 #[cfg(target_arch = "x86_64")]
+                Choice::AvxVnni(isa) => isa.avx2().run(op),
+                #[cfg(target_arch = "x86_64")]
                 Choice::Avx2(isa) => isa.run(op),
+                #[cfg(target_arch = "aarch64")]
+                Choice::NeonDot(isa) => isa.neon().run(op),
                 #[cfg(target_arch = "aarch64")]
                 Choice::Neon(isa) => isa.run(op),
                 Choice::Portable(isa) => isa.run(op),
@@ -88,7 +181,23 @@ impl Choice {
     /// What `O` asks for besides the instruction set, which this value proves.
     #[inline]
     pub(crate) unsafe fn run_dot<O: DotOp>(self, op: O) -> O::Out {
-        // SAFETY: handed through; plain Rust runs everywhere.
-        unsafe { Portable.run_dot(op) }
+        // SAFETY: handed through.
+        unsafe {
+            match self {
+                #[cfg(target_arch = "x86_64")]
+                Choice::Vnni(isa) => isa.run_dot(op),
+                #[cfg(target_arch = "x86_64")]
+                Choice::Avx512(isa) => isa.run_dot(op),
+                #[cfg(target_arch = "x86_64")]
+                Choice::AvxVnni(isa) => isa.run_dot(op),
+                #[cfg(target_arch = "x86_64")]
+                Choice::Avx2(isa) => isa.run_dot(op),
+                #[cfg(target_arch = "aarch64")]
+                Choice::NeonDot(isa) => isa.run_dot(op),
+                #[cfg(target_arch = "aarch64")]
+                Choice::Neon(isa) => isa.run_dot(op),
+                Choice::Portable(isa) => isa.run_dot(op),
+            }
+        }
     }
 }

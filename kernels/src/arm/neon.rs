@@ -37,7 +37,12 @@ unsafe fn run<O: Op>(op: O) -> O::Out {
 }
 
 #[derive(Clone, Copy)]
-struct F32x16(float32x4_t, float32x4_t, float32x4_t, float32x4_t);
+pub(super) struct F32x16(
+    pub(super) float32x4_t,
+    pub(super) float32x4_t,
+    pub(super) float32x4_t,
+    pub(super) float32x4_t,
+);
 
 /// One intrinsic over the four registers of each argument.
 macro_rules! lanewise {

@@ -18,6 +18,9 @@ use crate::pack::{Int, LINE};
 /// Columns of a word: what one multiplication of bytes takes of a row of x.
 const QUAD: usize = 4;
 
+/// How far ahead of the multiplication weights are asked for, in bytes.
+const AHEAD: usize = 4096;
+
 /// Multiplication of bytes on one instruction set.
 ///
 /// # Safety
@@ -335,6 +338,8 @@ impl Product<'_> {
         let offset = if BITS == 8 { D::OFFSET8 } else { D::OFFSET4 };
         let lines = quads * BITS / 8;
         assert!(bytes >= count * lines * LINE);
+        // What is AHEAD of a panel's end lies in the panel that comes after these.
+        let turn = bytes.saturating_sub(AHEAD);
         // SAFETY: a panel is `count` groups of `lines` lines, checked above, and its scales are as many sixteens; the
         // words of the tile are `C` for each quad, its scales and sums `C` for each group.
         unsafe {
@@ -348,6 +353,14 @@ impl Product<'_> {
                 }
                 let x = words.as_ptr().add(g * quads * C);
                 for line in 0..lines {
+                    if at == 0 {
+                        let place = (g * lines + line) * LINE;
+                        let skip = if place < turn { 0 } else { (P - 1) * bytes };
+                        for p in 0..P {
+                            let ahead = p * bytes + place + AHEAD + skip;
+                            D::Float::prefetch(weights.as_ptr().wrapping_add(ahead));
+                        }
+                    }
                     if BITS == 8 {
                         let mut w = [D::load8(weights.as_ptr()); P];
                         for p in 0..P {

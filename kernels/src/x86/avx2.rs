@@ -52,7 +52,7 @@ pub(super) unsafe fn sum8(eight: __m256) -> f32 {
 }
 
 #[derive(Clone, Copy)]
-struct F32x16(__m256, __m256);
+pub(super) struct F32x16(pub(super) __m256, pub(super) __m256);
 
 // SAFETY, for every block below: the trait's contract gives the instruction set and 16 valid elements per pointer; all
 // loads and stores are the unaligned ones.

@@ -36,7 +36,7 @@ unsafe fn run<O: Op>(op: O) -> O::Out {
 }
 
 #[derive(Clone, Copy)]
-struct F32x16(__m512);
+pub(super) struct F32x16(pub(super) __m512);
 
 // SAFETY, for every block below: the trait's contract gives the instruction set and 16 valid elements per pointer; all
 // loads and stores are the unaligned ones.
