@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use guild_model::Cpu;
-use guild_model::cache::{LatentCache, SeqRows};
+use guild_model::cache::{Format, LatentCache, SeqRows};
 use guild_model::trunk::{Ffn, Trunk};
 use guild_scheduler::batch::{Chunk, InvalidLimits, Limits, Step};
 use guild_transport::Fabric;
@@ -52,7 +52,7 @@ impl<F: Fabric + 'static> Engine<F> {
         let desk = Arc::new(Desk::new(limits)?);
         let layers = trunk.layers().len();
         let engine = Engine {
-            cache: LatentCache::new(trunk.config(), layers, pages, page_tokens),
+            cache: LatentCache::new(trunk.config(), layers, pages, page_tokens, Format::F32),
             exchange: Exchange::new(fabric, views, patience),
             routed: Arc::new(RoutedRows::new(trunk.config())),
             trunk,
@@ -61,6 +61,14 @@ impl<F: Fabric + 'static> Engine<F> {
             sequences: HashMap::new(),
         };
         Ok((engine, EngineHandle::new(desk)))
+    }
+
+    /// The same engine with its cache in `format` instead of f32.
+    pub fn caching(mut self, format: Format) -> Engine<F> {
+        let (layers, pages) = (self.cache.layers(), self.cache.pages());
+        let page_tokens = self.cache.page_tokens();
+        self.cache = LatentCache::new(self.trunk.config(), layers, pages, page_tokens, format);
+        self
     }
 
     /// What the exchange with expert nodes has come to so far.

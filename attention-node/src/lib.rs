@@ -20,14 +20,16 @@ pub mod view;
 
 use std::time::Duration;
 
+use guild_model::cache::Format;
 use guild_model::checkpoint::Dtype;
-use guild_model::{Checkpoint, Config, ModelError};
+use guild_model::{Checkpoint, Config, Cpu, ModelError};
 use guild_node::member::MemberError;
 use guild_node::serve::ServeError;
 use guild_node::tls::Tls;
 use guild_node::{ExitKind, HasExitKind};
 use guild_proto::limits::max_step_tokens;
 use guild_scheduler::batch::{InvalidLimits, Limits};
+use guild_scheduler::membership::NUMERICS_OF_CACHE;
 
 pub use desk::{EngineHandle, READERS_PER_PLACE, SubmitError};
 pub use exchange::Patience;
@@ -62,6 +64,8 @@ pub struct AttentionNodeConfig {
     pub failure_domain: String,
     /// Memory for the latent KV cache.
     pub kv_memory: KvMemory,
+    /// How the latent KV cache stores rows; None: as [`AttentionNodeConfig::kv_format`] chooses.
+    pub kv_dtype: Option<Format>,
     /// Positions of a KV page.
     pub page_tokens: usize,
     /// Requests that run at the same time.
@@ -114,6 +118,7 @@ impl AttentionNodeConfig {
             process: String::new(),
             failure_domain: String::new(),
             kv_memory: KvMemory::Auto,
+            kv_dtype: None,
             page_tokens: Self::PAGE_TOKENS,
             max_running: Self::MAX_RUNNING,
             max_waiting: Self::MAX_WAITING,
@@ -121,6 +126,21 @@ impl AttentionNodeConfig {
             max_context: None,
             patience: Patience::default(),
             drain: Self::DRAIN,
+        }
+    }
+
+    /// How the latent KV cache stores rows: what was asked for, else f32, in which a stream is what it would be without a
+    /// cache.
+    pub fn kv_format(&self) -> Format {
+        self.kv_dtype.unwrap_or(Format::F32)
+    }
+
+    /// Names the numerics of this node: those of weights and arithmetic, and how rows are cached where that rounds.
+    fn numerics_class(&self, cpu: &Cpu) -> String {
+        let class = self.dtype.numerics_class(cpu);
+        match self.kv_format() {
+            Format::F32 => class,
+            format => format!("{class}{NUMERICS_OF_CACHE}{format}"),
         }
     }
 
@@ -144,6 +164,7 @@ impl AttentionNodeConfig {
         let pages = memory::pages(
             memory,
             model,
+            self.kv_format(),
             self.page_tokens,
             self.max_running,
             max_context,

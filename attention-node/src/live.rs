@@ -119,7 +119,7 @@ impl Node {
             name: self.cfg.name.clone(),
             address: self.cfg.address.clone(),
             model_digest: digest.clone(),
-            numerics_class: self.cfg.dtype.numerics_class(&self.cpu),
+            numerics_class: self.cfg.numerics_class(&self.cpu),
             capacity_bytes: 0,
             process: self.cfg.process.clone(),
             failure_domain: self.cfg.failure_domain.clone(),
@@ -175,6 +175,7 @@ impl Node {
             limits,
             self.cfg.patience,
         )?;
+        let engine = engine.caching(self.cfg.kv_format());
         member.count_routed(engine.routed_rows());
         let exchanged = engine.exchange_counters();
         let ended = engine.spawn(&self.cfg.name);

@@ -2,7 +2,7 @@
 //! the host has left is prudent.
 
 use guild_model::Config;
-use guild_model::cache::LatentCache;
+use guild_model::cache::{Format, LatentCache};
 use guild_node::memory;
 
 /// Share of the available memory that an automatic cache may take: the rest is for activations,
@@ -43,11 +43,12 @@ impl std::str::FromStr for KvMemory {
 pub(crate) fn pages(
     memory: KvMemory,
     config: &Config,
+    format: Format,
     page_tokens: usize,
     running: usize,
     context: usize,
 ) -> usize {
-    let page_bytes = (LatentCache::bytes_per_token(config) * page_tokens) as u64;
+    let page_bytes = (LatentCache::bytes_per_token(config, format) * page_tokens) as u64;
     let useful = context.div_ceil(page_tokens).saturating_mul(running);
     let budget = match memory {
         KvMemory::Bytes(bytes) => bytes,

@@ -8,6 +8,7 @@ use guild_attention_node::exchange::SUSPECT_AFTER;
 use guild_attention_node::{AttentionNodeConfig as Defaults, KvMemory};
 use guild_coordinator::CoordinatorConfig as CoordinatorDefaults;
 use guild_expert_node::CopyFrom;
+use guild_model::cache::Format;
 use guild_model::checkpoint::Dtype;
 use guild_node::store::StoreUrl;
 use guild_node::telemetry::LogFormat;
@@ -121,6 +122,16 @@ pub(crate) struct Engine {
         help_heading = "Engine"
     )]
     pub(crate) kv_memory: KvMemory,
+    /// How the latent KV cache stores rows; auto: f32
+    #[arg(
+        long,
+        value_enum,
+        default_value_t,
+        value_name = "auto|f32|bf16|fp8",
+        hide_possible_values = true,
+        help_heading = "Engine"
+    )]
+    pub(crate) kv_dtype: KvDtype,
     /// Tokens of prompt and output together; 0: as many as the model was made for
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Engine")]
     pub(crate) max_context: u32,
@@ -147,12 +158,35 @@ impl Default for Engine {
     fn default() -> Self {
         Self {
             kv_memory: KvMemory::Auto,
+            kv_dtype: KvDtype::Auto,
             max_context: 0,
             max_running: Defaults::MAX_RUNNING as u32,
             max_waiting: Defaults::MAX_WAITING as u32,
             max_step_tokens: Defaults::MAX_STEP_TOKENS as u32,
             page_tokens: Defaults::PAGE_TOKENS as u32,
             suspect_after: SUSPECT_AFTER.as_millis() as u32,
+        }
+    }
+}
+
+/// How the latent KV cache stores rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvDtype {
+    #[default]
+    Auto,
+    F32,
+    Bf16,
+    Fp8,
+}
+
+impl KvDtype {
+    /// None: as the attention node chooses.
+    pub(crate) fn format(self) -> Option<Format> {
+        match self {
+            KvDtype::Auto => None,
+            KvDtype::F32 => Some(Format::F32),
+            KvDtype::Bf16 => Some(Format::Bf16),
+            KvDtype::Fp8 => Some(Format::Fp8),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::net::SocketAddr;
 
 use guild_attention_node::KvMemory;
-use guild_model::cache::LatentCache;
+use guild_model::cache::{Format, LatentCache};
 use guild_model::checkpoint::Dtype;
 use guild_model::{Checkpoint, Cpu};
 use guild_node::telemetry::LogFormat;
@@ -94,14 +94,15 @@ impl Banner {
         };
         self.line(
             "weights",
-            format!("{stored} on disk, {kept} (--dtype {dtype}); activations and KV cache f32"),
+            format!("{stored} on disk, {kept} (--dtype {dtype}); activations f32"),
         )
     }
 
     /// Room for the latent KV cache of one attention node.
     pub(crate) fn kv(&mut self, checkpoint: &Checkpoint, engine: Engine) -> &mut Self {
         let c = checkpoint.config();
-        let each = LatentCache::bytes_per_token(c) as u64;
+        let format = engine.kv_dtype.format().unwrap_or(Format::F32);
+        let each = LatentCache::bytes_per_token(c, format) as u64;
         let longest = c.max_position_embeddings as u64;
         let context = if engine.max_context == 0 {
             longest
@@ -123,7 +124,7 @@ impl Banner {
         self.line(
             "KV cache",
             format!(
-                "{room}; {} a token, context {}",
+                "{room}; {} a token in {format}, context {}",
                 units::bytes(each),
                 units::count(context)
             ),

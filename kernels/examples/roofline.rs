@@ -4,7 +4,7 @@
 
 use std::{hint::black_box, time::Instant};
 
-use guild_kernels::{Cpu, Isa, LatentAttention, MatrixRef, QueryRow, WeightsRef};
+use guild_kernels::{Cpu, Isa, LatentAttention, LatentFormat, MatrixRef, QueryRow, WeightsRef};
 use half::bf16;
 
 const GIB: usize = 1 << 30;
@@ -290,7 +290,8 @@ fn product(
 /// Flop per second of latent attention at the widths of DeepSeek-V3.
 fn attention(cpu: &Cpu, n: usize, keys: usize) -> f64 {
     let (heads, width, value_width, page_tokens) = (16, 576, 512, 64);
-    let cache = vec![0.01f32; keys * width];
+    let format = LatentFormat::Bf16;
+    let cache = vec![0x11; keys * format.row_bytes(width, value_width)];
     let pages: Vec<u32> = (0..keys.div_ceil(page_tokens) as u32).collect();
     let rows = vec![
         QueryRow {
@@ -311,8 +312,9 @@ fn attention(cpu: &Cpu, n: usize, keys: usize) -> f64 {
         scale: 0.1,
         rows: &rows,
         cache: &cache,
+        format,
         page_tokens,
-        page_stride: page_tokens * width,
+        page_stride: page_tokens * format.row_bytes(width, value_width),
         offset: 0,
     });
     black_box(&mut out);

@@ -77,7 +77,7 @@ impl Cpu {
 
     /// Names the arithmetic rule. Nodes of one class give the same bits.
     pub fn numerics_class(&self) -> &'static str {
-        "f32-fma16-v1"
+        "f32-fma16-v2"
     }
 
     /// What was chosen and why, for a log line.
@@ -281,8 +281,9 @@ impl Cpu {
         max + libm::log(f64::from(sum)) as f32
     }
 
-    /// Absorbed latent attention, each query row alone: scores `dot(q, key) * scale`, softmax over all visible keys, then
-    /// values summed by fused multiply-add from +0.0 in ascending position.
+    /// Absorbed latent attention, each query row alone: scores `dot(q, key) * scale`, their softmax over all visible keys,
+    /// and the sum of values it weighs, block by block of 64 positions in spans of 512 that are merged in ascending order
+    /// (the rule is written out in `generic/attention`). Keys are widened exactly.
     ///
     /// # Panics
     /// When shapes disagree or a page of a visible key lies outside the cache.

@@ -13,6 +13,7 @@ mod cpu;
 pub mod file;
 mod generic;
 mod isa;
+mod latent;
 pub mod pack;
 mod plan;
 mod pool;
@@ -22,6 +23,7 @@ mod x86;
 
 pub use cpu::Cpu;
 pub use isa::Isa;
+pub use latent::{LatentFormat, LatentMemory};
 
 /// A weight matrix `[rows (out), cols (in)]`: row-major as the checkpoint stores it, or packed.
 #[derive(Clone, Copy, Debug)]
@@ -92,8 +94,8 @@ pub struct QueryRow<'a> {
 
 /// Multi-head latent attention in the absorbed form over a paged cache (DeepSeek-V2 report, section 2.1).
 ///
-/// Element `d` of the cached row at position `t` lies at
-/// `cache[pages[t / page_tokens] * page_stride + offset + (t % page_tokens) * width + d]`.
+/// The cached row of position `t`, [`LatentFormat::row_bytes`] long, begins at byte
+/// `pages[t / page_tokens] * page_stride + offset + (t % page_tokens) * row_bytes`.
 #[derive(Debug)]
 pub struct LatentAttention<'a> {
     /// Absorbed queries `[n, heads, width]`.
@@ -111,11 +113,13 @@ pub struct LatentAttention<'a> {
     /// One entry per query row, `n` in all.
     pub rows: &'a [QueryRow<'a>],
     /// The whole cache.
-    pub cache: &'a [f32],
+    pub cache: &'a [u8],
+    /// How rows are stored.
+    pub format: LatentFormat,
     /// Tokens in a page.
     pub page_tokens: usize,
-    /// Elements from one page to the next.
+    /// Bytes from one page to the next.
     pub page_stride: usize,
-    /// Elements from the start of a page to this layer's rows.
+    /// Bytes from the start of a page to this layer's rows.
     pub offset: usize,
 }

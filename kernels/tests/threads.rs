@@ -63,7 +63,7 @@ fn the_choice_is_told() {
         assert_eq!(isa.name().parse(), Ok(isa));
         let cpu = Cpu::with_isa(1, isa);
         assert_eq!(cpu.is_some(), available.contains(&isa));
-        assert!(cpu.is_none_or(|cpu| cpu.numerics_class() == "f32-fma16-v1"
+        assert!(cpu.is_none_or(|cpu| cpu.numerics_class() == "f32-fma16-v2"
             && cpu.describe().contains(&format!("{isa:?}"))));
     }
 }

@@ -1,8 +1,11 @@
 //! The latent KV cache: for each token and layer the normed c_kv and the rotated k_pe, nothing else.
 //!
-//! Secret: where a row lies. Memory is one block `[page][layer][token][latent_width]` f32; a sequence
+//! Secret: where a row lies. Memory is one block `[page][layer][token][row]`, a row in the bytes of its format; a sequence
 //! names its pages by a page table, in the order of its positions, so a page may lie anywhere. Who
 //! owns which page is the scheduler's business and not known here.
+
+pub use guild_kernels::LatentFormat as Format;
+use guild_kernels::LatentMemory;
 
 use crate::Config;
 
@@ -12,11 +15,14 @@ use crate::Config;
 /// never filled costs address space only.
 #[derive(Debug)]
 pub struct LatentCache {
-    data: Vec<f32>,
+    data: LatentMemory,
+    format: Format,
     layers: usize,
     pages: usize,
     page_tokens: usize,
     width: usize,
+    value_width: usize,
+    row_bytes: usize,
 }
 
 impl LatentCache {
@@ -25,18 +31,33 @@ impl LatentCache {
     ///
     /// # Panics
     /// More memory than there is address space; whoever sizes the cache asks the machine first.
-    pub fn new(cfg: &Config, layers: usize, pages: usize, page_tokens: usize) -> LatentCache {
-        let width = cfg.latent_width();
-        let elements = [layers, page_tokens, width]
+    pub fn new(
+        cfg: &Config,
+        layers: usize,
+        pages: usize,
+        page_tokens: usize,
+        format: Format,
+    ) -> LatentCache {
+        let row_bytes = row_bytes(cfg, format);
+        let bytes = [layers, page_tokens, row_bytes]
             .into_iter()
             .fold(pages, usize::saturating_mul);
+        let data = LatentMemory::new(bytes);
         LatentCache {
-            data: vec![0.0; elements],
+            data: data.unwrap_or_else(|error| panic!("{bytes} bytes of KV cache: {error}")),
+            format,
             layers,
             pages,
             page_tokens,
-            width,
+            width: cfg.latent_width(),
+            value_width: cfg.kv_lora_rank,
+            row_bytes,
         }
+    }
+
+    /// How rows are stored.
+    pub fn format(&self) -> Format {
+        self.format
     }
 
     /// Tokens of one page.
@@ -56,12 +77,12 @@ impl LatentCache {
 
     /// Resident bytes when every page is in use.
     pub fn bytes(&self) -> usize {
-        size_of_val(self.data.as_slice())
+        self.data.len()
     }
 
     /// Cached bytes per token over the layers of the main model; one MTP layer adds `1 / num_hidden_layers` of it.
-    pub fn bytes_per_token(cfg: &Config) -> usize {
-        cfg.num_hidden_layers * cfg.latent_width() * size_of::<f32>()
+    pub fn bytes_per_token(cfg: &Config, format: Format) -> usize {
+        cfg.num_hidden_layers * row_bytes(cfg, format)
     }
 
     /// Pages that hold `tokens` tokens.
@@ -69,44 +90,52 @@ impl LatentCache {
         tokens.div_ceil(self.page_tokens)
     }
 
-    /// The row `[latent_width]` of one position: c_kv, then k_pe. `pages` is the sequence's page table.
-    pub fn row(&self, layer: usize, pages: &[u32], position: usize) -> &[f32] {
+    /// Caches the row `[latent_width]` of one position: c_kv, then k_pe. `pages` is the sequence's page table.
+    pub fn write(&mut self, layer: usize, pages: &[u32], position: usize, row: &[f32]) {
         let at = self.at(layer, pages, position);
-        &self.data[at..at + self.width]
+        let to = &mut self.data[at..at + self.row_bytes];
+        self.format.write(row, self.value_width, to);
     }
 
-    /// As [`LatentCache::row`], for writing.
-    pub fn row_mut(&mut self, layer: usize, pages: &[u32], position: usize) -> &mut [f32] {
+    /// What attention sees of one position, `[latent_width]`: what was written, as the format keeps it.
+    pub fn read(&self, layer: usize, pages: &[u32], position: usize) -> Vec<f32> {
         let at = self.at(layer, pages, position);
-        &mut self.data[at..at + self.width]
+        let mut row = vec![0.0; self.width];
+        let from = &self.data[at..at + self.row_bytes];
+        self.format.read(from, self.value_width, &mut row);
+        row
     }
 
     /// The whole memory, for the attention kernel.
-    pub fn as_slice(&self) -> &[f32] {
+    pub fn as_bytes(&self) -> &[u8] {
         &self.data
     }
 
-    /// Elements between the starts of two pages.
+    /// Bytes between the starts of two pages.
     pub fn page_stride(&self) -> usize {
-        self.layers * self.page_tokens * self.width
+        self.layers * self.page_tokens * self.row_bytes
     }
 
-    /// Elements from the start of a page to the rows of `layer`.
+    /// Bytes from the start of a page to the rows of `layer`.
     pub fn layer_offset(&self, layer: usize) -> usize {
         debug_assert!(
             layer < self.layers,
             "layer {layer} of a cache of {}",
             self.layers
         );
-        layer * self.page_tokens * self.width
+        layer * self.page_tokens * self.row_bytes
     }
 
     fn at(&self, layer: usize, pages: &[u32], position: usize) -> usize {
         let page = pages[position / self.page_tokens] as usize;
         page * self.page_stride()
             + self.layer_offset(layer)
-            + position % self.page_tokens * self.width
+            + position % self.page_tokens * self.row_bytes
     }
+}
+
+fn row_bytes(cfg: &Config, format: Format) -> usize {
+    format.row_bytes(cfg.latent_width(), cfg.kv_lora_rank)
 }
 
 /// Consecutive rows of a batch that belong to one sequence.

@@ -184,7 +184,8 @@ impl Mla {
             value_width: latent,
             scale: self.scale,
             rows: &rows,
-            cache: cache.as_slice(),
+            cache: cache.as_bytes(),
+            format: cache.format(),
             page_tokens: cache.page_tokens(),
             page_stride: cache.page_stride(),
             offset: cache.layer_offset(layer),
@@ -219,16 +220,20 @@ impl Mla {
         layer: usize,
     ) {
         let latent = self.kv_a_norm.len();
+        let width = latent + self.rope.dim;
         let kv = self.kv_a.forward(cpu, x);
-        for (row, seq, position) in positions(seqs) {
-            let (c_kv, k_pe) =
-                kv[row * (latent + self.rope.dim)..][..latent + self.rope.dim].split_at(latent);
-            let (to_c_kv, to_k_pe) = cache
-                .row_mut(layer, seq.pages, position)
-                .split_at_mut(latent);
+        let mut at = vec![0; kv.len() / width];
+        positions(seqs).for_each(|(row, _, position)| at[row] = position);
+        let mut rows = vec![0.0; kv.len()];
+        cpu.par_chunks(&mut rows, width, |row, out| {
+            let (c_kv, k_pe) = kv[row * width..][..width].split_at(latent);
+            let (to_c_kv, to_k_pe) = out.split_at_mut(latent);
             cpu.rms_norm(to_c_kv, c_kv, &self.kv_a_norm, LATENT_NORM_EPS);
             to_k_pe.copy_from_slice(k_pe);
-            self.rope.rotate(position, to_k_pe);
+            self.rope.rotate(at[row], to_k_pe);
+        });
+        for (row, seq, position) in positions(seqs) {
+            cache.write(layer, seq.pages, position, &rows[row * width..][..width]);
         }
     }
 

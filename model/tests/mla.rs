@@ -5,7 +5,7 @@ mod common;
 
 use common::golden::assert_close_relative;
 use common::tiny;
-use guild_model::cache::{LatentCache, SeqRows};
+use guild_model::cache::{Format, LatentCache, SeqRows};
 use guild_model::checkpoint::{Checkpoint, Dtype};
 use guild_model::config::LATENT_NORM_EPS;
 use guild_model::trunk::Trunk;
@@ -163,7 +163,7 @@ fn absorbed_agrees_with_naive(what: &str, changes: Value) {
     let trunk = Trunk::load(&ckpt, Dtype::Auto, &Cpu::new(2), &|_, _| ()).unwrap();
     let (cfg, tokens) = (ckpt.config(), 23);
     let hidden = tiny::random(&mut 7, tokens * cfg.hidden_size, 1.0);
-    let mut cache = LatentCache::new(cfg, cfg.num_hidden_layers, 5, 5);
+    let mut cache = LatentCache::new(cfg, cfg.num_hidden_layers, 5, 5, Format::F32);
     let mut absorbed = hidden.clone();
     let seqs = [SeqRows {
         rows: 0..tokens,
@@ -219,7 +219,7 @@ fn positions_past_the_longest_context_are_rotated_alike() {
         let ckpt = Checkpoint::open(dir.path()).unwrap();
         let trunk = Trunk::load(&ckpt, Dtype::Auto, &Cpu::new(1), &|_, _| ()).unwrap();
         let mut hidden = tiny::random(&mut 7, 3 * ckpt.config().hidden_size, 1.0);
-        let mut cache = LatentCache::new(ckpt.config(), 2, 1, 2048);
+        let mut cache = LatentCache::new(ckpt.config(), 2, 1, 2048, Format::F32);
         let seqs = [SeqRows {
             rows: 0..3,
             start: 1022,

@@ -32,6 +32,7 @@ use std::time::Duration;
 
 use crate::placement::{NodeId, Placement, Shortfall};
 
+pub use admission::NUMERICS_OF_CACHE;
 use admission::coarse;
 use failing::BackOff;
 use moving::Moving;

@@ -297,6 +297,15 @@ fn another_model_and_another_numerics_class_are_refused_with_both_values() {
         "{text}"
     );
 
+    // How rows are cached concerns attention nodes alone, and all of them.
+    let mut cached = registration(Role::Attention, "attention-9", 9);
+    cached.numerics_class = "class-a+kv-fp8".into();
+    let text = c.m.register(c.now, cached.clone()).unwrap_err().to_string();
+    assert!(text.contains("class-a+kv-fp8"), "{text}");
+    let mut without = Cluster::new(1);
+    without.join(Role::Expert, "expert-1");
+    without.m.register(without.now, cached).unwrap();
+
     let taken =
         c.m.register(c.now, registration(Role::Expert, "attention-1", 9));
     assert!(matches!(taken, Err(Refused::NameTaken { .. })));

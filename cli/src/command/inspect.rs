@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::Path;
 
-use guild_model::cache::LatentCache;
+use guild_model::cache::{Format, LatentCache};
 use guild_model::checkpoint::{Dtype, Stored, TensorView, manifest};
 use guild_model::config::{Scoring, TopkMethod};
 use guild_model::{Checkpoint, Config, Cpu, Isa};
@@ -166,7 +166,7 @@ impl Report {
             shared_expert_bytes: sum(|l| l.shared_expert_bytes),
             routed_experts,
             routed_expert_bytes,
-            kv_bytes_per_token: LatentCache::bytes_per_token(c) as u64,
+            kv_bytes_per_token: LatentCache::bytes_per_token(c, Format::F32) as u64,
             cluster: ClusterBytes {
                 expert_nodes: nodes,
                 experts_per_node,
@@ -237,7 +237,7 @@ impl Report {
         )?;
         line(
             "KV cache",
-            format!("{} a token", bytes(self.kv_bytes_per_token)),
+            format!("{} a token in f32", bytes(self.kv_bytes_per_token)),
         )?;
         if self.routed_experts > 0 {
             line(

@@ -1,253 +1,436 @@
-//! Absorbed latent attention of one query row and a few of its heads over the paged cache.
+//! Absorbed latent attention of a few query rows of one sequence over the paged cache.
 //!
-//! Secret: tiles. A score is a 16-lane dot product times the scale; the softmax runs over all visible keys; an output
-//! element is an FMA chain from +0.0 over positions in ascending order. Tiles only park those chains, so neither page
-//! edges nor the heads computed together show in the bits.
+//! Secret: tiles. Positions are cut in spans of [`SPAN`], spans in blocks of [`KEYS`], both at fixed places. Within a span
+//! the state of a query (greatest score M, sum L, values O) starts at (-inf, 0, 0) and takes up block after block:
+//! `M' = max(M, scores)`, `a = exp(M - M')`, `e_t = exp(s_t - M')`, `L' = fma(L, a, sum of e)` with the sum by the 16-lane
+//! rule, `O' = O a`, then an FMA chain of `e_t v_t` in ascending position. States of spans are merged in ascending order:
+//! `M = max(M1, M2)`, `a = exp(M1 - M)`, `b = exp(M2 - M)`, `L = fma(L2, b, L1 a)`, `O = fma(O2, b, O1 a)`. The output is
+//! `O (1 / L)`. A score is a 16-lane dot product times the scale. All of it is per query, so neither pages, threads nor the
+//! queries computed together show in the bits; tiles only park chains.
 
-use super::{Lanes, Op, load_part, rows, store_part};
-use crate::generic::LANES;
+use super::{LANES, Lanes, Op, rows, store_part};
+use crate::latent::{LatentFormat, SCALED};
 
-/// Keys handled together: their cached rows stay in L2 while every head passes over them.
-const KEYS: usize = 64;
+/// Positions that are scored together: their widened rows stay in L2 while every query passes over them.
+pub(crate) const KEYS: usize = 64;
+/// Positions whose state is made from nothing: what threads may do apart from each other.
+pub(crate) const SPAN: usize = 512;
+/// Keys that stay in L1 while queries pass over them.
+const NEAR: usize = 8;
+
+/// 16 lanes of scratch, one cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line([f32; LANES]);
+
+pub(crate) const EMPTY: Line = Line([0.0; LANES]);
+
+pub(crate) fn floats(lines: &mut [Line]) -> &mut [f32] {
+    // SAFETY: a line is 16 f32 without padding, and the borrow goes on.
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * LANES) }
+}
 
 /// The cached rows of one sequence in one layer.
 #[derive(Clone, Copy)]
 pub(crate) struct Keys<'a> {
-    pub(crate) cache: &'a [f32],
+    pub(crate) cache: &'a [u8],
+    pub(crate) format: LatentFormat,
     pub(crate) pages: &'a [u32],
     pub(crate) page_tokens: usize,
+    /// Bytes from one page to the next.
     pub(crate) page_stride: usize,
+    /// Bytes from the start of a page to the first row.
     pub(crate) offset: usize,
     pub(crate) width: usize,
+    pub(crate) value_width: usize,
 }
 
 impl<'a> Keys<'a> {
-    /// The cached rows of positions `from..from + n`, `n <= KEYS`.
+    /// Lines of a widened row.
+    pub(crate) fn lines(&self) -> usize {
+        self.width.div_ceil(LANES)
+    }
+
+    /// Lines of a query's values.
+    pub(crate) fn value_lines(&self) -> usize {
+        self.value_width.div_ceil(LANES)
+    }
+
+    fn row(&self, position: usize) -> &'a [u8] {
+        let bytes = self.format.row_bytes(self.width, self.value_width);
+        let start = self.pages[position / self.page_tokens] as usize * self.page_stride
+            + self.offset
+            + position % self.page_tokens * bytes;
+        &self.cache[start..start + bytes]
+    }
+
+    /// Where the rows `from..from + n` begin, widened and padded with zeros to whole lines: in the cache where they lie
+    /// so there, else in `scratch`, which holds as many rows. What follows the last row repeats the first.
+    ///
+    /// # Safety
+    /// The machine has the instruction set of `V`; `1 <= n <= KEYS`.
     #[inline(always)]
-    fn rows(&self, from: usize, n: usize) -> [&'a [f32]; KEYS] {
-        let mut rows: [&[f32]; KEYS] = [&[]; KEYS];
-        for (i, row) in rows[..n].iter_mut().enumerate() {
-            let t = from + i;
-            let start = self.pages[t / self.page_tokens] as usize * self.page_stride
-                + self.offset
-                + t % self.page_tokens * self.width;
-            *row = &self.cache[start..start + self.width];
+    unsafe fn widened<V: Lanes>(
+        &self,
+        from: usize,
+        n: usize,
+        scratch: &mut [Line],
+    ) -> [*const f32; KEYS] {
+        let lines = self.lines();
+        let mut rows = [std::ptr::null(); KEYS];
+        for i in 0..n {
+            let row = self.row(from + i);
+            let to = floats(&mut scratch[i * lines..(i + 1) * lines]);
+            // SAFETY: the row is `row_bytes` long, and `to` holds `width` in whole lines.
+            rows[i] = unsafe { self.widen::<V>(row, to) };
+        }
+        for i in n..KEYS {
+            rows[i] = rows[0];
         }
         rows
     }
+
+    /// # Safety
+    /// The machine has the instruction set of `V`, `row` is a cached row, and `to` is as long as its lines.
+    #[inline(always)]
+    unsafe fn widen<V: Lanes>(&self, row: &[u8], to: &mut [f32]) -> *const f32 {
+        let (width, value_width) = (self.width, self.value_width);
+        if !width.is_multiple_of(LANES) || !value_width.is_multiple_of(LANES) {
+            let (wide, padding) = to.split_at_mut(width);
+            self.format.read(row, value_width, wide);
+            padding.fill(0.0);
+            return to.as_ptr();
+        }
+        // SAFETY: all parts of the row are whole lines, and pointers need no alignment.
+        unsafe {
+            let (from, out) = (row.as_ptr(), to.as_mut_ptr());
+            match self.format {
+                LatentFormat::F32 => return from.cast(),
+                LatentFormat::Bf16 => {
+                    for at in (0..width).step_by(LANES) {
+                        V::load_bf16(from.add(2 * at).cast()).store(out.add(at));
+                    }
+                }
+                LatentFormat::Fp8 => {
+                    let scales = from.add(value_width);
+                    for (group, at) in (0..value_width).step_by(SCALED).enumerate() {
+                        let scale = V::splat(scales.add(4 * group).cast::<f32>().read_unaligned());
+                        for at in (at..value_width.min(at + SCALED)).step_by(LANES) {
+                            V::load_e4m3(from.add(at)).mul(scale).store(out.add(at));
+                        }
+                    }
+                    let k_pe = scales.add(4 * value_width.div_ceil(SCALED));
+                    for at in (value_width..width).step_by(LANES) {
+                        V::load_bf16(k_pe.add(2 * (at - value_width)).cast()).store(out.add(at));
+                    }
+                }
+            }
+        }
+        to.as_ptr()
+    }
 }
 
-/// Heads `0..heads` of one query row.
-pub(crate) struct Attend<'a> {
-    /// `[heads, value_width]`
-    pub(crate) out: &'a mut [f32],
-    /// `[heads, width]`
-    pub(crate) q: &'a [f32],
-    pub(crate) heads: usize,
-    pub(crate) value_width: usize,
-    pub(crate) visible: usize,
-    pub(crate) scale: f32,
+/// The state of queries over one span, or over several that were merged: for each query its values, then one line of
+/// (M, L).
+pub(crate) struct States<'a> {
+    /// `[queries, value_lines + 1]`
+    pub(crate) lines: &'a mut [Line],
+    pub(crate) value_lines: usize,
+}
+
+impl States<'_> {
+    #[inline(always)]
+    fn of(&mut self, query: usize) -> (&mut [Line], &mut Line) {
+        let each = self.value_lines + 1;
+        let (last, values) = self.lines[query * each..][..each]
+            .split_last_mut()
+            .unwrap_or_else(|| unreachable!("a state has at least the line of M and L"));
+        (values, last)
+    }
+}
+
+/// Query rows of one sequence over one span of its positions.
+pub(crate) struct Span<'a> {
     pub(crate) keys: Keys<'a>,
-    /// At least `[heads, visible]`.
-    pub(crate) scores: &'a mut [f32],
+    /// `[rows, heads, lines]`, padded with zeros.
+    pub(crate) queries: &'a [Line],
+    pub(crate) heads: usize,
+    /// Positions that each row sees, counted from the start of the sequence.
+    pub(crate) visible: &'a [usize],
+    pub(crate) scale: f32,
+    /// First position of the span.
+    pub(crate) from: usize,
+    /// Of `[rows, heads]` queries; whatever was there is gone.
+    pub(crate) states: States<'a>,
+    pub(crate) scratch: &'a mut Vec<Line>,
 }
 
-impl Op for Attend<'_> {
+impl Op for Span<'_> {
     type Out = ();
 
     #[inline(always)]
     unsafe fn run<V: Lanes>(mut self) {
-        let (heads, visible) = (self.heads, self.visible);
+        let queries = self.visible.len() * self.heads;
+        let lines = self.keys.lines();
+        assert!(self.queries.len() >= queries * lines);
+        assert!(self.states.lines.len() >= queries * (self.states.value_lines + 1));
         assert!(
-            self.q.len() >= heads * self.keys.width && self.out.len() >= heads * self.value_width
+            self.states.value_lines == self.keys.value_lines() && self.keys.value_lines() <= lines
         );
-        assert!(self.scores.len() >= heads * visible && self.value_width <= self.keys.width);
-        // SAFETY: the instruction set is the caller's promise; the shapes were checked.
-        unsafe {
-            for from in (0..visible).step_by(KEYS) {
-                let n = KEYS.min(visible - from);
-                let keys = self.keys.rows(from, n);
+        self.states.lines.fill(EMPTY);
+        for query in 0..queries {
+            self.states.of(query).1.0[0] = f32::NEG_INFINITY;
+        }
+        // Widened keys, then scores `[queries, KEYS]`.
+        let needed = KEYS * lines + queries * (KEYS / LANES);
+        if self.scratch.len() < needed {
+            self.scratch.resize(needed, EMPTY);
+        }
+        let mut scratch = std::mem::take(self.scratch);
+        let (wide, scores) = scratch[..needed].split_at_mut(KEYS * lines);
+        let scores = floats(scores);
+        let end = self.visible.iter().copied().max().unwrap_or(0);
+        let end = end.min(self.from + SPAN);
+        for from in (self.from..end).step_by(KEYS) {
+            // SAFETY: the instruction set is the caller's promise; at least one position is left.
+            unsafe {
+                let keys = self.keys.widened::<V>(from, KEYS.min(end - from), wide);
                 if V::REGISTERS >= 32 {
-                    self.score_block::<V, 4, 4>(&keys[..n], from);
+                    self.block::<V, 4, 4>(&keys, from, scores);
                 } else {
-                    self.score_block::<V, 2, 2>(&keys[..n], from);
-                }
-            }
-            for h in 0..heads {
-                rows::softmax::<V>(&mut self.scores[h * visible..][..visible]);
-            }
-            self.out[..heads * self.value_width].fill(0.0);
-            for from in (0..visible).step_by(KEYS) {
-                let n = KEYS.min(visible - from);
-                let keys = self.keys.rows(from, n);
-                if V::REGISTERS >= 32 {
-                    self.value_block::<V, 4, 4>(&keys[..n], from);
-                } else {
-                    self.value_block::<V, 2, 2>(&keys[..n], from);
+                    self.block::<V, 2, 2>(&keys, from, scores);
                 }
             }
         }
+        *self.scratch = scratch;
     }
 }
 
-impl Attend<'_> {
+impl Span<'_> {
+    /// How many keys of the block at `from` a row sees.
     #[inline(always)]
-    unsafe fn score_block<V: Lanes, const R: usize, const C: usize>(
+    fn seen(&self, row: usize, from: usize) -> usize {
+        self.visible[row].saturating_sub(from).min(KEYS)
+    }
+
+    /// # Safety
+    /// `keys` are rows of whole lines, the shapes were checked in `run`, and the machine has the instruction set of `V`.
+    #[inline(always)]
+    unsafe fn block<V: Lanes, const R: usize, const C: usize>(
         &mut self,
-        keys: &[&[f32]],
+        keys: &[*const f32; KEYS],
         from: usize,
+        scores: &mut [f32],
     ) {
-        let mut t = 0;
-        // SAFETY: tiles stay inside `keys` and `heads`.
+        // SAFETY: handed through.
         unsafe {
-            while t + R <= keys.len() {
-                let mut h = 0;
-                while h + C <= self.heads {
-                    self.score_tile::<V, R, C>(keys, t, from, h);
-                    h += C;
+            for near in (0..KEYS).step_by(NEAR) {
+                for row in 0..self.visible.len() {
+                    let n = self.seen(row, from);
+                    if near < n {
+                        self.score_row::<V, R, C>(keys, row, near..n.min(near + NEAR), scores);
+                    }
                 }
-                while h < self.heads {
-                    self.score_tile::<V, R, 1>(keys, t, from, h);
-                    h += 1;
-                }
-                t += R;
             }
-            while t < keys.len() {
-                let mut h = 0;
-                while h + C <= self.heads {
-                    self.score_tile::<V, 1, C>(keys, t, from, h);
-                    h += C;
+            for row in 0..self.visible.len() {
+                let n = self.seen(row, from);
+                if n > 0 {
+                    for head in 0..self.heads {
+                        let query = row * self.heads + head;
+                        let scores = &mut scores[query * KEYS..][..KEYS];
+                        self.weigh::<V>(query, scores, n);
+                    }
                 }
-                while h < self.heads {
-                    self.score_tile::<V, 1, 1>(keys, t, from, h);
-                    h += 1;
-                }
-                t += 1;
+            }
+            let mut line = 0;
+            while line + C <= self.states.value_lines {
+                self.value_column::<V, R, C>(keys, line, from, scores);
+                line += C;
+            }
+            while line < self.states.value_lines {
+                self.value_column::<V, R, 1>(keys, line, from, scores);
+                line += 1;
             }
         }
     }
 
+    /// Scores of all heads of a row with the keys `near`; up to `R - 1` scores past the last are written and meaningless.
+    ///
     /// # Safety
-    /// `t + R <= keys.len()`, `h + C <= heads`, and the shapes were checked.
+    /// As for [`Span::block`].
+    #[inline(always)]
+    unsafe fn score_row<V: Lanes, const R: usize, const C: usize>(
+        &self,
+        keys: &[*const f32; KEYS],
+        row: usize,
+        near: std::ops::Range<usize>,
+        scores: &mut [f32],
+    ) {
+        let mut head = 0;
+        while head < self.heads {
+            let query = row * self.heads + head;
+            let full = head + C <= self.heads;
+            for t in near.clone().step_by(R) {
+                // SAFETY: `t + R <= KEYS`, since `R` divides it, and the queries lie in this row.
+                unsafe {
+                    if full {
+                        self.score_tile::<V, R, C>(keys, t, query, scores);
+                    } else {
+                        self.score_tile::<V, R, 1>(keys, t, query, scores);
+                    }
+                }
+            }
+            head += if full { C } else { 1 };
+        }
+    }
+
+    /// # Safety
+    /// `t + R <= KEYS`, `query + C <= rows * heads`, and as for [`Span::block`].
     #[inline(always)]
     unsafe fn score_tile<V: Lanes, const R: usize, const C: usize>(
-        &mut self,
-        keys: &[&[f32]],
+        &self,
+        keys: &[*const f32; KEYS],
         t: usize,
-        from: usize,
-        h: usize,
+        query: usize,
+        scores: &mut [f32],
     ) {
-        let width = self.keys.width;
-        let whole = width / LANES * LANES;
-        // SAFETY: every cached row is a slice of `width`, the queries of `h..h + C` lie in `q` as checked in `run`, and
-        // loads end at `width`.
+        let lines = self.keys.lines();
+        // SAFETY: a key's row and a query are `lines` whole lines each.
         unsafe {
+            let q = self.queries[query * lines..(query + C) * lines]
+                .as_ptr()
+                .cast::<f32>();
             let mut k = [std::ptr::null::<f32>(); R];
             for r in 0..R {
-                k[r] = keys[t + r].as_ptr();
+                k[r] = keys[t + r];
             }
-            let q = self.q[h * width..(h + C) * width].as_ptr();
-            let mut acc = [[V::splat(0.0); C]; R];
-            for at in (0..whole).step_by(LANES) {
+            let mut acc = [[V::splat(0.0); R]; C];
+            for line in 0..lines {
                 let mut ks = [V::splat(0.0); R];
                 for r in 0..R {
-                    ks[r] = V::load(k[r].add(at));
+                    ks[r] = V::load(k[r].add(line * LANES));
                 }
                 for c in 0..C {
-                    let q = V::load(q.add(c * width + at));
+                    let q = V::load(q.add((c * lines + line) * LANES));
                     for r in 0..R {
-                        acc[r][c] = q.fma(ks[r], acc[r][c]);
+                        acc[c][r] = q.fma(ks[r], acc[c][r]);
                     }
                 }
             }
-            if whole < width {
+            if R * C == LANES {
+                let mut all = [V::splat(0.0); LANES];
                 for c in 0..C {
-                    let q = load_part::<V>(q.add(c * width + whole), width - whole);
                     for r in 0..R {
-                        acc[r][c] = q.fma(load_part(k[r].add(whole), width - whole), acc[r][c]);
+                        all[c * R + r] = acc[c][r];
                     }
                 }
-            }
-            for c in 0..C {
-                let scores = &mut self.scores[(h + c) * self.visible + from + t..][..R];
-                for r in 0..R {
-                    scores[r] = acc[r][c].sum() * self.scale;
+                let mut sums = [0.0f32; LANES];
+                V::sums(all)
+                    .mul(V::splat(self.scale))
+                    .store(sums.as_mut_ptr());
+                for c in 0..C {
+                    scores[(query + c) * KEYS + t..][..R]
+                        .copy_from_slice(&sums[c * R..(c + 1) * R]);
+                }
+            } else {
+                for c in 0..C {
+                    for r in 0..R {
+                        scores[(query + c) * KEYS + t + r] = acc[c][r].sum() * self.scale;
+                    }
                 }
             }
         }
     }
 
+    /// Makes the scores of the block weights `e^(s - M')`, and takes M and L of the state on; the values of the state are
+    /// scaled when they are added to. The factor for that, `a`, stands behind them in the state.
+    ///
+    /// # Safety
+    /// The machine has the instruction set of `V`.
     #[inline(always)]
-    unsafe fn value_block<V: Lanes, const H: usize, const D: usize>(
-        &mut self,
-        keys: &[&[f32]],
-        from: usize,
-    ) {
-        let mut h = 0;
-        // SAFETY: tiles stay inside `heads`.
+    unsafe fn weigh<V: Lanes>(&mut self, query: usize, scores: &mut [f32], n: usize) {
+        scores[n..].fill(f32::NEG_INFINITY);
+        let state = self.states.of(query).1;
+        // SAFETY: `scores` is whole lines.
         unsafe {
-            while h + H <= self.heads {
-                self.value_heads::<V, H, D>(keys, from, h);
-                h += H;
+            let before = state.0[0];
+            let now = rows::max::<V>(scores);
+            let max = if now > before { now } else { before };
+            let shift = V::splat(max);
+            let mut sum = V::splat(0.0);
+            for at in (0..KEYS).step_by(LANES) {
+                let e = rows::exp(V::load(scores.as_ptr().add(at)).sub(shift));
+                e.store(scores.as_mut_ptr().add(at));
+                sum = sum.add(e);
             }
-            while h < self.heads {
-                self.value_heads::<V, 1, D>(keys, from, h);
-                h += 1;
-            }
+            let mut a = [0.0f32; LANES];
+            rows::exp(V::splat(before - max)).store(a.as_mut_ptr());
+            state.0[0] = max;
+            state.0[1] = state.0[1].mul_add(a[0], sum.sum());
+            state.0[2] = a[0];
         }
     }
 
+    /// Adds `C` lines of the values of all keys to all states.
+    ///
+    /// # Safety
+    /// `line + C <= value_lines`, and as for [`Span::block`].
     #[inline(always)]
-    unsafe fn value_heads<V: Lanes, const H: usize, const D: usize>(
+    unsafe fn value_column<V: Lanes, const R: usize, const C: usize>(
         &mut self,
-        keys: &[&[f32]],
+        keys: &[*const f32; KEYS],
+        line: usize,
         from: usize,
-        h: usize,
+        scores: &[f32],
     ) {
-        let mut d = 0;
-        // SAFETY: tiles end at `value_width`; the last is cut there.
-        unsafe {
-            while d + D * LANES <= self.value_width {
-                self.value_tile::<V, H, D>(keys, from, h, d);
-                d += D * LANES;
-            }
-            while d + LANES <= self.value_width {
-                self.value_tile::<V, H, 1>(keys, from, h, d);
-                d += LANES;
-            }
-            if d < self.value_width {
-                self.value_rest::<V, H>(keys, from, h, d);
+        for row in 0..self.visible.len() {
+            let n = self.seen(row, from);
+            let mut head = 0;
+            while head < self.heads && n > 0 {
+                let query = row * self.heads + head;
+                // SAFETY: the queries lie in this row; the rest is handed through.
+                unsafe {
+                    if head + R <= self.heads {
+                        self.value_tile::<V, R, C>(&keys[..n], line, query, scores);
+                        head += R;
+                    } else {
+                        self.value_tile::<V, 1, C>(&keys[..n], line, query, scores);
+                        head += 1;
+                    }
+                }
             }
         }
     }
 
     /// # Safety
-    /// `h + H <= heads`, `d + 16 D <= value_width`, and the shapes were checked.
+    /// `query + H <= rows * heads`, and as for [`Span::value_column`].
     #[inline(always)]
     unsafe fn value_tile<V: Lanes, const H: usize, const D: usize>(
         &mut self,
-        keys: &[&[f32]],
-        from: usize,
-        h: usize,
-        d: usize,
+        keys: &[*const f32],
+        line: usize,
+        query: usize,
+        scores: &[f32],
     ) {
-        // SAFETY: `value_width <= width`, the length of every cached row; weights and outputs of `h..h + H` lie in
-        // their slices as checked in `run`.
+        // SAFETY: `line + D <= value_lines`, which are at most the lines of every row; weights and states of the queries
+        // lie in their slices.
         unsafe {
             let mut weights = [std::ptr::null::<f32>(); H];
             let mut out = [std::ptr::null_mut::<f32>(); H];
             let mut acc = [[V::splat(0.0); D]; H];
             for i in 0..H {
-                weights[i] = self.scores[(h + i) * self.visible + from..][..keys.len()].as_ptr();
-                out[i] = self.out[(h + i) * self.value_width + d..][..D * LANES].as_mut_ptr();
+                weights[i] = scores[(query + i) * KEYS..][..keys.len()].as_ptr();
+                let (values, state) = self.states.of(query + i);
+                let a = V::splat(state.0[2]);
+                out[i] = values[line..line + D].as_mut_ptr().cast();
                 for j in 0..D {
-                    acc[i][j] = V::load(out[i].add(j * LANES));
+                    acc[i][j] = V::load(out[i].add(j * LANES)).mul(a);
                 }
             }
             for (t, key) in keys.iter().enumerate() {
                 let mut values = [V::splat(0.0); D];
                 for j in 0..D {
-                    values[j] = V::load(key.as_ptr().add(d + j * LANES));
+                    values[j] = V::load(key.add((line + j) * LANES));
                 }
                 for i in 0..H {
                     let weight = V::splat(*weights[i].add(t));
@@ -263,30 +446,70 @@ impl Attend<'_> {
             }
         }
     }
+}
 
-    /// The last, ragged columns: `d..value_width`, fewer than 16.
-    ///
-    /// # Safety
-    /// `h + H <= heads`, and the shapes were checked.
+/// Takes the state of a later span into that of all before it.
+pub(crate) struct Merge<'a> {
+    pub(crate) into: &'a mut [Line],
+    pub(crate) later: &'a [Line],
+}
+
+impl Op for Merge<'_> {
+    type Out = ();
+
     #[inline(always)]
-    unsafe fn value_rest<V: Lanes, const H: usize>(
-        &mut self,
-        keys: &[&[f32]],
-        from: usize,
-        h: usize,
-        d: usize,
-    ) {
-        let n = self.value_width - d;
-        for i in h..h + H {
-            let weights = &self.scores[i * self.visible + from..][..keys.len()];
-            let out = &mut self.out[i * self.value_width + d..][..n];
-            // SAFETY: `n < 16` elements are valid in `out` and, `value_width <= width`, in every cached row.
+    unsafe fn run<V: Lanes>(self) {
+        let (Some((state, into)), Some((other, later))) =
+            (self.into.split_last_mut(), self.later.split_last())
+        else {
+            return;
+        };
+        let (m1, m2) = (state.0[0], other.0[0]);
+        let max = if m2 > m1 { m2 } else { m1 };
+        let mut factors = [0.0f32; LANES];
+        factors[0] = m1 - max;
+        factors[1] = m2 - max;
+        // SAFETY: a line is 16 elements.
+        unsafe {
+            rows::exp(V::load(factors.as_ptr())).store(factors.as_mut_ptr());
+            let (a, b) = (V::splat(factors[0]), V::splat(factors[1]));
+            for (to, from) in into.iter_mut().zip(later) {
+                let scaled = V::load(to.0.as_ptr()).mul(a);
+                V::load(from.0.as_ptr())
+                    .fma(b, scaled)
+                    .store(to.0.as_mut_ptr());
+            }
+        }
+        state.0[0] = max;
+        state.0[1] = other.0[1].mul_add(factors[1], state.0[1] * factors[0]);
+    }
+}
+
+/// The output of a state: its values divided by its sum.
+pub(crate) struct Finish<'a> {
+    pub(crate) state: &'a [Line],
+    /// `[value_width]`
+    pub(crate) out: &'a mut [f32],
+}
+
+impl Op for Finish<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        let Some((last, values)) = self.state.split_last() else {
+            return;
+        };
+        let times = 1.0 / last.0[1];
+        for (out, line) in self.out.chunks_mut(LANES).zip(values) {
+            // SAFETY: a line is 16 elements, `out` as many as it says.
             unsafe {
-                let mut acc = load_part::<V>(out.as_ptr(), n);
-                for (key, weight) in keys.iter().zip(weights) {
-                    acc = V::splat(*weight).fma(load_part(key.as_ptr().add(d), n), acc);
+                let y = V::load(line.0.as_ptr()).mul(V::splat(times));
+                if out.len() == LANES {
+                    y.store(out.as_mut_ptr());
+                } else {
+                    store_part(y, out.as_mut_ptr(), out.len());
                 }
-                store_part(acc, out.as_mut_ptr(), n);
             }
         }
     }

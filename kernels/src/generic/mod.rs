@@ -49,6 +49,19 @@ pub(crate) trait Lanes: Copy {
     unsafe fn scale_by_exponent(self, t: Self, magic: f32) -> Self;
     /// The fixed tree: `l[i] + l[i + 8]`, then `+ 4`, `+ 2`, `+ 1`.
     unsafe fn sum(self) -> f32;
+
+    /// [`Lanes::sum`] of 16 values at once, element `i` that of `x[i]`.
+    #[inline(always)]
+    unsafe fn sums(x: [Self; LANES]) -> Self {
+        let mut sums = [0.0f32; LANES];
+        // SAFETY: registers, and 16 elements of ours.
+        unsafe {
+            for i in 0..LANES {
+                sums[i] = x[i].sum();
+            }
+            Self::load(sums.as_ptr())
+        }
+    }
 }
 
 /// An operation that a leaf can run.

@@ -14,7 +14,7 @@ const LN2_LOW: f32 = -2.121_944_4e-4;
 /// |r| <= ln 2 / 2), then the exponent in two steps so that subnormal results round once.
 /// Above 88.73 it is +inf, below -103.98 zero; NaN stays NaN.
 #[inline(always)]
-unsafe fn exp<V: Lanes>(x: V) -> V {
+pub(crate) unsafe fn exp<V: Lanes>(x: V) -> V {
     // SAFETY: registers only.
     unsafe {
         let x = x.clamp(V::splat(-104.0), V::splat(89.0));
@@ -173,7 +173,7 @@ impl Map2 for Fma {
 
 /// The largest element; NaN is passed over, nothing gives -inf.
 #[inline(always)]
-unsafe fn max<V: Lanes>(x: &[f32]) -> f32 {
+pub(crate) unsafe fn max<V: Lanes>(x: &[f32]) -> f32 {
     let (chunks, rest) = x.as_chunks::<LANES>();
     let mut lanes = [f32::NEG_INFINITY; LANES];
     // SAFETY: a chunk holds 16 elements.
@@ -221,7 +221,7 @@ unsafe fn exp_and_sum<V: Lanes>(x: &mut [f32], max: f32) -> f32 {
 
 /// Softmax of one row: `e^(x - max)`, times the reciprocal of their sum.
 #[inline(always)]
-pub(crate) unsafe fn softmax<V: Lanes>(x: &mut [f32]) {
+unsafe fn softmax<V: Lanes>(x: &mut [f32]) {
     // SAFETY: the instruction set is the caller's promise.
     unsafe {
         let max = max::<V>(x);

@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::generic::{Lanes, Op};
+use crate::generic::{LANES, Lanes, Op};
 
 /// The capability to run AVX-512 code: holding one proves that this machine has it.
 #[derive(Clone, Copy, Debug)]
@@ -163,6 +163,43 @@ impl Lanes for F32x16 {
                 _mm512_extractf32x8_ps::<1>(self.0),
             );
             super::avx2::sum8(eight)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sums(x: [Self; LANES]) -> Self {
+        // Each step halves the lanes of every sum and packs two registers into one: the tree of `sum`, for all at once.
+        // SAFETY: see the top of this impl.
+        unsafe {
+            let mut eight = [_mm512_setzero_ps(); 8];
+            for i in 0..8 {
+                // Registers i and i + 8 meet, so that after all steps sum i stands in lane i.
+                let (a, b) = (x[i].0, x[i + 8].0);
+                let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b);
+                let high = _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b);
+                eight[i] = _mm512_add_ps(low, high);
+            }
+            let mut four = [_mm512_setzero_ps(); 4];
+            for i in 0..4 {
+                let (a, b) = (eight[i], eight[i + 4]);
+                let low = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
+                let high = _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b);
+                // Quarters now stand for i, i + 8, i + 4, i + 12.
+                four[i] = _mm512_add_ps(low, high);
+            }
+            let mut two = [_mm512_setzero_ps(); 2];
+            for i in 0..2 {
+                let (a, b) = (four[i], four[i + 2]);
+                let low = _mm512_shuffle_ps::<0b01_00_01_00>(a, b);
+                let high = _mm512_shuffle_ps::<0b11_10_11_10>(a, b);
+                two[i] = _mm512_add_ps(low, high);
+            }
+            let low = _mm512_shuffle_ps::<0b10_00_10_00>(two[0], two[1]);
+            let high = _mm512_shuffle_ps::<0b11_01_11_01>(two[0], two[1]);
+            // Lane 4 q + e holds the sum of x[[0, 8, 4, 12][q] + [0, 2, 1, 3][e]].
+            let mixed = _mm512_add_ps(low, high);
+            let order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+            F32x16(_mm512_permutexvar_ps(order, mixed))
         }
     }
 }

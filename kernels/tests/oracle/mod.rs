@@ -217,27 +217,52 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     x.chunks(n).flat_map(row).collect()
 }
 
-/// The output of a job, which is left untouched.
-pub fn attend(job: &LatentAttention<'_>) -> Vec<f32> {
+/// The output of a job whose cache holds f32 rows `keys` by position for every row; the job is left untouched.
+pub fn attend(job: &LatentAttention<'_>, keys: &[f32]) -> Vec<f32> {
+    let key = |t: usize| &keys[t * job.width..][..job.width];
     let mut out = Vec::new();
     for (r, row) in job.rows.iter().enumerate() {
-        let key = |t: usize| {
-            let start = row.pages[t / job.page_tokens] as usize * job.page_stride
-                + job.offset
-                + t % job.page_tokens * job.width;
-            &job.cache[start..][..job.width]
-        };
         for h in 0..job.heads {
             let q = &job.q[(r * job.heads + h) * job.width..][..job.width];
-            let scores: Vec<f32> = (0..row.visible)
-                .map(|t| dot(job.width, |i| q[i], |i| key(t)[i]) * job.scale)
-                .collect();
-            let p = softmax(&scores);
-            out.extend((0..job.value_width).map(|d| {
-                p.iter()
-                    .enumerate()
-                    .fold(0.0, |acc, (t, &p)| p.mul_add(key(t)[d], acc))
-            }));
+            let state_of = |from: usize| {
+                let (mut m, mut l, mut o) = (f32::NEG_INFINITY, 0.0, vec![0.0; job.value_width]);
+                let end = row.visible.min(from + 512);
+                for from in (from..end).step_by(64) {
+                    let scores: Vec<f32> = (from..end.min(from + 64))
+                        .map(|t| dot(job.width, |i| q[i], |i| key(t)[i]) * job.scale)
+                        .collect();
+                    let next = max(&scores).max(m);
+                    let a = exp(m - next);
+                    let weights: Vec<f32> = scores.iter().map(|s| exp(s - next)).collect();
+                    let mut lanes = [0f32; 16];
+                    for (i, w) in weights.iter().enumerate() {
+                        lanes[i % 16] += w;
+                    }
+                    l = f32::mul_add(l, a, tree(lanes));
+                    for (d, o) in o.iter_mut().enumerate() {
+                        let chain = |acc, (i, w): (usize, &f32)| w.mul_add(key(from + i)[d], acc);
+                        *o = weights.iter().enumerate().fold(*o * a, chain);
+                    }
+                    m = next;
+                }
+                (m, l, o)
+            };
+            if row.visible == 0 {
+                out.extend(vec![0.0; job.value_width]);
+                continue;
+            }
+            let (mut m, mut l, mut o) = state_of(0);
+            for from in (512..row.visible).step_by(512) {
+                let (m2, l2, o2) = state_of(from);
+                let next = m.max(m2);
+                let (a, b) = (exp(m - next), exp(m2 - next));
+                for (o, o2) in o.iter_mut().zip(o2) {
+                    *o = o2.mul_add(b, *o * a);
+                }
+                l = l2.mul_add(b, l * a);
+                m = next;
+            }
+            out.extend(o.iter().map(|o| o * (1.0 / l)));
         }
     }
     out

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use guild_model::cache::{LatentCache, SeqRows};
+use guild_model::cache::{Format, LatentCache, SeqRows};
 use guild_model::checkpoint::Dtype;
 use guild_model::expert::Expert;
 use guild_model::gate::Routes;
@@ -57,7 +57,7 @@ impl Oracle {
     /// A cache for the main model and, if there is one, the MTP layer.
     pub fn cache(&self, pages: usize, page_tokens: usize) -> LatentCache {
         let layers = self.trunk.layers().len() + usize::from(self.trunk.mtp().is_some());
-        LatentCache::new(self.trunk.config(), layers, pages, page_tokens)
+        LatentCache::new(self.trunk.config(), layers, pages, page_tokens, Format::F32)
     }
 
     /// One batch of pieces of sequences through the main model.

@@ -61,10 +61,15 @@ impl Membership {
                 ours: self.settings.model_digest.clone(),
             });
         }
-        let other = self
-            .nodes
-            .values()
-            .find(|node| node.name != new.name && node.numerics_class != new.numerics_class);
+        let differs = |node: &&Node| {
+            let same = if node.role == new.role {
+                node.numerics_class == new.numerics_class
+            } else {
+                of_every_role(&node.numerics_class) == of_every_role(&new.numerics_class)
+            };
+            node.name != new.name && !same
+        };
+        let other = self.nodes.values().find(differs);
         if let Some(other) = other {
             return Err(Refused::Numerics {
                 name: new.name.clone(),
@@ -75,6 +80,16 @@ impl Membership {
         }
         Ok(())
     }
+}
+
+/// Stands in a numerics class before what only nodes with a cache must agree on: the cache's own format.
+pub const NUMERICS_OF_CACHE: &str = "+kv-";
+
+/// The part of a numerics class that nodes of different roles must share.
+fn of_every_role(class: &str) -> &str {
+    class
+        .split_once(NUMERICS_OF_CACHE)
+        .map_or(class, |(shared, _)| shared)
 }
 
 /// A measured speed in steps of a quarter octave; it stays at the last one
