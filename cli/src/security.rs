@@ -1,12 +1,13 @@
 //! From flags to certificates and keys, and what may be open without them.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use guild_node::channel::Dialer;
 use guild_node::keys::ApiKeys;
 use guild_node::tls::{FrontTls, Role, Roots, Tls, TlsFiles};
 
-use crate::args::{Access, DoorArgs, NodeTls};
+use crate::args::{Access, DoorArgs, Leader, NodeTls};
 use crate::failure::Failure;
 
 /// What a listener is protected by, as far as leaving loopback is concerned.
@@ -21,26 +22,67 @@ pub(crate) enum Protection {
 impl Protection {
     /// For listeners of this process alone.
     pub(crate) const LOOPBACK: Protection = Protection::Lacks("a reason to be");
+}
 
-    /// Of a port for nodes.
-    pub(crate) fn of_nodes(tls: Option<&Tls>, insecure: bool) -> Protection {
-        if tls.is_some() || insecure {
-            Protection::Enough
-        } else {
-            Protection::Lacks("--tls-cert, --tls-key and --tls-ca (`guild certs` makes the files)")
-        }
+/// The certificate of a node of `role`, which may have a name. None: the operator wants the inside
+/// of the cluster in plaintext.
+///
+/// # Errors
+/// It has none and may not go without; or as [`tls_of`].
+pub(crate) fn node_tls(
+    args: &NodeTls,
+    role: Role,
+    name: Option<&str>,
+    insecure: bool,
+) -> Result<Option<Tls>, Failure> {
+    match tls_of(args, role, name)? {
+        None if !insecure => Err(uncertified(&format!("a node of the role `{role}`"))),
+        tls => Ok(tls),
     }
+}
+
+/// The certificate of somebody who asks the coordinators at `urls`. None: they are asked in
+/// plaintext, as those of a `guild up` on this machine are, or because the operator says so.
+///
+/// # Errors
+/// They are on other machines, and there is no certificate to show; or as [`tls_of`].
+pub(crate) fn asking_tls(args: &Leader, urls: &[&str]) -> Result<Option<Tls>, Failure> {
+    let open = |role| tls_of(&args.tls, role, None);
+    // A node's own will do for looking, where no other is at hand.
+    let tls = open(Role::Operator).or_else(|failure| {
+        let node = open(Role::Attention).or_else(|_| open(Role::Expert));
+        node.map_err(|_| failure)
+    })?;
+    let elsewhere = urls.iter().find(|url| !is_loopback(url));
+    match (tls, elsewhere) {
+        (None, Some(url)) if !args.insecure => Err(uncertified(&format!("asking {url}"))),
+        (tls, _) => Ok(tls),
+    }
+}
+
+/// Whether a URL leads to this machine, without looking names up.
+fn is_loopback(url: &str) -> bool {
+    let address = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let address = address.trim_end_matches('/');
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let ip = host.parse::<IpAddr>();
+    host == "localhost" || ip.is_ok_and(|ip| ip.is_loopback())
+}
+
+fn uncertified(who: &str) -> Failure {
+    Failure::usage(format!(
+        "{who} needs a certificate: give --tls-dir DIR, or --tls-cert, --tls-key and --tls-ca"
+    ))
+    .hint("`guild certs --out DIR` makes a CA and one for each role")
+    .hint("--insecure leaves the inside of the cluster in plaintext, open to all who reach it")
 }
 
 /// The certificate of a process of `role`, which may have a name, if it was given one.
 ///
 /// # Errors
 /// Some of the three files are given and others are not, or they are of no use.
-pub(crate) fn node_tls(
-    args: &NodeTls,
-    role: Role,
-    name: Option<&str>,
-) -> Result<Option<Tls>, Failure> {
+fn tls_of(args: &NodeTls, role: Role, name: Option<&str>) -> Result<Option<Tls>, Failure> {
     let folder = args.tls_dir.as_deref();
     let inside = folder.map(|folder| in_folder(folder, role, name));
     let file =
@@ -157,5 +199,32 @@ pub(crate) fn dialer(access: &Access, endpoint: &str) -> Result<Dialer, Failure>
             "--endpoint: {endpoint} needs --tls-ca FILE, the CA to trust"
         ))),
         (None, _) => Ok(Dialer::Plain),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_loopback;
+
+    #[test]
+    fn only_addresses_of_this_machine_are_loopback() {
+        for here in [
+            "http://127.0.0.1:7000",
+            "127.8.9.1:7000",
+            "https://localhost:7000/",
+            "http://[::1]:7000",
+        ] {
+            assert!(is_loopback(here), "{here}");
+        }
+        for elsewhere in [
+            "http://10.0.0.1:7000",
+            "coordinator:7000",
+            "http://localhost.example:7000",
+            "http://0.0.0.0:7000",
+            "[2001:db8::1]:7000",
+            "127.0.0.1.example:7000",
+        ] {
+            assert!(!is_loopback(elsewhere), "{elsewhere}");
+        }
     }
 }

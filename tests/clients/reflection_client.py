@@ -1,8 +1,10 @@
 """A generic gRPC client: it knows an address and learns everything else by reflection.
 
-Usage: reflection_client.py ADDRESS VOCAB SERVICE... Calls guild.inference.v1 where it is among the services, checks health everywhere.
+Usage: reflection_client.py ADDRESS VOCAB CERTS/ROLE|- SERVICE... With a path it is mutual TLS, by ROLE.pem and ROLE.key there and
+ca.pem beside them. Calls guild.inference.v1 where it is among the services, checks health everywhere.
 """
 
+import pathlib
 import sys
 
 import grpc
@@ -10,8 +12,13 @@ from google.protobuf import descriptor_pool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-address, vocab, *expected = sys.argv[1:]
-channel = grpc.insecure_channel(address)
+address, vocab, certificate, *expected = sys.argv[1:]
+if certificate == "-":
+    channel = grpc.insecure_channel(address)
+else:
+    stem = pathlib.Path(certificate)
+    ca, key, cert = (p.read_bytes() for p in (stem.with_name("ca.pem"), stem.with_suffix(".key"), stem.with_suffix(".pem")))
+    channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert))
 database = ProtoReflectionDescriptorDatabase(channel)
 services = set(database.get_services())
 missing = set(expected) - services

@@ -197,6 +197,7 @@ impl Cluster {
             &interval,
             "--rebalance-budget",
             BUDGET,
+            "--insecure",
         ])];
         let node = |role: &str, name: &str| {
             Guild::start(&[
@@ -209,6 +210,7 @@ impl Cluster {
                 name,
                 "--threads",
                 "1",
+                "--insecure",
             ])
         };
         for i in 0..NODES {
@@ -223,6 +225,7 @@ impl Cluster {
             http,
             grpc: format!("http://{grpc}"),
             processes,
+            certs: None,
         };
         cluster.wait_ready(Duration::from_secs(60));
         Cluster {

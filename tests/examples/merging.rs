@@ -15,11 +15,12 @@ use guild_expert_node::ExpertNodeConfig;
 use guild_expert_node::merge::{MERGE_FROM_BYTES, Merging};
 use guild_model::{Checkpoint, Cpu};
 use guild_node::Shutdown;
+use guild_node::tls::Role;
 use guild_proto::inference::v1::SamplingParams;
 use guild_proto::inference::v1::generate_response::Event;
 use guild_proto::inference::v1::inference_client::InferenceClient;
 use guild_tests::client::request;
-use guild_tests::process::{Cluster, Guild, free_port};
+use guild_tests::house::{House, Plan};
 use tokio::net::TcpListener;
 use tonic::transport::Channel;
 
@@ -107,52 +108,28 @@ async fn main() {
     );
     println!("|---|---|---|---|---|---|");
     for attention in ATTENTION {
-        let address = || format!("127.0.0.1:{}", free_port());
-        let (at, http, grpc) = (address(), address(), address());
-        let url = format!("http://{at}");
-        let mut processes = vec![Guild::start(&[
-            "coordinator",
-            "--model",
-            &model,
-            "--listen",
-            &at,
-            "--http",
-            &http,
-            "--grpc",
-            &grpc,
-            "--rebalance",
-            "off",
-        ])];
-        for i in 0..attention {
-            processes.push(Guild::start(&[
-                "attention-node",
-                "--model",
-                &model,
-                "--coordinator",
-                &url,
-                "--name",
-                &format!("attention-{i}"),
-            ]));
-        }
+        let flags = |flags: &[&str]| flags.iter().map(|&flag| flag.to_owned()).collect();
+        let plan = Plan {
+            model: Path::new(&model).to_owned(),
+            attention,
+            experts: 0,
+            replicas: 1,
+            coordinator_flags: flags(&["--rebalance", "off"]),
+            node_flags: Vec::new(),
+            ..Plan::default()
+        };
+        let house = House::begin(plan, |_| None);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let here = listener.local_addr().unwrap().to_string();
-        let mut config = ExpertNodeConfig::new(checkpoint.clone(), "expert-0", here, &url);
+        let mut config = ExpertNodeConfig::new(checkpoint.clone(), "expert-0", here, &house.urls);
+        config.tls = house.certs.as_ref().map(|certs| certs.tls(Role::Expert));
         config.drain = Duration::ZERO;
         let merging = config.merging.clone();
         let shutdown = Shutdown::new();
         let node = guild_expert_node::run(config, listener, Cpu::new(0), None, shutdown.clone());
         let node = tokio::spawn(node);
-        let door = format!("http://{grpc}");
-        let mut cluster = Cluster {
-            http,
-            grpc: door.clone(),
-            processes,
-        };
-        let cluster = tokio::task::spawn_blocking(move || {
-            cluster.wait_ready(Duration::from_secs(120));
-            cluster
-        });
-        let cluster = cluster.await.unwrap();
+        house.ready_with("ready", |_| true).await;
+        let door = house.grpc().to_owned();
         let mut runs = [Vec::new(), Vec::new()];
         let mut expected = None;
         for round in 0..=rounds {
@@ -174,7 +151,7 @@ async fn main() {
             median(off.iter().map(|run| run.together)),
             median(on.iter().map(|run| run.together)),
         );
-        drop(cluster);
+        drop(house);
         shutdown.trigger();
         // Its coordinator has gone: how it ends does not matter.
         let _ = tokio::time::timeout(Duration::from_secs(10), node).await;

@@ -3,11 +3,12 @@
 use futures::future::join_all;
 use guild_proto::inference::v1::generate_request::Input;
 use guild_proto::inference::v1::generate_response::Event;
-use guild_proto::inference::v1::inference_client::InferenceClient;
 use guild_proto::inference::v1::{
     FinishReason, GenerateRequest, SamplingParams, TokenIds, TokenLogprobs,
 };
 use tonic::Status;
+
+use crate::certs::Door;
 
 /// A whole answer. Floats are kept as bits: equality here is bit equality.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,10 +77,8 @@ pub fn greedy(max_tokens: u32, top: u32) -> SamplingParams {
 ///
 /// # Errors
 /// The server's status.
-pub async fn generate(endpoint: &str, request: GenerateRequest) -> Result<Answer, Status> {
-    let mut client = InferenceClient::connect(endpoint.to_owned())
-        .await
-        .map_err(|e| Status::unavailable(e.to_string()))?;
+pub async fn generate(door: impl Into<Door>, request: GenerateRequest) -> Result<Answer, Status> {
+    let mut client = door.into().inference().await?;
     let mut stream = client.generate(request).await?.into_inner();
     let mut answer = Answer {
         token_ids: vec![],
@@ -112,8 +111,9 @@ pub async fn generate(endpoint: &str, request: GenerateRequest) -> Result<Answer
 }
 
 /// Sends all requests at once.
-pub async fn generate_all(endpoint: &str, requests: &[GenerateRequest]) -> Vec<Answer> {
-    join_all(requests.iter().map(|r| generate(endpoint, r.clone())))
+pub async fn generate_all(door: impl Into<Door>, requests: &[GenerateRequest]) -> Vec<Answer> {
+    let door = door.into();
+    join_all(requests.iter().map(|r| generate(&door, r.clone())))
         .await
         .into_iter()
         .map(Result::unwrap)
@@ -121,10 +121,11 @@ pub async fn generate_all(endpoint: &str, requests: &[GenerateRequest]) -> Vec<A
 }
 
 /// Sends the requests one after the other, each alone in the cluster.
-pub async fn generate_each(endpoint: &str, requests: &[GenerateRequest]) -> Vec<Answer> {
+pub async fn generate_each(door: impl Into<Door>, requests: &[GenerateRequest]) -> Vec<Answer> {
+    let door = door.into();
     let mut answers = Vec::with_capacity(requests.len());
     for request in requests {
-        answers.push(generate(endpoint, request.clone()).await.unwrap());
+        answers.push(generate(&door, request.clone()).await.unwrap());
     }
     answers
 }

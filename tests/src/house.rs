@@ -1,66 +1,62 @@
-//! A cluster of real processes that can be killed, silenced and started again one by one, the work
-//! it is given, and the line of JSON that each case leaves behind.
+//! A cluster of real processes that can be killed, silenced and started again one by one. Inside
+//! it everything is mutual TLS, unless its [`Plan`] says otherwise.
 //!
-//! Its secret is how a [`Plan`] becomes command lines, addresses and environments.
+//! Its secret is how a plan becomes command lines, addresses, certificates and environments.
 
-use std::fs::OpenOptions;
-use std::io::Write as _;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::process::ExitStatus;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use guild_node::tls;
 use guild_proto::cluster::v1::cluster_client::ClusterClient;
 use guild_proto::cluster::v1::{Role, StatusRequest, StatusResponse};
-use guild_proto::inference::v1::GenerateRequest;
-use serde_json::{Value, json};
+use tonic::transport::Channel;
 
-use crate::client::{Answer, generate_each};
+use crate::certs::{Certs, Door};
 use crate::http;
-use crate::load::{Load, STREAMS, Seen};
-use crate::process::{Cluster, Guild, START_LIMIT, Shape, demo, free_port};
+use crate::process::{Guild, LOOPBACK, START_LIMIT, demo, free_port};
 use crate::proxy::Proxy;
 
 /// Lease of nodes, in seconds.
 pub const LEASE: &str = "1.5";
 /// Longer than a lease, and than what follows from its end.
 pub const PAST_THE_LEASE: Duration = Duration::from_secs(3);
-/// Names the extent: `short` and `long` hold the stall limits, `long` also asks for every
-/// combination and for outages of their full length. Unset, as in the ordinary tests, it is the
-/// short extent without the limits, because the machine may be busy with other things.
-pub const EXTENT: &str = "GUILD_CHAOS";
-/// File that every line is appended to.
-pub const REPORT: &str = "GUILD_CHAOS_REPORT";
-/// What a busy machine may do to a stream of the ordinary tests.
-const BUSY: Duration = Duration::from_secs(10);
 /// How long readiness may take to show, in polls of this pause.
 const POLL: Duration = Duration::from_millis(20);
-
-/// Whether every combination is asked for.
-pub fn long() -> bool {
-    std::env::var(EXTENT).is_ok_and(|extent| extent == "long")
-}
 
 /// What a cluster is made of.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    /// The checkpoint.
+    pub model: PathBuf,
     /// Coordinators; more than one need a store.
     pub coordinators: usize,
     /// `--store`; None: in memory.
     pub store: Option<String>,
     /// Attention nodes.
     pub attention: usize,
+    /// Whether each of them holds experts, too; then there are no expert nodes besides.
+    pub together: bool,
     /// Expert nodes.
     pub experts: usize,
     /// Homes of every expert.
     pub replicas: usize,
     /// Of nodes, in seconds.
     pub lease: &'static str,
-    /// Before so many of the expert nodes there is a proxy.
+    /// Before so many of the ports for rows there is a proxy.
     pub proxies: usize,
+    /// Whether the inside is mutual TLS. What has to be seen or spoiled on the wire needs
+    /// plaintext.
+    pub tls: bool,
     /// Where everything listens: the address without the port.
     pub host: String,
     /// Further flags of every coordinator.
     pub coordinator_flags: Vec<String>,
+    /// Further flags of every node.
+    pub node_flags: Vec<String>,
+    /// Further flags of every attention node.
+    pub attention_flags: Vec<String>,
     /// Further environment of every process.
     pub environment: Vec<(String, String)>,
 }
@@ -68,16 +64,31 @@ pub struct Plan {
 impl Default for Plan {
     fn default() -> Plan {
         Plan {
+            model: demo(),
             coordinators: 1,
             store: None,
             attention: 1,
+            together: false,
             experts: 3,
             replicas: 2,
             lease: LEASE,
             proxies: 0,
-            host: "127.0.0.1".to_owned(),
+            tls: true,
+            host: LOOPBACK.to_owned(),
             coordinator_flags: Vec::new(),
+            node_flags: strings(&["--threads", "1"]),
+            attention_flags: Vec::new(),
             environment: Vec::new(),
+        }
+    }
+}
+
+impl Plan {
+    /// Processes that hold experts.
+    fn holders(&self) -> usize {
+        match self.together {
+            true => self.attention,
+            false => self.experts,
         }
     }
 }
@@ -124,6 +135,11 @@ impl Node {
         &mut self.process
     }
 
+    /// The process alone.
+    pub fn into_process(self) -> Guild {
+        self.process
+    }
+
     /// All that it has printed since it was last started.
     pub fn output(&self) -> String {
         self.process.output()
@@ -160,14 +176,15 @@ impl Node {
     }
 }
 
-/// A coordinator and its front doors.
+/// A coordinator and its doors.
 pub struct Coordinator {
     /// The process.
     pub node: Node,
-    /// `host:port` of the OpenAI-shaped door.
+    /// `host:port` of the OpenAI-shaped front door.
     pub http: String,
-    /// URL of the gRPC door.
+    /// URL of the gRPC front door.
     pub grpc: String,
+    certs: Option<Certs>,
 }
 
 impl Coordinator {
@@ -176,11 +193,21 @@ impl Coordinator {
         http::get(&self.http, "/health").is_ok_and(|answer| answer.status == 200)
     }
 
+    /// Where nodes join it, for somebody of a role.
+    pub fn door(&self, knocking: tls::Role) -> Door {
+        let (at, certs) = (&self.node.address, self.certs.as_ref());
+        Door::of(at, certs, knocking, tls::Role::COORDINATING)
+    }
+
+    /// A client of the cluster's service; None: nobody answers.
+    pub async fn client(&self, knocking: tls::Role) -> Option<ClusterClient<Channel>> {
+        self.door(knocking).cluster().await.ok()
+    }
+
     /// What it knows; None: no answer.
     pub async fn status(&self) -> Option<StatusResponse> {
-        let url = format!("http://{}", self.node.address);
         let asked = async {
-            let mut client = ClusterClient::connect(url).await.ok()?;
+            let mut client = self.client(tls::Role::Operator).await?;
             client.status(StatusRequest {}).await.ok()
         };
         let answer = tokio::time::timeout(Duration::from_secs(2), asked).await;
@@ -192,16 +219,18 @@ impl Coordinator {
 pub struct House {
     /// What it was made from.
     pub plan: Plan,
-    /// The front doors.
+    /// Of its inside; None: plaintext.
+    pub certs: Option<Certs>,
+    /// The coordinators, with the front doors.
     pub coordinators: Vec<Coordinator>,
     /// The attention nodes.
     pub attention: Vec<Node>,
-    /// The expert nodes.
+    /// The expert nodes that are processes of their own.
     pub experts: Vec<Node>,
-    /// Before the first expert nodes.
+    /// Before the first ports for rows.
     pub proxies: Vec<Proxy>,
-    /// Of all coordinators.
-    urls: String,
+    /// Where nodes find the coordinators.
+    pub urls: String,
 }
 
 impl House {
@@ -215,54 +244,159 @@ impl House {
     /// Starts everything. `namespace` gives (network namespace, address in it) of an expert node,
     /// if it has one of its own.
     pub fn begin(plan: Plan, namespace: impl Fn(usize) -> Option<(String, String)>) -> House {
+        let spaces: Vec<_> = (0..plan.experts).map(namespace).collect();
+        let certs = plan.tls.then(|| {
+            let inside = spaces.iter().flatten().map(|(_, host)| host.as_str());
+            let hosts: BTreeSet<&str> = inside.chain([LOOPBACK, &plan.host]).collect();
+            let hosts: Vec<&str> = hosts.into_iter().collect();
+            Certs::new(&["--hosts", &hosts.join(",")])
+        });
         let address = || format!("{}:{}", plan.host, free_port());
         let doors: Vec<[String; 3]> = (0..plan.coordinators)
             .map(|_| [(); 3].map(|()| address()))
             .collect();
+        let scheme = if plan.tls { "https" } else { "http" };
         let urls: Vec<String> = doors
             .iter()
-            .map(|[at, ..]| format!("http://{at}"))
+            .map(|[at, ..]| format!("{scheme}://{at}"))
             .collect();
-        let urls = urls.join(",");
-        let mut experts = Vec::new();
-        let mut proxies = Vec::new();
-        for at in 0..plan.experts {
-            let space = namespace(at);
-            let listen = match &space {
-                Some((_, host)) => format!("{host}:{}", free_port()),
-                None => address(),
-            };
-            let proxy = (at < plan.proxies).then(|| Proxy::to(listen.clone()));
-            let public = proxy.as_ref().map_or(listen.as_str(), Proxy::address);
-            let name = format!("expert-{at}");
-            let args = node_args("expert-node", &urls, &name, &listen, public);
-            let space = space.map(|(space, _)| space);
-            let environment = plan.environment.clone();
-            experts.push(Node::start(name, listen, args, environment, space));
-            proxies.extend(proxy);
-        }
-        let attention = (0..plan.attention).map(|at| {
-            let (name, listen) = (format!("attention-{at}"), address());
-            let args = node_args("attention-node", &urls, &name, &listen, &listen);
-            Node::start(name, listen, args, plan.environment.clone(), None)
-        });
-        let attention = attention.collect();
-        let coordinators = doors.into_iter().enumerate();
-        let coordinators = coordinators.map(|(at, doors)| coordinator(&plan, at, doors));
-        House {
-            coordinators: coordinators.collect(),
-            attention,
-            experts,
-            proxies,
-            urls,
+        let mut house = House {
+            certs,
+            coordinators: Vec::new(),
+            attention: Vec::new(),
+            experts: Vec::new(),
+            proxies: Vec::new(),
+            urls: urls.join(","),
             plan,
+        };
+        // Members first: the order must not matter.
+        for (at, space) in spaces.into_iter().enumerate() {
+            house.start_expert(at, space);
         }
+        for at in 0..house.plan.attention {
+            house.start_attention(at);
+        }
+        for (at, doors) in doors.into_iter().enumerate() {
+            house.start_coordinator(at, doors);
+        }
+        house
+    }
+
+    fn start_expert(&mut self, at: usize, space: Option<(String, String)>) {
+        let (space, host) = space.map_or((None, None), |(space, host)| (Some(space), Some(host)));
+        let host = host.as_ref().unwrap_or(&self.plan.host);
+        let listen = format!("{host}:{}", free_port());
+        let public = self.public(at, &listen);
+        let name = format!("expert-{at}");
+        let args = self.node("expert-node", &name, &listen, &public);
+        let environment = self.plan.environment.clone();
+        let node = Node::start(name, listen, args, environment, space);
+        self.experts.push(node);
+    }
+
+    fn start_attention(&mut self, at: usize) {
+        let address = || format!("{}:{}", self.plan.host, free_port());
+        let (name, listen, rows) = (format!("attention-{at}"), address(), address());
+        let mut args = self.node("attention-node", &name, &listen, &listen);
+        args.extend(self.plan.attention_flags.clone());
+        if self.plan.together {
+            let (public, domain) = (self.public(at, &rows), format!("host-{at}"));
+            args.extend(strings(&[
+                "--experts",
+                "--expert-listen",
+                &rows,
+                "--expert-advertise",
+                &public,
+                "--failure-domain",
+                &domain,
+            ]));
+        }
+        let environment = self.plan.environment.clone();
+        let node = Node::start(name, listen, args, environment, None);
+        self.attention.push(node);
+    }
+
+    fn start_coordinator(&mut self, at: usize, [cluster, http, grpc]: [String; 3]) {
+        let plan = &self.plan;
+        let (least, replicas) = (plan.holders().max(1).to_string(), plan.replicas.to_string());
+        let mut args = strings(&[
+            "coordinator",
+            "--model",
+            plan.model.to_str().unwrap(),
+            "--listen",
+            &cluster,
+            "--http",
+            &http,
+            "--grpc",
+            &grpc,
+            "--min-expert-nodes",
+            &least,
+            "--replicas",
+            &replicas,
+            "--lease",
+            plan.lease,
+        ]);
+        args.extend(self.protection());
+        if plan.tls && plan.host != LOOPBACK {
+            // The front doors are without TLS and keys.
+            args.push("--insecure".to_owned());
+        }
+        if let Some(store) = &plan.store {
+            args.extend(strings(&["--store", store]));
+        }
+        args.extend(plan.coordinator_flags.clone());
+        let environment = plan.environment.clone();
+        let name = format!("coordinator-{at}");
+        self.coordinators.push(Coordinator {
+            node: Node::start(name, cluster, args, environment, None),
+            http,
+            grpc: format!("http://{grpc}"),
+            certs: self.certs.clone(),
+        });
+    }
+
+    /// Flags of the inside, of roles and of `guild experts`.
+    pub fn protection(&self) -> Vec<String> {
+        match &self.certs {
+            Some(certs) => strings(&["--tls-dir", certs.folder()]),
+            None => strings(&["--insecure"]),
+        }
+    }
+
+    /// Where others reach the port for rows number `at`: through a proxy, if it has one.
+    fn public(&mut self, at: usize, listen: &str) -> String {
+        if at >= self.plan.proxies {
+            return listen.to_owned();
+        }
+        let proxy = Proxy::to(listen.to_owned());
+        let public = proxy.address().to_owned();
+        self.proxies.push(proxy);
+        public
+    }
+
+    fn node(&self, role: &str, name: &str, listen: &str, public: &str) -> Vec<String> {
+        let mut args = strings(&[
+            role,
+            "--model",
+            self.plan.model.to_str().unwrap(),
+            "--coordinator",
+            &self.urls,
+            "--name",
+            name,
+            "--listen",
+            listen,
+            "--advertise",
+            public,
+        ]);
+        args.extend(self.protection());
+        args.extend(self.plan.node_flags.clone());
+        args
     }
 
     /// One more expert node.
     pub fn add_expert(&mut self, name: String, environment: Vec<(String, String)>) {
         let listen = format!("{}:{}", self.plan.host, free_port());
-        let args = node_args("expert-node", &self.urls, &name, &listen, &listen);
+        let args = self.node("expert-node", &name, &listen, &listen);
         let node = Node::start(name, listen, args, environment, None);
         self.experts.push(node);
     }
@@ -272,17 +406,32 @@ impl House {
         &self.coordinators[0].grpc
     }
 
-    /// URLs of all gRPC front doors.
-    pub fn doors(&self) -> Vec<String> {
-        self.coordinators.iter().map(|c| c.grpc.clone()).collect()
+    /// All gRPC front doors.
+    pub fn doors(&self) -> Vec<Door> {
+        let doors = self.coordinators.iter();
+        doors.map(|c| Door::from(&c.grpc)).collect()
     }
 
-    /// URLs of the attention nodes' own ports.
-    pub fn direct(&self) -> Vec<String> {
+    /// The attention nodes' own ports, as for a coordinator.
+    pub fn direct(&self) -> Vec<Door> {
+        let (certs, knocking) = (self.certs.as_ref(), tls::Role::Coordinator);
         let attention = self.attention.iter();
         attention
-            .map(|node| format!("http://{}", node.address))
+            .map(|node| Door::of(&node.address, certs, knocking, tls::Role::ATTENDING))
             .collect()
+    }
+
+    /// All of them, coordinators first, then attention nodes, then expert nodes.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        let coordinators = self.coordinators.iter().map(|c| &c.node);
+        coordinators.chain(&self.attention).chain(&self.experts)
+    }
+
+    /// What all of them have printed.
+    pub fn logs(&self) -> String {
+        let logs = self.nodes();
+        let logs = logs.map(|node| format!("== {}\n{}", node.name, node.output()));
+        logs.collect::<Vec<_>>().join("\n")
     }
 
     /// What the first coordinator that answers knows.
@@ -315,13 +464,8 @@ impl House {
             if epochs.len() == self.coordinators.len() {
                 return epochs.into_iter().max().unwrap_or_default();
             }
-            let logs = || {
-                let coordinators = self.coordinators.iter().map(|c| &c.node);
-                let nodes = coordinators.chain(&self.attention).chain(&self.experts);
-                let logs = nodes.map(|node| format!("== {}\n{}", node.name, node.output()));
-                logs.collect::<Vec<_>>().join("\n")
-            };
-            assert!(Instant::now() < end, "not {what}: {last:?}\n{}", logs());
+            let late = Instant::now() >= end;
+            assert!(!late, "not {what}: {last:?}\n{}", self.logs());
             tokio::time::sleep(POLL).await;
         }
     }
@@ -329,11 +473,15 @@ impl House {
     /// Waits until every process is a member and has the newest placement, and every expert has
     /// all its homes.
     pub async fn all_ready(&self) -> u64 {
-        let (attention, experts) = (self.attention.len(), self.experts.len());
+        let attention = self.attention.len();
+        let holders = match self.plan.together {
+            true => attention,
+            false => self.experts.len(),
+        };
         self.ready_with("all ready", |status| {
             let has = |role| ready(status, role);
             let whole = status.replicas >= status.replicas_wanted;
-            whole && has(Role::Attention) == attention && has(Role::Expert) == experts
+            whole && has(Role::Attention) == attention && has(Role::Expert) == holders
         })
         .await
     }
@@ -355,161 +503,6 @@ pub fn ready(status: &StatusResponse, role: Role) -> usize {
     ready.count()
 }
 
-fn coordinator(plan: &Plan, at: usize, [cluster, http, grpc]: [String; 3]) -> Coordinator {
-    let (experts, replicas) = (plan.experts.to_string(), plan.replicas.to_string());
-    let model = demo();
-    let mut args = strings(&[
-        "coordinator",
-        "--model",
-        model.to_str().unwrap(),
-        "--listen",
-        &cluster,
-        "--http",
-        &http,
-        "--grpc",
-        &grpc,
-        "--min-expert-nodes",
-        &experts,
-        "--replicas",
-        &replicas,
-        "--lease",
-        plan.lease,
-        "--insecure",
-    ]);
-    if let Some(store) = &plan.store {
-        args.extend(strings(&["--store", store]));
-    }
-    args.extend(plan.coordinator_flags.clone());
-    let name = format!("coordinator-{at}");
-    Coordinator {
-        node: Node::start(name, cluster, args, plan.environment.clone(), None),
-        http,
-        grpc: format!("http://{grpc}"),
-    }
-}
-
-fn node_args(role: &str, urls: &str, name: &str, listen: &str, public: &str) -> Vec<String> {
-    let model = demo();
-    strings(&[
-        role,
-        "--model",
-        model.to_str().unwrap(),
-        "--coordinator",
-        urls,
-        "--name",
-        name,
-        "--listen",
-        listen,
-        "--advertise",
-        public,
-        "--threads",
-        "1",
-        "--insecure",
-    ])
-}
-
 fn strings(args: &[&str]) -> Vec<String> {
     args.iter().map(|&arg| arg.to_owned()).collect()
-}
-
-/// Requests, and what each gives in a cluster of one process where nothing happens.
-pub struct Work {
-    requests: Arc<Vec<GenerateRequest>>,
-    want: Arc<Vec<Answer>>,
-}
-
-impl Work {
-    /// Runs the requests one after the other by themselves.
-    pub async fn of(requests: Vec<GenerateRequest>) -> Work {
-        let cluster = Cluster::start(Shape::Local, &demo(), 1, 1, &["--threads", "1"]);
-        let want = without_text(generate_each(&cluster.grpc, &requests).await);
-        Work {
-            requests: Arc::new(requests),
-            want: Arc::new(want),
-        }
-    }
-
-    /// Keeps streams running at one door.
-    pub fn load(&self, endpoint: &str) -> Load {
-        self.load_at(&[endpoint.to_owned()])
-    }
-
-    /// The same for clients that know several doors and turn to the next when one is shut.
-    pub fn load_at(&self, endpoints: &[String]) -> Load {
-        Load::start(endpoints, &self.requests, &self.want)
-    }
-
-    /// Every request once more, in a quiet cluster: none may fail now.
-    pub async fn again(&self, endpoint: &str) {
-        let answers = without_text(generate_each(endpoint, &self.requests).await);
-        assert_eq!(*self.want, answers, "afterwards");
-    }
-}
-
-/// Attention nodes know no text.
-fn without_text(mut answers: Vec<Answer>) -> Vec<Answer> {
-    for answer in &mut answers {
-        answer.text.clear();
-    }
-    answers
-}
-
-/// Prints the line of a case, and appends it to the file that [`REPORT`] names.
-#[allow(clippy::print_stdout)]
-pub fn line(line: &Value) {
-    println!("{line}");
-    if let Some(path) = std::env::var_os(REPORT) {
-        let mut file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .unwrap();
-        file.write_all(format!("{line}\n").as_bytes()).unwrap();
-    }
-}
-
-/// The line of a case under load; `more` is what else there is to say. A token that differs has
-/// ended the load with a panic before.
-pub fn report(case: &str, seen: &Seen, more: Value) {
-    let mut all = json!({
-        "test": "chaos",
-        "case": case,
-        "whole": seen.whole,
-        "failed": seen.failed.len(),
-        "turned": seen.turned,
-        "wrong": 0,
-        "itl_p99_ms": ms(seen.p99()),
-        "longest_stall_ms": ms(seen.stall()),
-    });
-    let more = more.as_object().unwrap().clone();
-    all.as_object_mut().unwrap().extend(more);
-    line(&all);
-}
-
-/// Whole milliseconds.
-pub fn ms(duration: Duration) -> u64 {
-    duration.as_millis() as u64
-}
-
-/// Every request was answered, and there was some.
-pub fn assert_nothing_failed(seen: &Seen) {
-    assert!(seen.failed.is_empty(), "{:?}", seen.failed);
-    assert!(seen.whole >= STREAMS);
-}
-
-/// No stream stood still for longer than `bar` after the fault. What the machine did by itself
-/// before it, doubled, comes on top; see [`EXTENT`].
-pub fn assert_stall(seen: &Seen, fault: Instant, bar: Duration) {
-    let quiet = seen.stall_before(fault);
-    let limit = match std::env::var_os(EXTENT) {
-        Some(_) => bar + 2 * quiet,
-        None => bar.max(BUSY),
-    };
-    let stall = seen.stall_after(fault);
-    assert!(stall <= limit, "{stall:?} of {limit:?}; {quiet:?} before");
-}
-
-/// Passes the time.
-pub async fn seconds(n: u64) {
-    tokio::time::sleep(Duration::from_secs(n)).await;
 }

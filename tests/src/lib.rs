@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+pub mod certs;
 pub mod client;
 pub mod etcd;
 pub mod golden;
@@ -13,3 +14,4 @@ pub mod load;
 pub mod process;
 pub mod proxy;
 pub mod sim;
+pub mod work;

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use guild_proto::inference::v1::GenerateRequest;
 use guild_proto::inference::v1::generate_response::Event;
-use guild_proto::inference::v1::inference_client::InferenceClient;
 use tokio::task::JoinSet;
 use tonic::{Code, Status};
 
+use crate::certs::Door;
 use crate::client::Answer;
 
 /// Streams that run at the same time.
@@ -85,9 +85,9 @@ pub struct Load {
 
 impl Load {
     /// Begins; `want` has the answer to each of `requests`. A client whose door is shut turns to
-    /// the next of `endpoints`, once round.
+    /// the next of `doors`, once round.
     pub fn start(
-        endpoints: &[String],
+        doors: &[Door],
         requests: &Arc<Vec<GenerateRequest>>,
         want: &Arc<Vec<Answer>>,
     ) -> Load {
@@ -95,7 +95,7 @@ impl Load {
         let mut streams = JoinSet::new();
         for first in 0..STREAMS {
             let (requests, want) = (Arc::clone(requests), Arc::clone(want));
-            let (endpoints, stop) = (endpoints.to_vec(), Arc::clone(&stop));
+            let (doors, stop) = (doors.to_vec(), Arc::clone(&stop));
             streams.spawn(async move {
                 let mut seen = Seen::default();
                 let mut at = first;
@@ -103,18 +103,18 @@ impl Load {
                 while !stop.load(Ordering::SeqCst) {
                     let which = at % requests.len();
                     at += STREAMS + 1;
-                    let mut doors = endpoints.len();
+                    let mut left = doors.len();
                     loop {
-                        let endpoint = &endpoints[door % endpoints.len()];
+                        let opened = &doors[door % doors.len()];
                         let before = seen.gaps.len();
                         let following =
-                            follow(endpoint, &requests[which], &want[which], &mut seen.gaps);
+                            follow(opened, &requests[which], &want[which], &mut seen.gaps);
                         let followed = tokio::time::timeout(HANGS, following).await;
-                        doors -= 1;
+                        left -= 1;
                         match followed.expect("a stream hangs") {
                             Ok(()) => seen.whole += 1,
                             Err(status)
-                                if shut(&status) && seen.gaps.len() == before && doors > 0 =>
+                                if shut(&status) && seen.gaps.len() == before && left > 0 =>
                             {
                                 door += 1;
                                 seen.turned += 1;
@@ -152,14 +152,12 @@ fn shut(status: &Status) -> bool {
 
 /// One stream; panics at the first token or log-probability that is not the expected one.
 async fn follow(
-    endpoint: &str,
+    door: &Door,
     request: &GenerateRequest,
     want: &Answer,
     gaps: &mut Vec<Gap>,
 ) -> Result<(), Status> {
-    let mut client = InferenceClient::connect(endpoint.to_owned())
-        .await
-        .map_err(|error| Status::unavailable(error.to_string()))?;
+    let mut client = door.inference().await?;
     let mut last = Instant::now();
     let mut stream = client.generate(request.clone()).await?.into_inner();
     let mut tokens = 0;

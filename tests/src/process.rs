@@ -7,10 +7,15 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use crate::certs::Certs;
+use crate::house::{House, Node, Plan};
 use crate::http;
 
 /// How long a cluster may take from start to ready before the test gives up.
 pub const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// Where tests listen, unless they say otherwise.
+pub const LOOPBACK: &str = "127.0.0.1";
 
 /// Root of the repository.
 pub fn root() -> PathBuf {
@@ -53,7 +58,7 @@ pub fn guild_bin() -> &'static Path {
 
 /// A loopback port that was free a moment ago.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
+    TcpListener::bind((LOOPBACK, 0))
         .unwrap()
         .local_addr()
         .unwrap()
@@ -220,10 +225,13 @@ pub struct Cluster {
     pub grpc: String,
     /// Coordinator first, then attention nodes, then expert nodes; just one for `guild up`.
     pub processes: Vec<Guild>,
+    /// Of the inside; `guild up` has none.
+    pub certs: Option<Certs>,
 }
 
 impl Cluster {
-    /// Starts a cluster of `attention` x `expert` nodes and waits until it is ready.
+    /// Starts a cluster of `attention` x `expert` nodes and waits until it is ready; `extra` are
+    /// flags of the nodes.
     pub fn start(
         shape: Shape,
         model: &Path,
@@ -231,87 +239,69 @@ impl Cluster {
         expert: usize,
         extra: &[&str],
     ) -> Cluster {
-        let model = model.to_str().unwrap();
-        let (http, grpc) = (free_port(), free_port());
-        let (http, grpc) = (format!("127.0.0.1:{http}"), format!("127.0.0.1:{grpc}"));
-        let with_extra = |mut args: Vec<String>| {
-            args.extend(extra.iter().map(|s| s.to_string()));
-            Guild::start(&args)
-        };
-        let strings = |args: &[&str]| args.iter().map(|s| s.to_string()).collect::<Vec<_>>();
-        let mut processes = Vec::new();
-        if shape == Shape::Processes {
-            let cluster = format!("127.0.0.1:{}", free_port());
-            let url = format!("http://{cluster}");
-            // Members first: the starting order must not matter.
-            for i in 0..expert {
-                processes.push(with_extra(strings(&[
-                    "expert-node",
-                    "--model",
-                    model,
-                    "--coordinator",
-                    &url,
-                    "--listen",
-                    "127.0.0.1:0",
-                    "--name",
-                    &format!("expert-{i}"),
-                ])));
-            }
-            for i in 0..attention {
-                processes.push(with_extra(strings(&[
-                    "attention-node",
-                    "--model",
-                    model,
-                    "--coordinator",
-                    &url,
-                    "--listen",
-                    "127.0.0.1:0",
-                    "--name",
-                    &format!("attention-{i}"),
-                ])));
-            }
-            let mut coordinator = strings(&[
-                "coordinator",
-                "--model",
-                model,
-                "--listen",
-                &cluster,
-                "--http",
-                &http,
-                "--grpc",
-                &grpc,
-            ]);
-            coordinator.extend(["--min-expert-nodes".into(), expert.to_string()]);
-            processes.insert(0, Guild::start(&coordinator));
-        } else {
-            let fabric = if shape == Shape::Local {
-                "local"
-            } else {
-                "grpc"
-            };
-            processes.push(with_extra(strings(&[
-                "up",
-                "--model",
-                model,
-                "--attention-nodes",
-                &attention.to_string(),
-                "--expert-nodes",
-                &expert.to_string(),
-                "--fabric",
-                fabric,
-                "--http",
-                &http,
-                "--grpc",
-                &grpc,
-            ])));
-        }
-        let mut cluster = Cluster {
-            http,
-            grpc: format!("http://{grpc}"),
-            processes,
+        let extra = extra.iter().map(|&arg| arg.to_owned());
+        let mut cluster = match shape {
+            Shape::Processes => Cluster::of(House::begin(
+                Plan {
+                    model: model.to_owned(),
+                    attention,
+                    experts: expert,
+                    replicas: 1,
+                    node_flags: extra.collect(),
+                    ..Plan::default()
+                },
+                |_| None,
+            )),
+            Shape::Local => Cluster::in_one(model, attention, expert, "local", extra),
+            Shape::Grpc => Cluster::in_one(model, attention, expert, "grpc", extra),
         };
         cluster.wait_ready(Duration::from_secs(0));
         cluster
+    }
+
+    fn of(house: House) -> Cluster {
+        let door = &house.coordinators[0];
+        let (http, grpc) = (door.http.clone(), door.grpc.clone());
+        let coordinators = house.coordinators.into_iter().map(|c| c.node);
+        let nodes = coordinators.chain(house.attention).chain(house.experts);
+        Cluster {
+            http,
+            grpc,
+            processes: nodes.map(Node::into_process).collect(),
+            certs: house.certs,
+        }
+    }
+
+    fn in_one(
+        model: &Path,
+        attention: usize,
+        expert: usize,
+        fabric: &str,
+        extra: impl Iterator<Item = String>,
+    ) -> Cluster {
+        let [http, grpc] = [(); 2].map(|()| format!("{LOOPBACK}:{}", free_port()));
+        let args = [
+            "up",
+            "--model",
+            model.to_str().unwrap(),
+            "--attention-nodes",
+            &attention.to_string(),
+            "--expert-nodes",
+            &expert.to_string(),
+            "--fabric",
+            fabric,
+            "--http",
+            &http,
+            "--grpc",
+            &grpc,
+        ];
+        let args = args.iter().map(|&arg| arg.to_owned()).chain(extra);
+        Cluster {
+            processes: vec![Guild::start(&args.collect::<Vec<_>>())],
+            grpc: format!("http://{grpc}"),
+            http,
+            certs: None,
+        }
     }
 
     /// `guild up` with one attention and two expert nodes.

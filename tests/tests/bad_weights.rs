@@ -33,12 +33,24 @@ const HEADER_MEMORY_KIB: u64 = 256 << 10;
 /// Clock ticks of processor time in a second, in `/proc`.
 const TICKS: u64 = 100;
 
-/// The command line of a role over a checkpoint; nodes have no coordinator, and need none to refuse.
+/// The command line of a role over a checkpoint; nodes have no coordinator and no certificate, and need none to refuse.
 fn role(number: usize, model: &str) -> Vec<&str> {
     let coordinator = "http://127.0.0.1:9";
     let mut args = match number % 4 {
-        0 => vec!["expert-node", "--coordinator", coordinator, "--listen"],
-        1 => vec!["attention-node", "--coordinator", coordinator, "--listen"],
+        0 => vec![
+            "expert-node",
+            "--insecure",
+            "--coordinator",
+            coordinator,
+            "--listen",
+        ],
+        1 => vec![
+            "attention-node",
+            "--insecure",
+            "--coordinator",
+            coordinator,
+            "--listen",
+        ],
         _ => vec!["up", "--grpc", "127.0.0.1:0", "--http"],
     };
     args.extend(["127.0.0.1:0", "--model", model]);

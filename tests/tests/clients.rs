@@ -46,30 +46,19 @@ fn the_openai_package_is_served_by_separate_processes() {
 #[test]
 fn every_port_explains_itself_to_a_generic_client() {
     let mut cluster = Cluster::start(Shape::Processes, &demo(), 1, 1, &[]);
-    let address = |url: &str| url.trim_start_matches("http://").to_owned();
-    run_client(
-        "reflection_client.py",
-        &[
-            &address(&cluster.grpc),
-            "2048",
-            "guild.inference.v1.Inference",
-        ],
-    );
-    // Members print where they listen.
-    for (index, service) in [
-        (1, "guild.experts.v1.Experts"),
-        (2, "guild.inference.v1.Inference"),
+    let front = cluster.grpc.trim_start_matches("http://");
+    let service = "guild.inference.v1.Inference";
+    run_client("reflection_client.py", &[front, "2048", "-", service]);
+    // Members print where they listen, and want to see who calls.
+    for (index, role, service) in [
+        (1, "coordinator", service),
+        (2, "attention", "guild.experts.v1.Experts"),
     ] {
         let line = cluster.processes[index]
             .wait_for_line("guild: listening on ", std::time::Duration::from_secs(5));
-        let at = line
-            .split("guild: listening on ")
-            .nth(1)
-            .unwrap()
-            .split_whitespace()
-            .next()
-            .unwrap()
-            .to_owned();
-        run_client("reflection_client.py", &[&address(&at), "2048", service]);
+        let address = line.rsplit(' ').next().unwrap();
+        let certificate = cluster.certs.as_ref().unwrap().path(role);
+        let args = [address, "2048", &certificate, service];
+        run_client("reflection_client.py", &args);
     }
 }

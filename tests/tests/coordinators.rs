@@ -8,160 +8,73 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use guild_proto::cluster::v1::cluster_client::ClusterClient;
-use guild_proto::cluster::v1::{RegisterRequest, StatusRequest, StatusResponse};
+use guild_node::tls;
+use guild_proto::cluster::v1::{RegisterRequest, Role, StatusResponse};
+use guild_tests::certs::Door;
 use guild_tests::client::{Answer, generate_all, generate_each, mixed_workload};
 use guild_tests::etcd::Etcd;
-use guild_tests::house::{line, ms};
-use guild_tests::process::{Cluster, Guild, START_LIMIT, Shape, demo, free_port};
+use guild_tests::house::{Coordinator, House, Plan};
+use guild_tests::process::{Cluster, START_LIMIT, Shape, demo};
+use guild_tests::work::{line, ms};
 
 /// Time to live of a leader, as in the coordinator.
 const LEADER_TTL: Duration = Duration::from_secs(3);
+/// Of nodes, in seconds: the usual one.
+const LEASE: &str = "5";
 /// On top of the two that a takeover may take: the machine is busy.
 const SLACK: Duration = Duration::from_secs(10);
 
-struct Coordinator {
-    process: Guild,
-    cluster: String,
-    http: String,
-    grpc: String,
-}
-
-impl Coordinator {
-    fn start(store: &str, cluster: &str) -> Coordinator {
-        let model = demo();
-        let (http, grpc) = (free_port(), free_port());
-        let (http, grpc) = (format!("127.0.0.1:{http}"), format!("127.0.0.1:{grpc}"));
-        let process = Guild::start(&[
-            "coordinator",
-            "--model",
-            model.to_str().unwrap(),
-            "--store",
-            store,
-            "--listen",
-            cluster,
-            "--http",
-            &http,
-            "--grpc",
-            &grpc,
-            "--min-expert-nodes",
-            "2",
-            "--insecure",
-        ]);
-        Coordinator {
-            process,
-            cluster: cluster.to_owned(),
-            http,
-            grpc: format!("http://{grpc}"),
-        }
-    }
-
-    fn is_ready(&self) -> bool {
-        guild_tests::http::get(&self.http, "/health").is_ok_and(|answer| answer.status == 200)
-    }
-
-    fn wait_ready(&self) {
-        let end = Instant::now() + START_LIMIT;
-        while !self.is_ready() {
-            let log = self.process.output();
-            assert!(Instant::now() < end, "{}: not ready:\n{log}", self.cluster);
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-
-    async fn client(&self) -> Option<ClusterClient<tonic::transport::Channel>> {
-        ClusterClient::connect(format!("http://{}", self.cluster))
-            .await
-            .ok()
-    }
-
-    async fn status(&self) -> Option<StatusResponse> {
-        let status = self.client().await?.status(StatusRequest {}).await;
-        status.ok().map(tonic::Response::into_inner)
-    }
-
-    /// Waits until it knows of `epoch`, and of nothing newer.
-    async fn reaches(&self, epoch: u64) {
-        let end = Instant::now() + SLACK;
-        loop {
-            let known = self.status().await.unwrap().epoch;
-            if known == epoch {
-                return;
-            }
-            assert!(known < epoch && Instant::now() < end, "{known} for {epoch}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-
-    async fn leads(&self) -> bool {
-        leads(&self.cluster).await
-    }
-}
-
 /// Several coordinators on one store, one attention and two expert nodes.
-struct House {
-    store: String,
-    coordinators: Vec<Coordinator>,
-    _nodes: Vec<Guild>,
+async fn house(store: String, coordinators: usize) -> House {
+    House::start(Plan {
+        coordinators,
+        store: Some(store),
+        experts: 2,
+        replicas: 1,
+        lease: LEASE,
+        ..Plan::default()
+    })
+    .await
 }
 
-impl House {
-    fn start(store: String, coordinators: usize) -> House {
-        let addresses: Vec<String> = (0..coordinators)
-            .map(|_| format!("127.0.0.1:{}", free_port()))
-            .collect();
-        let urls: Vec<String> = addresses.iter().map(|a| format!("http://{a}")).collect();
-        let urls = urls.join(",");
-        let model = demo();
-        let node = |role: &str, name: &str| {
-            Guild::start(&[
-                role,
-                "--model",
-                model.to_str().unwrap(),
-                "--coordinator",
-                &urls,
-                "--name",
-                name,
-                "--threads",
-                "1",
-                "--insecure",
-            ])
-        };
-        let nodes = vec![
-            node("expert-node", "expert-0"),
-            node("expert-node", "expert-1"),
-            node("attention-node", "attention-0"),
-        ];
-        let coordinators = addresses
-            .iter()
-            .map(|address| Coordinator::start(&store, address))
-            .collect();
-        let house = House {
-            store,
-            coordinators,
-            _nodes: nodes,
-        };
-        house.coordinators.iter().for_each(Coordinator::wait_ready);
-        house
+async fn wait_ready(coordinator: &Coordinator) {
+    let end = Instant::now() + START_LIMIT;
+    while !coordinator.is_ready() {
+        let node = &coordinator.node;
+        assert!(Instant::now() < end, "{}: {}", node.name, node.output());
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
 
-    /// The one that leads; waits for it.
-    async fn leader(&self, limit: Duration) -> usize {
-        let end = Instant::now() + limit;
-        loop {
-            let mut leaders = Vec::new();
-            for (index, coordinator) in self.coordinators.iter().enumerate() {
-                if coordinator.leads().await {
-                    leaders.push(index);
-                }
-            }
-            match leaders.as_slice() {
-                [leader] => return *leader,
-                [] => assert!(Instant::now() < end, "nobody leads within {limit:?}"),
-                many => panic!("coordinators {many:?} lead at the same time"),
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+/// Waits until a coordinator knows of `epoch`, and of nothing newer.
+async fn reaches(coordinator: &Coordinator, epoch: u64) {
+    let end = Instant::now() + SLACK;
+    loop {
+        let known = coordinator.status().await.unwrap().epoch;
+        if known == epoch {
+            return;
         }
+        assert!(known < epoch && Instant::now() < end, "{known} for {epoch}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// The one that leads; waits for it.
+async fn leader(house: &House, limit: Duration) -> usize {
+    let end = Instant::now() + limit;
+    loop {
+        let mut leaders = Vec::new();
+        for (index, coordinator) in house.coordinators.iter().enumerate() {
+            if leads(&joining(coordinator)).await {
+                leaders.push(index);
+            }
+        }
+        match leaders.as_slice() {
+            [leader] => return *leader,
+            [] => assert!(Instant::now() < end, "nobody leads within {limit:?}"),
+            many => panic!("coordinators {many:?} lead at the same time"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
@@ -185,11 +98,11 @@ impl Leaders {
         let [stop, heard] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
         let one = |(at, coordinator): (usize, &Coordinator)| {
             let (stop, heard) = (Arc::clone(&stop), Arc::clone(&heard));
-            let cluster = coordinator.cluster.clone();
+            let door = joining(coordinator);
             tokio::spawn(async move {
                 let mut answers = Vec::new();
                 while !stop.load(Ordering::SeqCst) {
-                    if leads(&cluster).await {
+                    if leads(&door).await {
                         answers.push((at, Instant::now()));
                         heard.store(true, Ordering::SeqCst);
                     }
@@ -225,14 +138,19 @@ impl Leaders {
     }
 }
 
+/// Where an attention node would register.
+fn joining(coordinator: &Coordinator) -> Door {
+    coordinator.door(tls::Role::Attention)
+}
+
 /// Whether the coordinator there takes registrations: an empty one is refused as such by a leader
 /// only.
-async fn leads(cluster: &str) -> bool {
-    let Ok(mut client) = ClusterClient::connect(format!("http://{cluster}")).await else {
+async fn leads(door: &Door) -> bool {
+    let Ok(mut client) = door.cluster().await else {
         return false;
     };
     let request = RegisterRequest {
-        role: 1,
+        role: Role::Attention.into(),
         ..RegisterRequest::default()
     };
     let refused = client.register(request).await.unwrap_err();
@@ -252,16 +170,16 @@ async fn undisturbed() -> Vec<Answer> {
 async fn when_the_leader_is_killed_another_leads_and_nothing_is_interrupted() {
     let want = undisturbed().await;
     let folder = tempfile::tempdir().unwrap();
-    let mut house = House::start(file(&folder), 3);
+    let mut house = house(file(&folder), 3).await;
     for round in 0..2 {
-        let leader = house.leader(SLACK).await;
-        let before = house.coordinators[leader].status().await.unwrap();
+        let first = leader(&house, SLACK).await;
+        let before = house.coordinators[first].status().await.unwrap();
         // Every front door serves, whoever leads.
         for coordinator in &house.coordinators {
-            coordinator.wait_ready();
-            coordinator.reaches(before.epoch).await;
+            wait_ready(coordinator).await;
+            reaches(coordinator, before.epoch).await;
         }
-        let follower = (leader + 1) % house.coordinators.len();
+        let follower = (first + 1) % house.coordinators.len();
         let grpc = house.coordinators[follower].grpc.clone();
         let running = tokio::spawn(async move {
             let mut answers = Vec::new();
@@ -271,10 +189,10 @@ async fn when_the_leader_is_killed_another_leads_and_nothing_is_interrupted() {
             answers
         });
         tokio::time::sleep(Duration::from_millis(200)).await;
-        house.coordinators[leader].process.signal("KILL");
+        house.coordinators[first].node.signal("KILL");
         let killed = Instant::now();
-        house.coordinators.remove(leader);
-        house.leader(2 * LEADER_TTL + SLACK).await;
+        house.coordinators.remove(first);
+        leader(&house, 2 * LEADER_TTL + SLACK).await;
         report(&format!("leader_killed_{round}"), killed.elapsed());
         for answers in running.await.unwrap() {
             assert_eq!(want, answers, "round {round}: streams through a follower");
@@ -308,21 +226,21 @@ async fn when_the_leader_is_killed_another_leads_and_nothing_is_interrupted() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_coordinator_that_is_restarted_goes_on_and_forgets_no_epoch() {
     let folder = tempfile::tempdir().unwrap();
-    let mut house = House::start(file(&folder), 1);
+    let mut house = house(file(&folder), 1).await;
     let want = generate_all(&house.coordinators[0].grpc, &mixed_workload(2048)).await;
     let before = house.coordinators[0].status().await.unwrap();
     for signal in ["KILL", "TERM"] {
-        let mut old = house.coordinators.remove(0);
-        old.process.signal(signal);
-        old.process.wait(Duration::from_secs(40));
-        let new = Coordinator::start(&house.store, &old.cluster);
-        new.wait_ready();
+        let node = &mut house.coordinators[0].node;
+        node.signal(signal);
+        node.process().wait(Duration::from_secs(40));
+        node.restart();
+        let new = &house.coordinators[0];
+        wait_ready(new).await;
         let after = new.status().await.unwrap();
         assert!(after.epoch >= before.epoch, "{signal}: epochs only grow");
         assert_eq!(after.nodes.len(), 3, "{signal}: {after:?}");
         let answers = generate_all(&new.grpc, &mixed_workload(2048)).await;
         assert_eq!(want, answers, "{signal}");
-        house.coordinators.push(new);
     }
 }
 
@@ -333,24 +251,24 @@ async fn a_frozen_leader_is_replaced_and_etcd_may_be_away_while_the_cluster_serv
         return;
     };
     let want = undisturbed().await;
-    let house = House::start(etcd.store("test"), 2);
+    let house = house(etcd.store("test"), 2).await;
     let serves = async |coordinator: &Coordinator, when: &str| {
         let answers = generate_all(&coordinator.grpc, &mixed_workload(2048)).await;
         assert_eq!(want, answers, "{when}");
     };
-    let old = house.leader(SLACK).await;
+    let old = leader(&house, SLACK).await;
     let new = 1 - old;
     let epoch = house.coordinators[old].status().await.unwrap().epoch;
-    house.coordinators[new].reaches(epoch).await;
+    reaches(&house.coordinators[new], epoch).await;
 
     let watch = Leaders::watch(&house.coordinators);
     watch.heard().await;
     // Silent, with every connection open.
-    house.coordinators[old].process.signal("STOP");
+    house.coordinators[old].node.signal("STOP");
     let frozen = Instant::now();
     serves(&house.coordinators[new], "while the leader is frozen").await;
-    while !house.coordinators[new].leads().await {
-        let log = house.coordinators[new].process.output();
+    while !leads(&joining(&house.coordinators[new])).await {
+        let log = house.coordinators[new].node.output();
         assert!(frozen.elapsed() < 2 * LEADER_TTL + SLACK, "{log}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -358,7 +276,7 @@ async fn a_frozen_leader_is_replaced_and_etcd_may_be_away_while_the_cluster_serv
     serves(&house.coordinators[new], "by the new leader").await;
 
     // Awake again, it gives no answer that only a leader may give: the other one leads.
-    house.coordinators[old].process.signal("CONT");
+    house.coordinators[old].node.signal("CONT");
     tokio::time::sleep(LEADER_TTL).await;
     let answers = watch.stop().await;
     let since = answers.iter().find(|(at, _)| *at == new).unwrap().1;
@@ -367,7 +285,7 @@ async fn a_frozen_leader_is_replaced_and_etcd_may_be_away_while_the_cluster_serv
         .filter(|(at, when)| *at == old && *when >= since);
     assert_eq!(late.count(), 0, "two have answered as leaders");
     assert!(answers.iter().any(|(at, _)| *at == old), "it did lead");
-    assert_eq!(house.leader(SLACK).await, new);
+    assert_eq!(leader(&house, SLACK).await, new);
     serves(&house.coordinators[old], "through the old leader").await;
 
     // Without etcd nobody leads for long, and everything is served.
@@ -375,18 +293,18 @@ async fn a_frozen_leader_is_replaced_and_etcd_may_be_away_while_the_cluster_serv
     let away = Instant::now();
     while away.elapsed() < 3 * LEADER_TTL {
         for coordinator in &house.coordinators {
-            assert!(coordinator.is_ready(), "{}", coordinator.process.output());
+            assert!(coordinator.is_ready(), "{}", coordinator.node.output());
             serves(coordinator, "without etcd").await;
         }
     }
     etcd.restart(0);
-    let leader = house.leader(2 * LEADER_TTL + SLACK).await;
-    let after = house.coordinators[leader].status().await.unwrap();
+    let first = leader(&house, 2 * LEADER_TTL + SLACK).await;
+    let after = house.coordinators[first].status().await.unwrap();
     assert!(after.epoch >= epoch, "epochs only grow");
     // Long enough for nodes to be lost that have not come back.
     tokio::time::sleep(Duration::from_secs(6)).await;
     for coordinator in &house.coordinators {
-        coordinator.wait_ready();
+        wait_ready(coordinator).await;
         serves(coordinator, "with etcd again").await;
         assert_eq!(coordinator.status().await.unwrap().nodes.len(), 3);
     }

@@ -7,22 +7,31 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use guild_tests::client::{generate, greedy, request};
-use guild_tests::process::{Cluster, Guild, START_LIMIT, Shape, demo, guild};
+use guild_tests::house::{House, Plan};
+use guild_tests::process::{START_LIMIT, guild};
 use serde_json::Value;
 
 /// Tokens of an answer.
 const ANSWER: u32 = 12;
 
-/// What a command prints as JSON.
-fn json(args: &[&str]) -> Value {
-    let (code, stdout, stderr) = guild(args);
+/// What a command of an operator prints as JSON.
+fn json(house: &House, args: &[&str]) -> Value {
+    let mut args = [
+        &["experts"],
+        args,
+        &["--json", "--coordinator", &house.urls],
+    ]
+    .concat();
+    let protection = house.protection();
+    args.extend(protection.iter().map(String::as_str));
+    let (code, stdout, stderr) = guild(&args);
     assert_eq!(code, 0, "{args:?}: {stderr}");
     serde_json::from_str(stdout.lines().last().unwrap()).unwrap()
 }
 
 /// Experts that a node holds; None: it is no member.
-fn held(url: &str, name: &str) -> Option<usize> {
-    let list = json(&["experts", "ls", "--coordinator", url, "--json"]);
+fn held(house: &House, name: &str) -> Option<usize> {
+    let list = json(house, &["ls"]);
     let nodes = list["nodes"].as_array().unwrap();
     let node = nodes.iter().find(|node| node["name"] == name)?;
     Some(node["slots"].as_array().unwrap().len())
@@ -30,15 +39,17 @@ fn held(url: &str, name: &str) -> Option<usize> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_is_emptied_stopped_and_replaced_under_requests_and_no_token_changes() {
-    let mut cluster = Cluster::start(Shape::Processes, &demo(), 1, 3, &["--threads", "1"]);
-    let line = cluster.processes[0].wait_for_line("guild: listening on ", START_LIMIT);
-    let url = line.rsplit(' ').next().unwrap().to_owned();
+    let mut house = House::start(Plan {
+        replicas: 1,
+        ..Plan::default()
+    })
+    .await;
     let prompt: Vec<u32> = (0..9).map(|at| 3 + at * 7).collect();
     let ask = move || request(&prompt, greedy(ANSWER, 0));
-    let want = generate(&cluster.grpc, ask()).await.unwrap();
+    let want = generate(house.grpc(), ask()).await.unwrap();
 
     let stop = Arc::new(AtomicBool::new(false));
-    let (told, door, again) = (Arc::clone(&stop), cluster.grpc.clone(), ask.clone());
+    let (told, door, again) = (Arc::clone(&stop), house.grpc().to_owned(), ask.clone());
     let asking = tokio::spawn(async move {
         let mut served = 0;
         while !told.load(Ordering::SeqCst) {
@@ -49,51 +60,22 @@ async fn a_node_is_emptied_stopped_and_replaced_under_requests_and_no_token_chan
         served
     });
 
-    assert!(held(&url, "expert-1").unwrap() > 0);
-    let drain = [
-        "experts",
-        "drain",
-        "expert-1",
-        "--coordinator",
-        &url,
-        "--wait",
-        "--json",
-    ];
-    assert_eq!(json(&drain)["slots"], 0);
-    assert_eq!(held(&url, "expert-1"), Some(0));
-    let joined = "joined the cluster name=\"expert-1\"";
-    let mut processes = cluster.processes.iter();
-    let at = processes.position(|process| process.output().contains(joined));
-    let emptied = cluster.processes.remove(at.unwrap());
-    assert!(emptied.terminate().success());
-    assert_eq!(held(&url, "expert-1"), None);
+    assert!(held(&house, "expert-1").unwrap() > 0);
+    let drained = json(&house, &["drain", "expert-1", "--wait"]);
+    assert_eq!(drained["slots"], 0);
+    assert_eq!(held(&house, "expert-1"), Some(0));
+    let mut emptied = house.experts.remove(1);
+    assert!(emptied.terminate(START_LIMIT).await.success());
+    assert_eq!(held(&house, "expert-1"), None);
 
     // One that comes now holds nothing before the load is spread anew.
-    let model = demo();
-    let mut newcomer = Guild::start(&[
-        "expert-node",
-        "--model",
-        model.to_str().unwrap(),
-        "--coordinator",
-        &url,
-        "--name",
-        "expert-9",
-        "--threads",
-        "1",
-    ]);
+    house.add_expert("expert-9".to_owned(), Vec::new());
+    let newcomer = house.experts.last_mut().unwrap().process();
     newcomer.wait_for_line("joined the cluster", START_LIMIT);
-    let rebalance = [
-        "experts",
-        "rebalance",
-        "--coordinator",
-        &url,
-        "--wait",
-        "--json",
-    ];
-    let plan = json(&rebalance);
+    let plan = json(&house, &["rebalance", "--wait"]);
     assert!(plan["before"].as_f64() > plan["after"].as_f64(), "{plan}");
     assert!(plan["migration"].as_u64().is_some(), "{plan}");
-    assert!(held(&url, "expert-9").unwrap() > 0);
+    assert!(held(&house, "expert-9").unwrap() > 0);
 
     stop.store(true, Ordering::SeqCst);
     assert!(asking.await.unwrap() > 0);

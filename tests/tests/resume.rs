@@ -9,143 +9,38 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
-use guild_proto::cluster::v1::cluster_client::ClusterClient;
-use guild_proto::cluster::v1::{Role, StatusRequest};
+use guild_proto::cluster::v1::Role;
 use guild_proto::inference::v1::generate_response::Event;
 use guild_proto::inference::v1::inference_client::InferenceClient;
 use guild_proto::inference::v1::{GenerateRequest, Usage};
 use guild_tests::client::{Answer, Logprobs, greedy, request};
-use guild_tests::process::{Guild, START_LIMIT, demo, free_port};
-use guild_tests::{house, http};
+use guild_tests::house::{House, Plan};
+use guild_tests::process::START_LIMIT;
+use guild_tests::{http, work};
 
 /// No stall of a test may be longer; what is measured is printed.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
 /// What a draining attention node gives its streams here: less than they need.
 const DRAIN_SECONDS: &str = "1";
+/// Of nodes, in seconds: the usual one.
+const LEASE: &str = "5";
 
-/// A cluster whose nodes can be stopped and started again one by one.
-struct House {
-    http: String,
-    grpc: String,
-    cluster: String,
-    attention: Vec<Option<Guild>>,
-    expert: Vec<Option<Guild>>,
-    coordinator: Guild,
+async fn house(attention: usize, experts: usize, replicas: usize) -> House {
+    House::start(Plan {
+        attention,
+        experts,
+        replicas,
+        lease: LEASE,
+        attention_flags: ["--drain", DRAIN_SECONDS].map(str::to_owned).into(),
+        ..Plan::default()
+    })
+    .await
 }
 
-impl House {
-    async fn start(attention: usize, expert: usize, coordinator: &[&str]) -> House {
-        let [cluster, http, grpc] = [(); 3].map(|()| format!("127.0.0.1:{}", free_port()));
-        let (model, least) = (demo(), expert.to_string());
-        let mut args = vec![
-            "coordinator",
-            "--model",
-            model.to_str().unwrap(),
-            "--listen",
-            &cluster,
-            "--http",
-            &http,
-            "--grpc",
-            &grpc,
-            "--min-expert-nodes",
-            &least,
-        ];
-        args.extend(coordinator);
-        let mut house = House {
-            coordinator: Guild::start(&args),
-            http,
-            grpc: format!("http://{grpc}"),
-            cluster: format!("http://{cluster}"),
-            attention: Vec::new(),
-            expert: Vec::new(),
-        };
-        for at in 0..expert {
-            house.expert.push(Some(house.node("expert-node", at)));
-        }
-        for at in 0..attention {
-            house.attention.push(Some(house.node("attention-node", at)));
-        }
-        house.all_ready().await;
-        house
-    }
-
-    fn node(&self, role: &str, at: usize) -> Guild {
-        let (model, name) = (demo(), format!("{role}-{at}"));
-        let mut args = vec![
-            role,
-            "--model",
-            model.to_str().unwrap(),
-            "--coordinator",
-            &self.cluster,
-            "--listen",
-            "127.0.0.1:0",
-            "--name",
-            &name,
-            "--threads",
-            "1",
-        ];
-        if role == "attention-node" {
-            args.extend(["--drain", DRAIN_SECONDS]);
-        }
-        Guild::start(&args)
-    }
-
-    /// Waits until the cluster serves and every node of it is ready.
-    async fn all_ready(&self) {
-        let end = Instant::now() + START_LIMIT;
-        let count = |nodes: &[Option<Guild>]| nodes.iter().flatten().count();
-        let expected = (count(&self.attention), count(&self.expert));
-        let mut last = String::new();
-        while Instant::now() < end {
-            if let Ok(mut client) = ClusterClient::connect(self.cluster.clone()).await
-                && let Ok(status) = client.status(StatusRequest {}).await
-            {
-                let status = status.into_inner();
-                let ready = |role| {
-                    let of_role = status.nodes.iter().filter(|node| node.role() == role);
-                    of_role
-                        .filter(|node| node.ready && node.epoch == status.epoch)
-                        .count()
-                };
-                // A node that has just joined is ready, and of no use yet.
-                let whole = status.ready && status.replicas >= status.replicas_wanted;
-                if whole && (ready(Role::Attention), ready(Role::Expert)) == expected {
-                    return;
-                }
-                last = format!("{status:?}");
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        panic!("not ready within {START_LIMIT:?}: {last}");
-    }
-
-    /// Streams that have gone on at another node so far: without any, a test
-    /// has shown nothing.
-    fn resumed(&self) -> usize {
-        self.coordinator
-            .output()
-            .matches("a stream goes on elsewhere")
-            .count()
-    }
-
-    /// SIGTERM, wait for the end, start again, wait until it is ready.
-    async fn restart(&mut self, role: Role, at: usize) {
-        let (nodes, name) = match role {
-            Role::Attention => (&mut self.attention, "attention-node"),
-            _ => (&mut self.expert, "expert-node"),
-        };
-        let old = nodes[at].take().unwrap();
-        let ended = tokio::task::spawn_blocking(|| old.terminate())
-            .await
-            .unwrap();
-        assert!(ended.success(), "{name} {at} ended with {ended}");
-        let new = Some(self.node(name, at));
-        match role {
-            Role::Attention => self.attention[at] = new,
-            _ => self.expert[at] = new,
-        }
-        self.all_ready().await;
-    }
+/// Streams that have gone on at another node so far: without any, a test has shown nothing.
+fn resumed(house: &House) -> usize {
+    let log = house.coordinators[0].node.output();
+    log.matches("a stream goes on elsewhere").count()
 }
 
 /// What a client has seen of one stream.
@@ -221,7 +116,7 @@ impl Watch {
 
     fn report(&self, case: &str, streams: usize, resumed: usize) {
         let longest = self.longest_ms.load(Ordering::SeqCst);
-        house::line(&serde_json::json!({
+        work::line(&serde_json::json!({
             "test": "resume", "case": case, "whole": streams, "failed": 0, "wrong": 0,
             "longest_stall_ms": longest, "resumed": resumed,
             "tokens": self.tokens.load(Ordering::SeqCst),
@@ -295,81 +190,80 @@ async fn texts_over_http(address: &str) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_outlive_a_killed_and_a_stopped_attention_node() {
-    let mut house = House::start(2, 2, &[]).await;
+    let mut house = house(2, 2, 1).await;
     let requests = workload();
-    let want = Watch::default().all(&house.grpc, &requests).await;
-    let texts = texts_over_http(&house.http).await;
+    let want = Watch::default().all(house.grpc(), &requests).await;
+    let texts = texts_over_http(&house.coordinators[0].http).await;
     assert!(texts.iter().all(|text| text.len() > 100), "{texts:?}");
 
     let kill = Watch::default();
     let fault = async {
         kill.passed(16 * 30).await;
-        house.attention[0].as_ref().unwrap().signal("KILL");
+        house.attention[0].signal("KILL");
     };
     let (got, on_http, ()) = tokio::join!(
-        kill.all(&house.grpc, &requests),
-        texts_over_http(&house.http),
+        kill.all(house.grpc(), &requests),
+        texts_over_http(&house.coordinators[0].http),
         fault
     );
     assert_same("kill -9", &want, &got);
     assert_eq!(texts, on_http, "kill -9: text over HTTP");
-    let killed = house.resumed();
+    let killed = resumed(&house);
     assert!(killed > 0);
     kill.report("attention_node_killed", 20, killed);
 
-    let mut again = house.node("attention-node", 0);
+    house.attention[0].restart();
     // Until then the one that was killed may still count as a member.
+    let again = house.attention[0].process();
     again.wait_for_line("joined the cluster", START_LIMIT);
-    house.attention[0] = Some(again);
     house.all_ready().await;
     let stop = Watch::default();
     let fault = async {
         stop.passed(16 * 30).await;
-        house.attention[1].as_ref().unwrap().signal("STOP");
+        house.attention[1].signal("STOP");
     };
     let (got, on_http, ()) = tokio::join!(
-        stop.all(&house.grpc, &requests),
-        texts_over_http(&house.http),
+        stop.all(house.grpc(), &requests),
+        texts_over_http(&house.coordinators[0].http),
         fault
     );
     assert_same("SIGSTOP", &want, &got);
     assert_eq!(texts, on_http, "SIGSTOP: text over HTTP");
-    let stopped = house.resumed() - killed;
+    let stopped = resumed(&house) - killed;
     assert!(stopped > 0);
     stop.report("attention_node_stopped", 20, stopped);
 
     // It wakes up with streams that are no longer its own, and is of use again.
-    house.attention[1].as_ref().unwrap().signal("CONT");
+    house.attention[1].signal("CONT");
     house.all_ready().await;
-    let got = Watch::default().all(&house.grpc, &requests).await;
+    let got = Watch::default().all(house.grpc(), &requests).await;
     assert_same("after SIGCONT", &want, &got);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_wait_for_the_only_attention_node_to_come_back() {
-    let mut house = House::start(1, 1, &[]).await;
+    let mut house = house(1, 1, 1).await;
     let requests = workload();
-    let want = Watch::default().all(&house.grpc, &requests).await;
+    let want = Watch::default().all(house.grpc(), &requests).await;
     let watch = Watch::default();
-    let grpc = house.grpc.clone();
+    let grpc = house.grpc().to_owned();
     let fault = async {
         watch.passed(16 * 30).await;
-        house.attention[0].as_ref().unwrap().signal("KILL");
-        house.attention[0] = Some(house.node("attention-node", 0));
+        house.attention[0].restart();
     };
     let (got, ()) = tokio::join!(watch.all(&grpc, &requests), fault);
     assert_same("restart of the only node", &want, &got);
-    assert!(house.resumed() > 0);
-    watch.report("only_attention_node_restarted", 16, house.resumed());
+    assert!(resumed(&house) > 0);
+    watch.report("only_attention_node_restarted", 16, resumed(&house));
 }
 
 /// Restarts every node of a role, one after the other, while clients come back
 /// for more as soon as they are served.
 async fn rolling_restart(case: &str, house: &mut House, role: Role, nodes: usize) {
     let requests = workload();
-    let want = Watch::default().all(&house.grpc, &requests).await;
+    let want = Watch::default().all(house.grpc(), &requests).await;
     let (watch, over) = (Watch::default(), AtomicBool::new(false));
-    let (grpc, served) = (house.grpc.clone(), AtomicUsize::new(0));
+    let (grpc, served) = (house.grpc().to_owned(), AtomicUsize::new(0));
     let client = |i: usize| {
         let (watch, over, served, grpc) = (&watch, &over, &served, &grpc);
         let (request, want) = (&requests[i], &want[i]);
@@ -384,25 +278,32 @@ async fn rolling_restart(case: &str, house: &mut House, role: Role, nodes: usize
     let restarts = async {
         watch.passed(16 * 30).await;
         for at in 0..nodes {
-            house.restart(role, at).await;
+            let node = match role {
+                Role::Attention => &mut house.attention[at],
+                _ => &mut house.experts[at],
+            };
+            let ended = node.terminate(START_LIMIT).await;
+            assert!(ended.success(), "{} ended with {ended}", node.name);
+            node.restart();
+            house.all_ready().await;
         }
         over.store(true, Ordering::SeqCst);
     };
     tokio::join!(join_all((0..requests.len()).map(client)), restarts);
-    watch.report(case, served.load(Ordering::SeqCst), house.resumed());
+    watch.report(case, served.load(Ordering::SeqCst), resumed(house));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rolling_restart_of_the_attention_nodes_fails_no_request() {
-    let mut house = House::start(2, 2, &[]).await;
+    let mut house = house(2, 2, 1).await;
     let case = "rolling_restart_of_attention_nodes";
     rolling_restart(case, &mut house, Role::Attention, 2).await;
-    assert!(house.resumed() > 0);
+    assert!(resumed(&house) > 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rolling_restart_of_the_expert_nodes_fails_no_request() {
-    let mut house = House::start(1, 2, &["--replicas", "2"]).await;
+    let mut house = house(1, 2, 2).await;
     let case = "rolling_restart_of_expert_nodes";
     rolling_restart(case, &mut house, Role::Expert, 2).await;
 }

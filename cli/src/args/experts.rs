@@ -41,14 +41,13 @@ pub(crate) enum ExpertsCommand {
 pub(crate) struct Leader {
     /// The cluster address of a coordinator, or several; `guild up` prints its own. Where nodes
     /// have certificates, `guild certs` makes one for operators, too
-    #[arg(
-        long,
-        default_value = "http://127.0.0.1:7000",
-        value_name = "URL[,URL...]"
-    )]
+    #[arg(long, default_value = "127.0.0.1:7000", value_name = "URL[,URL...]")]
     pub(crate) coordinator: String,
     #[command(flatten)]
     pub(crate) tls: NodeTls,
+    /// Ask other machines without a certificate, where a cluster runs with --insecure
+    #[arg(long, help_heading = "TLS")]
+    pub(crate) insecure: bool,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -65,7 +64,7 @@ pub(crate) struct ExpertsLs {
 
 #[derive(Clone, Debug, Args)]
 #[command(after_help = format!("Example:
-  guild experts load --coordinator http://127.0.0.1:7000 --watch
+  guild experts load --tls-dir certs --watch
 
 A row is a layer, a column an expert, or the hottest of several where there are many.
 Shades compare with the mean of the layer.

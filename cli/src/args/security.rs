@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-/// Leaving loopback.
+/// Going without protection, and how to end.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct Exposure {
-    /// Allow addresses that other machines can reach without TLS and API keys
+    /// Go without: plaintext where certificates are missing, no API keys, at any address
     #[arg(long)]
     pub(crate) insecure: bool,
     /// Seconds that running requests get to end after SIGTERM or Ctrl-C

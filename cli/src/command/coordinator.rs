@@ -20,14 +20,11 @@ pub(crate) fn run(args: &Coordinator) -> Result<(), Failure> {
 async fn serve(args: &Coordinator) -> Result<(), Failure> {
     let shutdown = signals()?;
     let insecure = args.exposure.insecure;
-    let tls = node_tls(&args.tls, Role::Coordinator, None)?;
+    let tls = node_tls(&args.tls, Role::Coordinator, None, insecure)?;
     let door = Door::open(&args.door)?;
-    let (nodes, clients) = (
-        Protection::of_nodes(tls.as_ref(), insecure),
-        door.protection(insecure),
-    );
+    let clients = door.protection(insecure);
     let listeners = Listeners {
-        cluster: bind("listen", &args.listen, nodes).await?,
+        cluster: bind("listen", &args.listen, Protection::Enough).await?,
         http: bind("http", &args.http, clients).await?,
         grpc: bind("grpc", &args.grpc, clients).await?,
     };

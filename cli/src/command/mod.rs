@@ -131,12 +131,12 @@ async fn join(
     exposure: Exposure,
     model: Option<&Checkpoint>,
 ) -> Result<(Place, TcpListener), Failure> {
-    let tls = node_tls(&joining.tls, role, joining.name.as_deref())?;
+    let name = joining.name.as_deref();
+    let tls = node_tls(&joining.tls, role, name, exposure.insecure)?;
     let dialer = Dialer::to(Role::COORDINATING, tls.as_ref());
     check_coordinators(&joining.coordinator, &dialer)
         .map_err(|error| Failure::usage(format!("--coordinator: {error}")))?;
-    let protection = Protection::of_nodes(tls.as_ref(), exposure.insecure);
-    let listener = bind("listen", &joining.listen, protection).await?;
+    let listener = bind("listen", &joining.listen, Protection::Enough).await?;
     let address = address_of(&listener)?;
     let address = match joining.advertise.as_deref() {
         Some(advertised) => match advertised.strip_suffix(":0") {
@@ -150,10 +150,7 @@ async fn join(
         }
         None => address.to_string(),
     };
-    let name = joining
-        .name
-        .clone()
-        .unwrap_or_else(|| format!("{role}-{address}"));
+    let name = name.map_or_else(|| format!("{role}-{address}"), str::to_owned);
     if let Some(tls) = &tls {
         tls.check_name(&name).map_err(|error| Failure::of(&error))?;
     }

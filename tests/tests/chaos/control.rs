@@ -2,14 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use guild_proto::cluster::v1::cluster_client::ClusterClient;
+use guild_node::tls;
 use guild_proto::cluster::v1::{RegisterRequest, Role};
 use guild_tests::client::mixed_workload;
 use guild_tests::etcd::Etcd;
-use guild_tests::house::{
-    Coordinator, House, PAST_THE_LEASE, Plan, Work, assert_nothing_failed, assert_stall, long, ms,
-    ready, report, seconds,
-};
+use guild_tests::house::{Coordinator, House, PAST_THE_LEASE, Plan, ready};
+use guild_tests::work::{Work, assert_nothing_failed, assert_stall, long, ms, report, seconds};
 use serde_json::json;
 use tonic::{Code, Status};
 
@@ -71,7 +69,7 @@ async fn without_any_coordinator_a_dying_expert_node_costs_no_request() {
     assert_stall(&seen, fault, UNLED);
     assert!(converged < CONVERGED, "{converged:?}");
     for door in house.doors() {
-        work.again(&door).await;
+        work.again(door).await;
     }
     house.experts[0].restart();
     house.all_ready().await;
@@ -80,8 +78,7 @@ async fn without_any_coordinator_a_dying_expert_node_costs_no_request() {
 /// How a coordinator answers an empty registration: a leader finds the first fault in it, others
 /// say that they do not lead.
 async fn register(coordinator: &Coordinator) -> Status {
-    let url = format!("http://{}", coordinator.node.address);
-    let mut client = ClusterClient::connect(url).await.unwrap();
+    let mut client = coordinator.client(tls::Role::Attention).await.unwrap();
     let request = RegisterRequest {
         role: Role::Attention.into(),
         ..RegisterRequest::default()
@@ -188,7 +185,7 @@ async fn etcd_may_lose_a_member_its_quorum_and_all_its_data_while_the_cluster_se
     assert!(quorum < BACK && rebuilt < BACK, "{quorum:?} {rebuilt:?}");
     assert!(last >= regained, "epochs only grow");
     for door in house.doors() {
-        work.again(&door).await;
+        work.again(door).await;
     }
 }
 

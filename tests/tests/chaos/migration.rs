@@ -10,16 +10,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use guild_node::failpoint;
+use guild_node::{failpoint, tls};
 use guild_proto::cluster::v1::cluster_client::ClusterClient;
 use guild_proto::cluster::v1::{
     DrainNodeRequest, MigrationPhase, MigrationStatus, NodeStatus, RebalanceRequest, Role,
     StatusRequest, StatusResponse, WatchMigrationRequest,
 };
+use guild_tests::certs::Door;
 use guild_tests::client::mixed_workload;
-use guild_tests::house::{
-    House, Plan, Work, assert_nothing_failed, line, long, ms, ready, report, seconds,
-};
+use guild_tests::house::{House, Plan, ready};
+use guild_tests::work::{Work, assert_nothing_failed, line, long, ms, report, seconds};
 use serde_json::json;
 use tokio::task::JoinHandle;
 use tonic::transport::Channel;
@@ -164,8 +164,7 @@ impl Site {
         loop {
             self.replace_what_crashed();
             for coordinator in &self.house.coordinators {
-                let url = format!("http://{}", coordinator.node.address);
-                let Ok(client) = ClusterClient::connect(url).await else {
+                let Some(client) = coordinator.client(tls::Role::Operator).await else {
                     continue;
                 };
                 match ask(client).await {
@@ -399,8 +398,7 @@ impl Site {
     async fn turn(&mut self) {
         let mut leader = None;
         for (at, coordinator) in self.house.coordinators.iter().enumerate() {
-            let url = format!("http://{}", coordinator.node.address);
-            if let Ok(mut client) = ClusterClient::connect(url).await
+            if let Some(mut client) = coordinator.client(tls::Role::Operator).await
                 && client
                     .watch_migration(WatchMigrationRequest {})
                     .await
@@ -450,15 +448,15 @@ impl Site {
 /// Looks all the time whether an expert has lost its last home; returns how often it has looked,
 /// or what it has seen then.
 fn watch(house: &House, stop: Arc<AtomicBool>) -> JoinHandle<Result<usize, String>> {
-    let urls: Vec<String> = (house.coordinators.iter())
-        .map(|c| format!("http://{}", c.node.address))
+    let doors: Vec<Door> = (house.coordinators.iter())
+        .map(|c| c.door(tls::Role::Operator))
         .collect();
     tokio::spawn(async move {
         let mut looks = 0;
         let mut newest = 0;
         while !stop.load(Ordering::SeqCst) {
-            for url in &urls {
-                if let Ok(mut client) = ClusterClient::connect(url.clone()).await
+            for door in &doors {
+                if let Ok(mut client) = door.cluster().await
                     && let Ok(status) = client.status(StatusRequest {}).await
                 {
                     let status = status.into_inner();
@@ -601,6 +599,6 @@ async fn a_run(work: &Work, seed: u64, events: usize) {
     );
     assert!(missing.is_empty(), "never fired: {missing:?}");
     for door in site.house.direct() {
-        work.again(&door).await;
+        work.again(door).await;
     }
 }

@@ -5,9 +5,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use guild_tests::client::mixed_workload;
-use guild_tests::house::{
-    House, Plan, Work, assert_nothing_failed, assert_stall, ms, report, seconds,
-};
+use guild_tests::house::{House, Plan};
+use guild_tests::work::{Work, assert_nothing_failed, assert_stall, ms, report, seconds};
 use serde_json::json;
 
 /// What a silent node may cost a stream.

@@ -3,12 +3,10 @@
 use std::time::{Duration, Instant};
 
 use guild_tests::client::mixed_workload;
-use guild_tests::house::{
-    House, PAST_THE_LEASE, Plan, Work, assert_nothing_failed, assert_stall, long, ms, report,
-    seconds,
-};
+use guild_tests::house::{House, PAST_THE_LEASE, Plan};
 use guild_tests::load::STREAMS;
 use guild_tests::process::START_LIMIT;
+use guild_tests::work::{Work, assert_nothing_failed, assert_stall, long, ms, report, seconds};
 use serde_json::json;
 use tonic::Code;
 

@@ -4,9 +4,8 @@ use std::time::{Duration, Instant};
 
 use guild_tests::client::mixed_workload;
 use guild_tests::etcd::Etcd;
-use guild_tests::house::{
-    House, Plan, Work, assert_nothing_failed, assert_stall, long, report, seconds,
-};
+use guild_tests::house::{House, Plan};
+use guild_tests::work::{Work, assert_nothing_failed, assert_stall, long, report, seconds};
 use serde_json::json;
 
 /// What replacing a process may cost a stream.
@@ -66,6 +65,6 @@ async fn a_rolling_restart_of_everything_fails_no_request() {
     assert_nothing_failed(&seen);
     assert_stall(&seen, fault, REPLACED);
     for door in house.doors() {
-        work.again(&door).await;
+        work.again(door).await;
     }
 }

@@ -7,9 +7,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use guild_tests::client::{greedy, request};
-use guild_tests::house::{EXTENT, House, Plan, Work, assert_nothing_failed, line, ms, report};
+use guild_tests::house::{House, Plan};
 use guild_tests::load::{Load, Seen};
 use guild_tests::proxy::Proxy;
+use guild_tests::work::{EXTENT, Work, assert_nothing_failed, line, ms, report};
 use serde_json::json;
 
 /// Of each part of a case: quiet, slow.

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use guild_node::keys::{ApiKeys, NewKey};
-use guild_tests::house::{line, long};
+use guild_tests::work::{line, long};
 use serde_json::json;
 
 /// Tries of each kind.

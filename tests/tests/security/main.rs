@@ -7,19 +7,20 @@ mod keys;
 mod outsider;
 mod ports;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use guild_node::RECHECK;
 use guild_node::channel::Dialer;
-use guild_node::tls::{Role, Roots, Tls, TlsFiles};
+use guild_node::tls::{Identity, Role, Roots, Tls};
 use guild_proto::cluster::v1::cluster_client::ClusterClient;
 use guild_proto::cluster::v1::{
     self, DrainNodeRequest, HeartbeatRequest, RebalanceRequest, RegisterRequest, StatusRequest,
 };
-use guild_tests::house::line;
-use guild_tests::process::{Guild, START_LIMIT, demo, free_port, guild};
+use guild_tests::certs::Certs;
+use guild_tests::process::{Guild, START_LIMIT, demo, free_port, guild, root};
+use guild_tests::work::line;
 use outsider::Ca;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -34,46 +35,9 @@ const CLIENTS: usize = 3;
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A folder of certificates.
-struct Certs(PathBuf);
-
-impl Certs {
-    fn make(dir: &Path, more: &[&str]) -> Certs {
-        let out = dir.to_str().unwrap();
-        let (code, _, stderr) = guild(&[&["certs", "--out", out], more].concat());
-        assert_eq!(code, 0, "{stderr}");
-        Certs(dir.to_owned())
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().to_owned()
-    }
-
-    fn flags(&self, stem: &str) -> Vec<String> {
-        let pairs = [
-            ("--tls-cert", format!("{stem}.pem")),
-            ("--tls-key", format!("{stem}.key")),
-            ("--tls-ca", "ca.pem".to_owned()),
-        ];
-        pairs
-            .iter()
-            .flat_map(|(flag, name)| [(*flag).to_owned(), self.path(name)])
-            .collect()
-    }
-
-    fn open(&self, role: Role) -> Tls {
-        let files = TlsFiles {
-            cert: self.path(&format!("{role}.pem")).into(),
-            key: self.path(&format!("{role}.key")).into(),
-            ca: self.path("ca.pem").into(),
-        };
-        Tls::open(files, role).unwrap()
-    }
-
-    /// Trusts the CA and shows nothing.
-    fn anonymous(&self) -> Dialer {
-        Dialer::Server(Roots::open(Path::new(&self.path("ca.pem"))).unwrap())
-    }
+/// Trusts the CA and shows nothing.
+fn anonymous(certs: &Certs) -> Dialer {
+    Dialer::Server(Roots::open(Path::new(&certs.path("ca.pem"))).unwrap())
 }
 
 /// A cluster where everything is closed.
@@ -107,7 +71,7 @@ impl Closed {
         let start = |role: Role, args: &[&str]| {
             let mut all: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
             all.extend(["--model".to_owned(), model.clone()]);
-            all.extend(certs.flags(role.as_str()));
+            all.extend(["--tls-dir", certs.folder()].map(str::to_owned));
             let mut process = Guild::start(&all);
             let line = process.wait_for_line("guild: listening on ", START_LIMIT);
             let address = line.rsplit(' ').next().unwrap().to_owned();
@@ -164,7 +128,7 @@ impl Closed {
 
     /// Health is open to everybody.
     async fn wait_ready(&mut self) {
-        let channel = self.certs.anonymous().lazy(&self.grpc).unwrap();
+        let channel = anonymous(&self.certs).lazy(&self.grpc).unwrap();
         let mut health = HealthClient::new(channel);
         let end = Instant::now() + START_LIMIT;
         loop {
@@ -241,7 +205,7 @@ async fn a_closed_cluster_serves_its_own_and_refuses_everybody_else() {
     for door in [&cluster.http, &cluster.grpc] {
         assert!(!answers(Dialer::Plain.lazy(door).unwrap()).await, "{door}");
         assert!(
-            answers(certs.anonymous().lazy(door).unwrap()).await,
+            answers(anonymous(certs).lazy(door).unwrap()).await,
             "{door}"
         );
     }
@@ -250,7 +214,10 @@ async fn a_closed_cluster_serves_its_own_and_refuses_everybody_else() {
     let elsewhere = TempDir::new().unwrap();
     let others = Certs::make(&elsewhere.path().join("certs"), &[]);
     let namesake = Certs::make(&elsewhere.path().join("other"), &["--cluster", "other"]);
-    let (own, foreign) = (Ca::of(&certs.0), Ca::of(&others.0));
+    let (own, foreign) = (
+        Ca::of(Path::new(certs.folder())),
+        Ca::of(Path::new(others.folder())),
+    );
     let mut refused = 0;
     let mut refuse = |let_in: bool, who: &str, of: Role| {
         assert!(!let_in, "{who} is let in by the {of}");
@@ -268,19 +235,19 @@ async fn a_closed_cluster_serves_its_own_and_refuses_everybody_else() {
                 answers(Dialer::Mutual { tls, peers }.lazy(address).unwrap()).await
             };
             if callers(of).contains(&role) {
-                assert!(asks(certs.open(role)).await, "{role} at {of}");
+                assert!(asks(certs.tls(role)).await, "{role} at {of}");
             } else {
                 let who = format!("the role {role}");
-                refuse(asks(certs.open(role)).await, &who, of);
+                refuse(asks(certs.tls(role)).await, &who, of);
                 let shows = own.dial(address, Some(own.right(role)));
                 refuse(answers(shows).await, &who, of);
             }
             let who = format!("{role} of another CA");
-            refuse(asks(others.open(role)).await, &who, of);
+            refuse(asks(others.tls(role)).await, &who, of);
             let shows = own.dial(address, Some(foreign.right(role)));
             refuse(answers(shows).await, &who, of);
             let who = format!("{role} of another cluster");
-            refuse(asks(namesake.open(role)).await, &who, of);
+            refuse(asks(namesake.tls(role)).await, &who, of);
         }
         let right = own.dial(address, Some(own.right(caller(of))));
         assert!(answers(right).await, "the outsider's own tools work");
@@ -298,7 +265,7 @@ async fn a_closed_cluster_serves_its_own_and_refuses_everybody_else() {
     }));
 
     // A node is what its certificate says.
-    let tls = certs.open(Role::Attention);
+    let tls = certs.tls(Role::Attention);
     let dialer = Dialer::to(Role::COORDINATING, Some(&tls));
     let mut client = ClusterClient::new(dialer.lazy(&cluster.internal[0].1).unwrap());
     let request = RegisterRequest {
@@ -314,7 +281,7 @@ async fn a_closed_cluster_serves_its_own_and_refuses_everybody_else() {
     assert_eq!(asked.unwrap_err().code(), Code::PermissionDenied);
     let asked = client.rebalance(RebalanceRequest::default()).await;
     assert_eq!(asked.unwrap_err().code(), Code::PermissionDenied);
-    let tls = certs.open(Role::Operator);
+    let tls = certs.tls(Role::Operator);
     let dialer = Dialer::to(Role::COORDINATING, Some(&tls));
     let mut client = ClusterClient::new(dialer.lazy(&cluster.internal[0].1).unwrap());
     let asked = client.heartbeat(HeartbeatRequest::default()).await;
@@ -355,91 +322,160 @@ async fn a_closed_cluster_serves_its_own_and_refuses_everybody_else() {
     }));
     assert!(answered > CLIENTS);
     // And who comes from now on meets the new ones.
-    let newcomer = Dialer::to(Role::COORDINATING, Some(&renewed.open(Role::Expert)));
+    let newcomer = Dialer::to(Role::COORDINATING, Some(&renewed.tls(Role::Expert)));
     let channel = newcomer.lazy(&cluster.internal[0].1).unwrap();
     assert!(answers(channel).await);
     assert_eq!(cluster.generate(&["--api-key", &cluster.key]).0, 0);
 }
 
-#[test]
-fn a_fresh_start_leaves_loopback_only_with_certificates_and_keys() {
-    let dir = TempDir::new().unwrap();
-    let certs = Certs::make(
-        &dir.path().join("certs"),
-        &["--role", "expert", "--name", "e-1"],
-    );
-    let model = demo();
-    let model = model.to_str().unwrap();
-    let anywhere = "0.0.0.0:0";
-    let door = [
-        "--http-tls-cert".to_owned(),
-        certs.path("e-1.pem"),
-        "--http-tls-key".to_owned(),
-        certs.path("e-1.key"),
-    ];
-    let door: Vec<&str> = door.iter().map(String::as_str).collect();
-    let joining = ["--coordinator", "127.0.0.1:1"];
-    let cases: [(&[&str], &str); 5] = [
-        (&["coordinator", "--listen", anywhere], "--tls-cert"),
-        (&["coordinator", "--http", anywhere], "--api-keys"),
-        (&["up", "--grpc", anywhere], "--http-tls-cert"),
-        (&["attention-node", "--listen", anywhere], "--tls-cert"),
-        (&["expert-node", "--listen", anywhere], "--tls-cert"),
-    ];
-    for (args, lacking) in cases {
-        let joining = if args[0].ends_with("node") {
-            &joining[..]
-        } else {
-            &[]
-        };
-        let args = [args, &["--model", model], joining].concat();
-        let (code, _, stderr) = guild(&args);
-        assert!(
-            code == 2 && stderr.contains(lacking),
-            "{args:?}: {code}: {stderr}"
-        );
+/// Runs a role that must not start.
+fn refused(args: &[&str], code: i32, says: &[&str]) {
+    let (ended, _, stderr) = guild(args);
+    assert_eq!(ended, code, "{args:?}: {stderr}");
+    for needle in says {
+        assert!(stderr.contains(needle), "{args:?}: {needle}: {stderr}");
     }
-    // A certificate alone opens no front door.
-    let (code, _, stderr) =
-        guild(&[&["up", "--http", anywhere, "--model", model], &door[..]].concat());
-    assert!(
-        code == 2 && stderr.contains("--api-keys"),
-        "{code}: {stderr}"
+}
+
+#[test]
+fn no_role_starts_without_a_certificate_unless_told_to() {
+    let model = demo();
+    let model = ["--model", model.to_str().unwrap()];
+    let joining = ["--coordinator", "http://127.0.0.1:1"];
+    let roles: [&[&str]; 4] = [
+        &["coordinator"],
+        &["attention-node", joining[0], joining[1]],
+        &["attention-node", "--experts", joining[0], joining[1]],
+        &["expert-node", joining[0], joining[1]],
+    ];
+    let missing = ["--tls-dir", "--tls-cert", "guild certs", "--insecure"];
+    for role in roles {
+        for anywhere in [&[][..], &["--listen", "0.0.0.0:0"]] {
+            refused(&[role, &model, anywhere].concat(), 2, &missing);
+        }
+    }
+    // Operators reach a `guild up` of the same machine without any.
+    let asks = ["experts", "ls", "--coordinator"];
+    refused(
+        &[&asks[..], &["http://127.0.0.1:1"]].concat(),
+        5,
+        &["127.0.0.1:1"],
+    );
+    refused(&[&asks[..], &["http://192.0.2.1:1"]].concat(), 2, &missing);
+    refused(
+        &[&asks[..], &["127.0.0.1:1,192.0.2.1:1"]].concat(),
+        2,
+        &missing,
+    );
+    // A folder without them is no certificate either.
+    let empty = TempDir::new().unwrap();
+    let dir = ["--tls-dir", empty.path().to_str().unwrap()];
+    refused(
+        &[&["coordinator"], &model[..], &dir].concat(),
+        3,
+        &["coordinator.pem", "guild certs"],
+    );
+}
+
+#[test]
+fn a_folder_of_certificates_is_that_of_guild_certs_or_a_mounted_secret() {
+    let dir = TempDir::new().unwrap();
+    let certs = Certs::make(dir.path(), &[]);
+    let named = ["--role", "expert", "--name", "e-1"];
+    Certs::make(dir.path(), &named);
+    let secret = TempDir::new().unwrap();
+    for (from, to) in [
+        ("attention.pem", "tls.crt"),
+        ("attention.key", "tls.key"),
+        ("ca.pem", "ca.crt"),
+    ] {
+        std::fs::copy(certs.path(from), secret.path().join(to)).unwrap();
+    }
+    let model = demo();
+    let joining = [
+        "--model",
+        model.to_str().unwrap(),
+        "--coordinator",
+        "127.0.0.1:1",
+    ];
+    let made = ["--tls-dir", certs.folder()];
+    let mounted = ["--tls-dir", secret.path().to_str().unwrap()];
+    let attention = "spiffe://guild/guild/role/attention";
+    for (role, dir, identity) in [
+        (&["attention-node"][..], &made, attention),
+        (&["attention-node"], &mounted, attention),
+        (&["attention-node", "--experts"], &made, attention),
+        (
+            &["expert-node", "--name", "e-2"],
+            &made,
+            "spiffe://guild/guild/role/expert",
+        ),
+        (
+            &["expert-node", "--name", "e-1"],
+            &made,
+            "spiffe://guild/guild/role/expert/e-1",
+        ),
+    ] {
+        let mut process = Guild::start(&[role, &joining, dir].concat());
+        let line = process.wait_for_line("  mutual TLS ", START_LIMIT);
+        assert!(line.ends_with(identity), "{role:?}: {line}");
+    }
+    // A certificate of another role is none.
+    refused(
+        &[&["expert-node"], &joining[..], &mounted].concat(),
+        3,
+        &["tls.crt", "attention"],
     );
     // One with a name is for that node alone.
-    let tls = certs.flags("e-1");
-    let tls: Vec<&str> = tls.iter().map(String::as_str).collect();
-    let named = ["expert-node", "--model", model, "--name", "e-2"];
-    let (code, _, stderr) = guild(&[&named[..], &joining, &tls].concat());
-    assert!(code == 3 && stderr.contains("e-1"), "{code}: {stderr}");
+    let file = |flag: &str, name: &str| [flag.to_owned(), certs.path(name)];
+    let files = [file("--tls-cert", "e-1.pem"), file("--tls-key", "e-1.key")].concat();
+    let files: Vec<&str> = files.iter().map(String::as_str).collect();
+    let other = ["expert-node", "--name", "e-2"];
+    refused(&[&other[..], &joining, &made, &files].concat(), 3, &["e-1"]);
+}
+
+#[test]
+fn a_front_door_leaves_loopback_only_with_certificates_and_keys() {
+    let certs = Certs::new(&[]);
+    let model = demo();
+    let model = ["--model", model.to_str().unwrap()];
+    let anywhere = "0.0.0.0:0";
+    let inside = ["--tls-dir", certs.folder()];
+    let door = |role: &[&str], says: &str| refused(&[role, &model].concat(), 2, &[says]);
+    door(&["up", "--grpc", anywhere], "--http-tls-cert");
+    door(&["up", "--http", anywhere], "--api-keys");
+    // What is good inside opens no front door, nor does a certificate alone.
+    door(
+        &["coordinator", "--http", anywhere, inside[0], inside[1]],
+        "--api-keys",
+    );
+    let (cert, key) = (certs.path("coordinator.pem"), certs.path("coordinator.key"));
+    let shown = ["--http-tls-cert", &cert, "--http-tls-key", &key];
+    door(
+        &[&["up", "--http", anywhere], &shown[..]].concat(),
+        "--api-keys",
+    );
 }
 
 #[test]
 fn a_start_without_addresses_is_seen_on_loopback_alone() {
+    let certs = Certs::new(&[]);
     let model = demo();
-    let model = model.to_str().unwrap();
+    let model = ["--model", model.to_str().unwrap(), "--threads", "1"];
+    let inside = ["--tls-dir", certs.folder()];
+    let node = ["--coordinator", "127.0.0.1:1"];
     let mut seen = 0;
-    let roles: [&[&str]; 4] = [
-        &[
-            "up",
-            "--attention-nodes",
-            "1",
-            "--expert-nodes",
-            "2",
-            "--fabric",
-            "grpc",
-        ],
-        &["coordinator"],
-        &["attention-node", "--coordinator", "http://127.0.0.1:1"],
-        &["expert-node", "--coordinator", "http://127.0.0.1:1"],
-    ];
-    for role in roles {
-        let mut process = Guild::start(&[role, &["--model", model, "--threads", "1"]].concat());
-        let up = role[0] == "up";
-        let needle = if up {
-            "  cluster "
-        } else {
-            "guild: listening on "
+    for role in [
+        ["up", "--expert-nodes", "2", "--fabric", "grpc"].to_vec(),
+        [&["coordinator"], &inside[..]].concat(),
+        [&["attention-node"], &node[..], &inside].concat(),
+        [&["expert-node"], &node[..], &inside].concat(),
+        [&["expert-node"], &node[..], &["--insecure"]].concat(),
+    ] {
+        let mut process = Guild::start(&[&role[..], &model].concat());
+        let needle = match role[0] {
+            "up" => "  cluster ",
+            _ => "guild: listening on ",
         };
         process.wait_for_line(needle, START_LIMIT);
         let open = ports::open_by(process.id());
@@ -495,5 +531,21 @@ fn certificates_are_made_once_and_keys_are_for_the_owner_alone() {
         let args = [&["certs", "--out", elsewhere.to_str().unwrap()], bad].concat();
         let (code, _, stderr) = guild(&args);
         assert_eq!(code, 2, "{bad:?}: {stderr}");
+    }
+}
+
+/// What is asked for by the example is what nodes check.
+#[test]
+fn cert_manager_is_asked_for_the_roles_as_they_are_checked() {
+    let text = std::fs::read_to_string(root().join("deploy/cert-manager.yaml")).unwrap();
+    let items: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("- "))
+        .collect();
+    for role in Role::ALL {
+        let identity = Identity::new("guild", role, None).unwrap();
+        assert!(items.contains(&identity.to_string().as_str()), "{role}");
+        let dialled = items.contains(&identity.anywhere().as_str());
+        assert_eq!(dialled, role != Role::Operator, "{role}");
     }
 }

@@ -19,7 +19,7 @@ use tonic_types::StatusExt as _;
 
 use crate::args::Leader;
 use crate::failure::Failure;
-use crate::security::node_tls;
+use crate::security::asking_tls;
 
 /// Largest answer that is taken.
 const MAX_ANSWER_BYTES: usize = 128 << 20;
@@ -41,19 +41,14 @@ impl Asking {
     /// # Errors
     /// An address or the certificate is of no use.
     pub(super) fn at(leader: &Leader) -> Result<Asking, Failure> {
-        let open = |role| node_tls(&leader.tls, role, None);
-        // A node's own will do for looking, where no other is at hand.
-        let tls = open(Role::Operator).or_else(|failure| {
-            let node = open(Role::Attention).or_else(|_| open(Role::Expert));
-            node.map_err(|_| failure)
-        })?;
+        let urls: Vec<&str> = leader.coordinator.split(',').map(str::trim).collect();
+        let tls = asking_tls(leader, &urls)?;
         let dialer = Dialer::to(Role::COORDINATING, tls.as_ref());
         check_coordinators(&leader.coordinator, &dialer)
             .map_err(|error| Failure::usage(format!("--coordinator: {error}")))?;
-        let urls = leader.coordinator.split(',');
         Ok(Asking {
             dialer,
-            urls: urls.map(|url| url.trim().to_owned()).collect(),
+            urls: urls.into_iter().map(str::to_owned).collect(),
             given: leader.coordinator.clone(),
         })
     }
@@ -99,7 +94,14 @@ impl Asking {
     /// An error of [`ask`](Asking::ask) for a person.
     pub(super) fn failure(&self, status: Status) -> Failure {
         let gone = leads_not(&status);
-        let failure = Failure::from(status);
+        // What a handshake that was not begun comes to on this side.
+        let cut_off = gone || status.code() == Code::Unknown;
+        let mut failure = Failure::from(status);
+        if cut_off && matches!(self.dialer, Dialer::Plain) {
+            failure = failure.hint(
+                "only `guild up` and --insecure go without certificates: is --tls-dir missing?",
+            );
+        }
         if !gone {
             return failure;
         }
