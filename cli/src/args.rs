@@ -282,10 +282,11 @@ pub(crate) struct Up {
 
 #[derive(Clone, Debug, Args)]
 #[command(after_help = format!("Example, one role a terminal, in any order:
-  guild coordinator    --model models/demo
-  guild attention-node --model models/demo --coordinator http://127.0.0.1:7000
-  guild expert-node    --model models/demo --coordinator http://127.0.0.1:7000
-  guild expert-node    --model models/demo --coordinator http://127.0.0.1:7000
+  guild certs --out certs && export GUILD_TLS_DIR=certs GUILD_MODEL=models/demo
+  guild coordinator
+  guild attention-node --coordinator 127.0.0.1:7000
+  guild expert-node    --coordinator 127.0.0.1:7000
+  guild expert-node    --coordinator 127.0.0.1:7000
 
 {EXIT_CODES}"))]
 pub(crate) struct Coordinator {
@@ -369,8 +370,8 @@ pub(crate) struct Joining {
 
 #[derive(Clone, Debug, Args)]
 #[command(after_help = format!("Examples:
-  guild attention-node --model models/demo --coordinator http://127.0.0.1:7000
-  guild attention-node --model models/demo --coordinator http://127.0.0.1:7000 --experts
+  guild attention-node --model models/demo --coordinator 127.0.0.1:7000 --tls-dir certs
+  guild attention-node --model models/demo --coordinator 127.0.0.1:7000 --tls-dir certs --experts
 
 With --experts SIGTERM first lets the requests of this node end and then takes its experts out of
 the cluster; each may take as long as --drain says.
@@ -393,7 +394,7 @@ pub(crate) struct AttentionNode {
 
 #[derive(Clone, Debug, Args)]
 #[command(after_help = format!("Example:
-  guild expert-node --model models/demo --coordinator http://127.0.0.1:7000
+  guild expert-node --model models/demo --coordinator 127.0.0.1:7000 --tls-dir certs
 
 {EXIT_CODES}"))]
 pub(crate) struct ExpertNode {
