@@ -11,15 +11,23 @@ mod header;
 pub mod manifest;
 mod open;
 mod schema;
+mod storage;
+mod stored;
+pub(crate) mod write;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
 
+use guild_kernels::pack;
 use manifest::{Manifest, Verification};
 pub use schema::{TensorSpec, schema};
+pub(crate) use storage::{blob_name, parts, scales_name};
+pub(crate) use stored::StoredWeight;
 
+use crate::config::Packed;
+use crate::weights::ALIGNMENT;
 use crate::{Config, ModelError};
 
 /// What weights become in memory.
@@ -32,6 +40,18 @@ pub enum Dtype {
     F32,
     /// Rounded to bf16, nearest even.
     Bf16,
+    /// Linear weights FP8 e4m3 with a scale per 128x128 block, embedding and head bf16.
+    Fp8,
+    /// Packed as [`Packed::int8`].
+    Int8 {
+        /// Columns that share a scale.
+        group: usize,
+    },
+    /// Packed as [`Packed::int4`].
+    Int4 {
+        /// Columns that share a scale.
+        group: usize,
+    },
 }
 
 impl Dtype {
@@ -40,7 +60,16 @@ impl Dtype {
     pub fn numerics_class(self, cpu: &guild_kernels::Cpu) -> String {
         match self {
             Dtype::Auto | Dtype::F32 => cpu.numerics_class().to_owned(),
-            Dtype::Bf16 => format!("{}+bf16-weights", cpu.numerics_class()),
+            _ => format!("{}+{self}-weights", cpu.numerics_class()),
+        }
+    }
+
+    /// Which weights are packed, where some are.
+    pub(crate) fn packed(self) -> Option<Packed> {
+        match self {
+            Dtype::Int8 { group } => Some(Packed::int8(group)),
+            Dtype::Int4 { group } => Some(Packed::int4(group)),
+            Dtype::Auto | Dtype::F32 | Dtype::Bf16 | Dtype::Fp8 => None,
         }
     }
 }
@@ -48,26 +77,45 @@ impl Dtype {
 impl FromStr for Dtype {
     type Err = ModelError;
 
+    /// `auto`, `f32`, `bf16`, `fp8`, `int8` or `int4`; packed ones perhaps with a group, as in `int4-g32`.
     fn from_str(text: &str) -> Result<Self, ModelError> {
-        match text {
+        let bad = |reason: String| ModelError::input("dtype", reason);
+        let (name, group) = match text.split_once("-g") {
+            Some((name @ ("int4" | "int8"), group)) => {
+                let known = pack::GROUPS.into_iter().find(|g| g.to_string() == group);
+                let group = known.ok_or_else(|| {
+                    bad(format!(
+                        "a group of `{group}` columns is unknown; 32, 64 or 128"
+                    ))
+                })?;
+                (name, group)
+            }
+            _ => (text, pack::GROUP),
+        };
+        match name {
             "auto" => Ok(Dtype::Auto),
             "f32" => Ok(Dtype::F32),
             "bf16" => Ok(Dtype::Bf16),
-            other => Err(ModelError::input(
-                "dtype",
-                format!("`{other}` is unknown; auto, f32 or bf16"),
-            )),
+            "fp8" => Ok(Dtype::Fp8),
+            "int8" => Ok(Dtype::Int8 { group }),
+            "int4" => Ok(Dtype::Int4 { group }),
+            other => Err(bad(format!(
+                "`{other}` is unknown; auto, f32, bf16, fp8, int8 or int4"
+            ))),
         }
     }
 }
 
 impl std::fmt::Display for Dtype {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Dtype::Auto => "auto",
-            Dtype::F32 => "f32",
-            Dtype::Bf16 => "bf16",
-        })
+        match self {
+            Dtype::Auto => f.write_str("auto"),
+            Dtype::F32 => f.write_str("f32"),
+            Dtype::Bf16 => f.write_str("bf16"),
+            Dtype::Fp8 => f.write_str("fp8"),
+            Dtype::Int8 { group } => write!(f, "int8-g{group}"),
+            Dtype::Int4 { group } => write!(f, "int4-g{group}"),
+        }
     }
 }
 
@@ -82,6 +130,8 @@ pub enum Stored {
     F16,
     /// FP8 e4m3fn: 1 sign, 4 exponent, 3 mantissa bits, no infinities.
     F8E4M3,
+    /// Bytes of a packed weight.
+    U8,
 }
 
 impl Stored {
@@ -90,7 +140,7 @@ impl Stored {
         match self {
             Stored::F32 => 4,
             Stored::Bf16 | Stored::F16 => 2,
-            Stored::F8E4M3 => 1,
+            Stored::F8E4M3 | Stored::U8 => 1,
         }
     }
 
@@ -101,6 +151,7 @@ impl Stored {
             Stored::Bf16 => "BF16",
             Stored::F16 => "F16",
             Stored::F8E4M3 => "F8_E4M3",
+            Stored::U8 => "U8",
         }
     }
 
@@ -124,6 +175,8 @@ impl Stored {
                 .iter()
                 .position(|&b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
             Stored::F8E4M3 => bytes.iter().position(|&b| b & 0x7f == 0x7f),
+            // Integers all; it is their scales that can be no number.
+            Stored::U8 => None,
         }
     }
 }
@@ -132,6 +185,8 @@ impl Stored {
 #[derive(Clone)]
 pub struct Checkpoint {
     inner: Arc<Inner>,
+    /// Whether routed experts are used where they lie in the files.
+    mapped: bool,
 }
 
 struct Inner {
@@ -211,7 +266,61 @@ impl Checkpoint {
                 listed: manifest.is_some(),
                 digest: OnceLock::new(),
             }),
+            mapped: false,
         })
+    }
+
+    /// The same checkpoint, whose routed experts are used where they lie in the mapped files instead of being copied:
+    /// a node starts at once and memory is paged in when an expert is first used.
+    ///
+    /// The price: bytes are not looked at before they serve. What an expert must be is taken from the manifest, and an
+    /// expert node holds every expert in use against it over time. Files must not be written to or cut short while
+    /// they are mapped: a file that is cut short ends the process (SIGBUS).
+    ///
+    /// # Errors
+    /// Experts that are not packed, files without a manifest, or blobs that do not lie at multiples of 64.
+    pub fn with_mapped_experts(self) -> Result<Checkpoint, ModelError> {
+        let refused = |reason: String| Err(ModelError::file(self.dir(), reason));
+        let packed = self.config().packed.and_then(|p| p.experts);
+        if packed.is_none() {
+            return refused(
+                "has no packed experts to be mapped; `guild quantize` writes them".into(),
+            );
+        }
+        if !self.has_manifest() {
+            return refused(format!(
+                "has no {}: what is mapped is held against it; `guild manifest --write` makes one",
+                manifest::FILE
+            ));
+        }
+        for view in self.tensors().filter(|v| v.name().ends_with(".blob")) {
+            if !view.entry.range.start.is_multiple_of(ALIGNMENT) {
+                return Err(ModelError::tensor(
+                    view.file(),
+                    view.name(),
+                    format!("does not lie at a multiple of {ALIGNMENT}; it cannot be mapped"),
+                ));
+            }
+        }
+        Ok(Checkpoint {
+            mapped: true,
+            ..self
+        })
+    }
+
+    /// The bytes of a tensor, for as long as somebody wants them; None where experts are to be copied.
+    pub(crate) fn mapped(&self, name: &str) -> Option<Mapped> {
+        let entry = self.inner.tensors.get(name).filter(|_| self.mapped)?;
+        Some(Mapped {
+            checkpoint: self.clone(),
+            shard: entry.shard,
+            range: entry.range.clone(),
+        })
+    }
+
+    /// The files that hold weights.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.inner.shards.iter().map(|shard| shard.path.as_path())
     }
 
     /// Whether a manifest lists what the files must hold.
@@ -239,7 +348,7 @@ impl Checkpoint {
     /// hex digits.
     ///
     /// Reads every required byte once (above 64 GiB of weights: the first, middle and last 4 KiB
-    /// of every tensor); later calls are free.
+    /// of every tensor; where experts are mapped nothing but the manifest); later calls are free.
     ///
     /// # Errors
     /// A tensor that was read whole and is not what the manifest lists.
@@ -282,18 +391,26 @@ impl Checkpoint {
     /// What the configuration requires of this checkpoint, in model order (optional tensors only
     /// where they exist).
     pub fn required(&self) -> impl Iterator<Item = TensorView<'_>> {
-        schema(self.config())
-            .filter_map(|spec| self.tensor(&spec.name).ok())
-            .flat_map(|view| {
-                let scales = view.scales().ok().flatten();
-                std::iter::once(view).chain(scales)
-            })
+        schema(self.config()).flat_map(|spec| match parts(self.config(), &spec) {
+            Some(parts) => parts
+                .iter()
+                .filter_map(|part| self.tensor(&part.name).ok())
+                .collect::<Vec<_>>(),
+            None => {
+                let view = self.tensor(&spec.name).ok();
+                let scales = view.and_then(|view| view.scales().ok().flatten());
+                view.into_iter().chain(scales).collect()
+            }
+        })
     }
 
     /// Bytes of one expert of a layer as stored, scales included; 0 for a dense layer.
     pub fn expert_bytes(&self, layer: usize) -> u64 {
         if !self.config().is_moe(layer) {
             return 0;
+        }
+        if self.config().packed.is_some_and(|p| p.experts.is_some()) {
+            return self.stored_bytes(&blob_name(layer, 0));
         }
         schema::expert(self.config(), layer, 0)
             .iter()
@@ -315,25 +432,41 @@ impl Checkpoint {
         self.required().map(|view| view.bytes().len() as u64).sum()
     }
 
-    /// The weight `{name}.weight` as f32 with its shape, FP8 multiplied by its block scales.
+    /// The weight `{name}.weight` as f32 with its shape, FP8 multiplied by its block scales, packed integers by theirs.
     ///
     /// # Errors
     /// A missing tensor, or a value that is not finite.
     pub fn weight_f32(&self, name: &str) -> Result<(Vec<f32>, Vec<usize>), ModelError> {
-        let view = self.tensor(&format!("{name}.weight"))?;
-        let mut values = view.to_f32()?;
-        if let Some(scales) = view.scales()? {
-            let cols = view.shape[1];
-            let blocks = scales.shape[1];
-            let scales = scales.to_f32()?;
-            for (i, row) in values.chunks_exact_mut(cols).enumerate() {
-                for (j, w) in row.iter_mut().enumerate() {
-                    *w *= scales
-                        [i / crate::config::FP8_BLOCK * blocks + j / crate::config::FP8_BLOCK];
-                }
-            }
-        }
-        Ok((values, view.shape.to_vec()))
+        let weight = self.stored_weight(&format!("{name}.weight"))?;
+        let (rows, cols) = weight.shape();
+        Ok((weight.widened(0..rows)?, vec![rows, cols]))
+    }
+
+    /// A tensor that the configuration calls for, in whatever form it is stored, to be widened row by row.
+    ///
+    /// # Errors
+    /// A missing tensor, or scales that cannot be used.
+    pub(crate) fn stored_weight(&self, name: &str) -> Result<StoredWeight<'_>, ModelError> {
+        StoredWeight::find(self, name)
+    }
+
+    /// Whether a tensor is what the main model has in its place, bit for bit: copies of embedding and head that MTP
+    /// layers come with.
+    pub(crate) fn repeats_main(&self, name: &str) -> Result<bool, ModelError> {
+        let main = match name {
+            _ if name.ends_with(".embed_tokens.weight") => "model.embed_tokens.weight",
+            _ if self.config().tie_word_embeddings => "model.embed_tokens.weight",
+            _ => "lm_head.weight",
+        };
+        let same = |a: TensorView<'_>, b: TensorView<'_>| {
+            a.dtype() == b.dtype() && a.shape() == b.shape() && a.bytes() == b.bytes()
+        };
+        let (copy, main) = (self.tensor(name)?, self.tensor(main)?);
+        Ok(same(copy, main)
+            && match (copy.scales()?, main.scales()?) {
+                (Some(copy), Some(main)) => same(copy, main),
+                (copy, main) => copy.is_none() && main.is_none(),
+            })
     }
 
     fn view<'a>(&'a self, name: &'a str, entry: &'a Entry) -> TensorView<'a> {
@@ -396,27 +529,37 @@ impl<'a> TensorView<'a> {
         &self.checkpoint.inner.shards[self.entry.shard].path
     }
 
-    /// The block scales [ceil(rows/128), ceil(cols/128)] of an FP8 weight; None for other dtypes.
+    /// The block scales [ceil(rows/128), ceil(cols/128)] of an FP8 weight, or the scales [panels, groups, 16] of a
+    /// packed matrix; None for other tensors, and for experts' blobs, which hold their own.
     ///
     /// # Errors
-    /// An FP8 tensor without scales.
+    /// Such a tensor without scales.
     pub fn scales(&self) -> Result<Option<TensorView<'a>>, ModelError> {
-        if self.dtype() != Stored::F8E4M3 {
-            return Ok(None);
-        }
-        self.checkpoint
-            .tensor(&format!("{}_scale_inv", self.name))
-            .map(Some)
+        let name = match self.dtype() {
+            Stored::F8E4M3 => format!("{}_scale_inv", self.name),
+            Stored::U8 if !self.name.ends_with(".blob") => scales_name(self.name),
+            _ => return Ok(None),
+        };
+        self.checkpoint.tensor(&name).map(Some)
+    }
+
+    /// Which weights of its checkpoint are packed, where some are.
+    pub(crate) fn packed(&self) -> Option<&'a Packed> {
+        self.checkpoint.config().packed.as_ref()
     }
 
     /// Every element widened to f32, exactly; FP8 without its scales.
     ///
     /// # Errors
-    /// A value that is NaN or infinite, named by its index.
+    /// A value that is NaN or infinite, named by its index; a packed weight.
     pub fn to_f32(&self) -> Result<Vec<f32>, ModelError> {
         self.check_finite()?;
         let bytes = self.bytes();
         Ok(match self.dtype() {
+            Stored::U8 => {
+                let reason = "is packed: its bytes are no numbers";
+                return Err(ModelError::tensor(self.file(), self.name, reason));
+            }
             Stored::F32 => bytes
                 .as_chunks()
                 .0
@@ -482,6 +625,27 @@ impl std::fmt::Debug for TensorView<'_> {
             .field("name", &self.name)
             .field("dtype", &self.dtype())
             .field("shape", &self.shape)
+            .finish()
+    }
+}
+
+/// The bytes of a tensor in a mapped file.
+pub(crate) struct Mapped {
+    checkpoint: Checkpoint,
+    shard: usize,
+    range: std::ops::Range<usize>,
+}
+
+impl AsRef<[u8]> for Mapped {
+    fn as_ref(&self) -> &[u8] {
+        &self.checkpoint.inner.shards[self.shard].map.as_ref()[self.range.clone()]
+    }
+}
+
+impl std::fmt::Debug for Mapped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mapped")
+            .field("range", &self.range)
             .finish()
     }
 }

@@ -13,7 +13,11 @@ use crate::ModelError;
 
 mod check;
 mod fields;
+pub(crate) mod packed;
 mod read;
+
+pub use packed::Packed;
+pub(crate) use packed::Role;
 
 /// Epsilon of `q_a_layernorm` and `kv_a_layernorm`: the published models use the norm's
 /// default here, whatever `rms_norm_eps` says.
@@ -140,6 +144,9 @@ pub struct Config {
     pub tie_word_embeddings: bool,
     /// Whether linear weights may be FP8 e4m3 with 128x128 block scales.
     pub fp8: bool,
+    /// Which weights are packed integers, if any are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub packed: Option<Packed>,
     /// Beginning of sequence.
     pub bos_token_id: Option<u32>,
     /// Any of these ends a sequence.

@@ -3,18 +3,18 @@
 //! Secret: which tensors one is, how it is computed, and how a routed expert lies in memory. An expert node
 //! needs nothing else of the model; what an expert's output is worth is the attention node's business.
 
+mod arriving;
 mod layout;
 
-use std::ops::Range;
-use std::sync::OnceLock;
+use guild_kernels::{Cpu, MatrixRef};
 
-use guild_kernels::{Cpu, MatrixRef, WeightsRef};
-
-use self::layout::{HEADER, Layout, NAMES, Placed};
-use crate::checkpoint::{Dtype, TensorView, manifest};
-pub use crate::weights::Blob;
-use crate::weights::{self, Format, Loader, Matrix};
-use crate::{Checkpoint, ModelError};
+pub use self::arriving::Arriving;
+pub(crate) use self::layout::Placed;
+use self::layout::{HEADER, Layout, NAMES};
+use crate::checkpoint::{Dtype, Mapped, TensorView, blob_name};
+pub use crate::weights::Breathe;
+use crate::weights::{self, Blob, Format, Loader, Matrix, PIECE};
+use crate::{Checkpoint, Config, ModelError};
 
 /// A gated MLP (SwiGLU), resident.
 #[derive(Debug)]
@@ -62,9 +62,26 @@ fn swiglu(cpu: &Cpu, [gate, up, down]: [MatrixRef<'_>; 3], x: &[f32]) -> Vec<f32
 /// another one as from disk. The bytes are described in `layout.rs`.
 #[derive(Debug)]
 pub struct Expert {
-    blob: Blob,
+    memory: Memory,
     layout: Layout,
-    digest: OnceLock<[u8; 32]>,
+    digest: [u8; 32],
+}
+
+/// Where a blob lies.
+#[derive(Debug)]
+enum Memory {
+    Owned(Blob),
+    /// In a file, and in memory as far as it has been used.
+    Mapped(Mapped),
+}
+
+impl Memory {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Memory::Owned(blob) => blob.as_ref(),
+            Memory::Mapped(mapped) => mapped.as_ref(),
+        }
+    }
 }
 
 impl Expert {
@@ -78,76 +95,96 @@ impl Expert {
         expert: usize,
         dtype: Dtype,
     ) -> Result<Expert, ModelError> {
+        Expert::load_by(ckpt, layer, expert, dtype, &|| ())
+    }
+
+    /// The same for whoever has other things to do: calls `breathe` after every piece of the work.
+    ///
+    /// # Errors
+    /// As [`Expert::load`].
+    pub fn load_by(
+        ckpt: &Checkpoint,
+        layer: usize,
+        expert: usize,
+        dtype: Dtype,
+        breathe: Breathe<'_>,
+    ) -> Result<Expert, ModelError> {
+        let views = match Source::find(ckpt, layer, expert)? {
+            Source::Matrices(views) => views,
+            Source::Blob(view) => {
+                return Expert::packed(ckpt, layer, expert, dtype, &view, breathe).map_err(|e| {
+                    match e {
+                        // It came from a file.
+                        ModelError::Blob { reason, .. } => {
+                            ModelError::tensor(view.file(), view.name(), reason)
+                        }
+                        other => other,
+                    }
+                });
+            }
+        };
         let layout = expected(ckpt, layer, expert, dtype)?;
         let mut blob = Blob::with_len(layout.len);
         let bytes = blob.as_mut();
         bytes[..HEADER].copy_from_slice(&layout.header());
-        for (view, m) in tensors(ckpt, layer, expert)?.iter().zip(&layout.matrices) {
-            let data = &mut bytes[m.data.clone()];
-            let scales = weights::read_weight(view, m.rows, m.cols, m.format, data)?;
-            bytes[m.scales.clone()].copy_from_slice(bytemuck::cast_slice(&scales));
+        for (view, m) in views.iter().zip(&layout.matrices) {
+            let [data, scales] = sections(bytes, m);
+            weights::read_weight(view, m.rows, m.cols, m.format, data, scales, breathe)?;
         }
         Ok(Expert {
-            blob,
+            digest: hash(blob.as_ref(), breathe),
+            memory: Memory::Owned(blob),
             layout,
-            digest: OnceLock::new(),
         })
     }
 
-    /// Takes over an expert that came as the blob of another node.
-    ///
-    /// Any bytes may be given: the header must be exactly that of this expert of this model in this dtype, the
-    /// length must follow from it, the padding must be zero and every value finite. Where a manifest lists the
-    /// tensors and they are in memory as they are stored, their digests must be the listed ones.
+    /// The same from a blob in a file: a copy of it, or where experts are mapped the file itself.
+    fn packed(
+        ckpt: &Checkpoint,
+        layer: usize,
+        expert: usize,
+        dtype: Dtype,
+        view: &TensorView<'_>,
+        breathe: Breathe<'_>,
+    ) -> Result<Expert, ModelError> {
+        let Some((mapped, listed)) = ckpt.mapped(view.name()).zip(view.listed()) else {
+            let mut arriving = Arriving::new(ckpt, layer, expert, dtype)?;
+            for piece in view.bytes().chunks(PIECE) {
+                arriving.take(piece)?;
+                breathe();
+            }
+            return arriving.finish();
+        };
+        let layout = expected(ckpt, layer, expert, dtype)?;
+        layout
+            .found(mapped.as_ref())
+            .map_err(|reason| ModelError::Blob {
+                layer,
+                expert,
+                reason,
+            })?;
+        Ok(Expert {
+            memory: Memory::Mapped(mapped),
+            layout,
+            // Whether it is so is found out later, by whoever holds it against `hash_by`.
+            digest: *listed.as_bytes(),
+        })
+    }
+
+    /// Takes over an expert that came as the blob of another node and is here already: see [`Arriving`].
     ///
     /// # Errors
-    /// As [`Expert::load`] where the model has no such expert; otherwise [`ModelError::Blob`] with the field or
-    /// matrix that is wrong.
+    /// As [`Arriving::new`], [`Arriving::take`] and [`Arriving::finish`].
     pub fn from_blob(
         ckpt: &Checkpoint,
         layer: usize,
         expert: usize,
         dtype: Dtype,
-        blob: Blob,
+        blob: &[u8],
     ) -> Result<Expert, ModelError> {
-        let layout = expected(ckpt, layer, expert, dtype)?;
-        let bad = |reason| ModelError::Blob {
-            layer,
-            expert,
-            reason,
-        };
-        let found = Layout::parse(blob.as_ref()).map_err(bad)?;
-        layout.expect(&found).map_err(bad)?;
-        let listed = |view: &TensorView<'_>, range: &Range<usize>| match view.listed() {
-            Some(listed) if blake3::hash(&blob.as_ref()[range.clone()]) != listed => {
-                let (tensor, list) = (view.name(), manifest::FILE);
-                Err(bad(format!("`{tensor}` is not what {list} lists")))
-            }
-            _ => Ok(()),
-        };
-        let stored = tensors(ckpt, layer, expert)?;
-        for ((m, name), view) in layout.matrices.iter().zip(NAMES).zip(stored) {
-            let data = &blob.as_ref()[m.data.clone()];
-            if let Some(at) = m.format.stored().first_not_finite(data) {
-                return Err(bad(format!("{name}: element {at} is not a finite number")));
-            }
-            let scales = bytemuck::cast_slice(&blob.as_ref()[m.scales.clone()]);
-            if let Some(at) = weights::odd_scale(scales) {
-                return Err(bad(format!("{name}: scale {at} is too large for a scale")));
-            }
-            // Bytes as they are stored are bytes that the manifest lists.
-            if view.dtype() == m.format.stored() {
-                listed(&view, &m.data)?;
-                if let Some(scales) = view.scales()? {
-                    listed(&scales, &m.scales)?;
-                }
-            }
-        }
-        Ok(Expert {
-            blob,
-            layout,
-            digest: OnceLock::new(),
-        })
+        let mut arriving = Arriving::new(ckpt, layer, expert, dtype)?;
+        arriving.take(blob)?;
+        arriving.finish()
     }
 
     /// What a blob of this expert must measure, in bytes. Others can be refused before memory is taken for them.
@@ -178,14 +215,17 @@ impl Expert {
 
     /// The expert as it lies in memory.
     pub fn blob(&self) -> &[u8] {
-        self.blob.as_ref()
+        self.memory.bytes()
     }
 
-    /// BLAKE3 of [`Expert::blob`]; computed by the first call.
+    /// BLAKE3 of [`Expert::blob`] as it was when it was read or came; of a mapped one, as the manifest has it.
     pub fn digest(&self) -> [u8; 32] {
-        *self
-            .digest
-            .get_or_init(|| *blake3::hash(self.blob()).as_bytes())
+        self.digest
+    }
+
+    /// BLAKE3 of [`Expert::blob`] as it is now; `breathe` is called after every piece of the work.
+    pub fn hash_by(&self, breathe: Breathe<'_>) -> [u8; 32] {
+        hash(self.blob(), breathe)
     }
 
     /// Rows `[m, hidden]` to rows `[m, hidden]`, unweighted, each alone.
@@ -203,48 +243,67 @@ impl Expert {
     }
 
     fn matrix(&self, m: &Placed) -> MatrixRef<'_> {
-        let data = &self.blob.as_ref()[m.data.clone()];
-        MatrixRef {
-            rows: m.rows,
-            cols: m.cols,
-            data: match m.format {
-                Format::F32 => WeightsRef::F32(bytemuck::cast_slice(data)),
-                Format::Bf16 => WeightsRef::Bf16(bytemuck::cast_slice(data)),
-                Format::Fp8 => WeightsRef::Fp8 {
-                    data,
-                    scales: bytemuck::cast_slice(&self.blob.as_ref()[m.scales.clone()]),
-                },
-            },
-        }
+        let blob = self.memory.bytes();
+        let (data, scales) = (&blob[m.data.clone()], &blob[m.scales.clone()]);
+        m.format.matrix(m.rows, m.cols, data, scales)
     }
 }
 
-/// Gate, up and down of an expert that the model must have.
-fn tensors(
-    ckpt: &Checkpoint,
-    layer: usize,
-    expert: usize,
-) -> Result<[TensorView<'_>; 3], ModelError> {
-    let cfg = ckpt.config();
-    if layer >= cfg.num_hidden_layers + cfg.num_nextn_predict_layers || !cfg.is_moe(layer) {
-        return Err(ModelError::input(
-            "layer",
-            format!("{layer} is not a layer with experts"),
-        ));
+fn hash(blob: &[u8], breathe: Breathe<'_>) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    for piece in blob.chunks(PIECE) {
+        hasher.update(piece);
+        breathe();
     }
-    if expert >= cfg.n_routed_experts {
-        return Err(ModelError::input(
-            "expert",
-            format!("{expert} of a layer with {}", cfg.n_routed_experts),
-        ));
+    *hasher.finalize().as_bytes()
+}
+
+/// Data and scales of a matrix in a blob.
+fn sections<'a>(blob: &'a mut [u8], m: &Placed) -> [&'a mut [u8]; 2] {
+    let (data, scales) = blob[m.data.start..].split_at_mut(m.data.len());
+    let start = m.scales.start.saturating_sub(m.data.end);
+    [data, &mut scales[start..][..m.scales.len()]]
+}
+
+/// In which tensors a checkpoint keeps an expert.
+enum Source<'a> {
+    /// Gate, up and down.
+    Matrices([TensorView<'a>; 3]),
+    /// One that is its blob.
+    Blob(TensorView<'a>),
+}
+
+impl<'a> Source<'a> {
+    /// Of an expert that the model must have.
+    fn find(ckpt: &'a Checkpoint, layer: usize, expert: usize) -> Result<Source<'a>, ModelError> {
+        let cfg = ckpt.config();
+        if layer >= cfg.num_hidden_layers + cfg.num_nextn_predict_layers || !cfg.is_moe(layer) {
+            return Err(ModelError::input(
+                "layer",
+                format!("{layer} is not a layer with experts"),
+            ));
+        }
+        if expert >= cfg.n_routed_experts {
+            return Err(ModelError::input(
+                "expert",
+                format!("{expert} of a layer with {}", cfg.n_routed_experts),
+            ));
+        }
+        if cfg.packed.is_some_and(|p| p.experts.is_some()) {
+            return Ok(Source::Blob(ckpt.tensor(&blob_name(layer, expert))?));
+        }
+        let tensor = |name: &str| {
+            ckpt.tensor(&format!(
+                "model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"
+            ))
+        };
+        let [gate, up, down] = NAMES;
+        Ok(Source::Matrices([
+            tensor(gate)?,
+            tensor(up)?,
+            tensor(down)?,
+        ]))
     }
-    let tensor = |name: &str| {
-        ckpt.tensor(&format!(
-            "model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"
-        ))
-    };
-    let [gate, up, down] = NAMES;
-    Ok([tensor(gate)?, tensor(up)?, tensor(down)?])
 }
 
 /// The layout that an expert of this model has.
@@ -254,20 +313,72 @@ fn expected(
     expert: usize,
     dtype: Dtype,
 ) -> Result<Layout, ModelError> {
-    let cfg = ckpt.config();
-    let (inner, hidden) = (cfg.moe_intermediate_size, cfg.hidden_size);
-    let [gate, up, down] = tensors(ckpt, layer, expert)?.map(|v| Format::of(v.dtype(), dtype));
-    let matrices = [
-        (gate, inner, hidden),
-        (up, inner, hidden),
-        (down, hidden, inner),
-    ];
+    let formats = match Source::find(ckpt, layer, expert)? {
+        Source::Matrices([gate, up, down]) => [
+            Format::of(&gate, dtype)?,
+            Format::of(&up, dtype)?,
+            Format::of(&down, dtype)?,
+        ],
+        Source::Blob(view) => [Format::of(&view, dtype)?; 3],
+    };
     // Both are far below the configuration's limits.
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    Layout::new(number(layer), number(expert), matrices).ok_or_else(|| {
+    layout_of(ckpt.config(), number(layer), number(expert), formats).ok_or_else(|| {
         ModelError::config(
             "moe_intermediate_size",
             "an expert of this shape is larger than any memory",
         )
     })
+}
+
+fn layout_of(cfg: &Config, layer: u32, expert: u32, formats: [Format; 3]) -> Option<Layout> {
+    let (inner, hidden) = (cfg.moe_intermediate_size, cfg.hidden_size);
+    let [gate, up, down] = formats;
+    let matrices = [
+        (gate, inner, hidden),
+        (up, inner, hidden),
+        (down, hidden, inner),
+    ];
+    Layout::new(layer, expert, matrices)
+}
+
+/// Bytes of an expert's blob in a checkpoint that has experts packed; 0 in others.
+pub(crate) fn packed_len(cfg: &Config) -> usize {
+    let packed = cfg.packed.as_ref();
+    let format = packed.and_then(|p| {
+        let (int, group) = (p.experts?, p.group);
+        Some(Format::Packed { int, group })
+    });
+    let layout = format.and_then(|format| layout_of(cfg, 0, 0, [format; 3]));
+    layout.map_or(0, |layout| layout.len)
+}
+
+/// Where a matrix of an expert lies in its stored blob, by the matrix' full name in a plain checkpoint.
+pub(crate) fn stored_matrix<'a>(
+    ckpt: &'a Checkpoint,
+    name: &str,
+) -> Result<(TensorView<'a>, Placed), ModelError> {
+    let unknown = || ModelError::tensor(ckpt.dir(), name, "is no matrix of an expert");
+    let (layer, expert, matrix) = placed(name).ok_or_else(unknown)?;
+    let Source::Blob(view) = Source::find(ckpt, layer, expert)? else {
+        return Err(unknown());
+    };
+    let layout = expected(ckpt, layer, expert, Dtype::Auto)?;
+    let found = layout.found(view.bytes());
+    found.map_err(|reason| ModelError::tensor(view.file(), view.name(), reason))?;
+    let [gate, up, down] = layout.matrices;
+    let place = match matrix {
+        0 => gate,
+        1 => up,
+        _ => down,
+    };
+    Ok((view, place))
+}
+
+/// Layer, expert and which of [`NAMES`] in `model.layers.L.mlp.experts.E.NAME_proj.weight`.
+pub(crate) fn placed(name: &str) -> Option<(usize, usize, usize)> {
+    let (layer, rest) = { name.strip_prefix("model.layers.")? }.split_once(".mlp.experts.")?;
+    let (expert, matrix) = { rest.strip_suffix("_proj.weight")? }.split_once('.')?;
+    let matrix = NAMES.iter().position(|&n| n == matrix)?;
+    Some((layer.parse().ok()?, expert.parse().ok()?, matrix))
 }

@@ -8,18 +8,21 @@
 
 pub mod cache;
 pub mod checkpoint;
+pub mod compare;
 pub mod config;
 pub mod error;
 pub mod expert;
 pub mod gate;
 pub mod mla;
 pub mod mtp;
+pub mod quantize;
 pub mod random;
 pub mod reference;
 pub mod sampler;
 pub mod text;
 pub mod trunk;
 pub mod weights;
+pub mod whole;
 
 pub use checkpoint::Checkpoint;
 pub use config::Config;

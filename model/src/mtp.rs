@@ -9,7 +9,7 @@ use guild_kernels::Cpu;
 
 use crate::ModelError;
 use crate::mla::Rope;
-use crate::trunk::{self, EMBEDDING, HEAD, Layer, Norm};
+use crate::trunk::{self, Layer, Norm};
 use crate::weights::{Loader, Matrix};
 
 /// The first MTP module of a model.
@@ -38,20 +38,10 @@ impl Mtp {
     ) -> Result<Mtp, ModelError> {
         let cfg = loader.config();
         let prefix = format!("model.layers.{}", cfg.num_hidden_layers);
-        let main_head = if cfg.tie_word_embeddings {
-            EMBEDDING
-        } else {
-            HEAD
-        };
         Ok(Mtp {
             cpu: cpu.clone(),
             layer: Layer::load(loader, cfg.num_hidden_layers, cpu, rope)?,
-            embedding: own_or_main(
-                loader,
-                &format!("{prefix}.embed_tokens"),
-                EMBEDDING,
-                embedding,
-            )?,
+            embedding: own_or_main(loader, &format!("{prefix}.embed_tokens"), embedding)?,
             embedding_norm: Norm::load(loader, &format!("{prefix}.enorm"))?,
             hidden_norm: Norm::load(loader, &format!("{prefix}.hnorm"))?,
             projection: loader.matrix(
@@ -60,12 +50,7 @@ impl Mtp {
                 2 * cfg.hidden_size,
             )?,
             norm: Norm::load(loader, &format!("{prefix}.shared_head.norm"))?,
-            head: own_or_main(
-                loader,
-                &format!("{prefix}.shared_head.head"),
-                main_head,
-                head,
-            )?,
+            head: own_or_main(loader, &format!("{prefix}.shared_head.head"), head)?,
         })
     }
 
@@ -95,6 +80,12 @@ impl Mtp {
         &self.layer
     }
 
+    /// What a further draft takes in place of the main model's hidden state: the layer's output rows
+    /// `[n, hidden]` after the module's norm, as the main model's come after its own.
+    pub fn carry(&self, hidden: &[f32]) -> Vec<f32> {
+        self.norm.forward(&self.cpu, hidden)
+    }
+
     /// Logits `[n, vocab]` of the layer's output rows `[n, hidden]`.
     pub fn draft_logits(&self, hidden: &[f32]) -> Vec<f32> {
         self.head
@@ -122,19 +113,11 @@ impl Mtp {
 fn own_or_main(
     loader: &Loader<'_>,
     own: &str,
-    main: &str,
     matrix: &Arc<Matrix>,
 ) -> Result<Arc<Matrix>, ModelError> {
     let ckpt = loader.checkpoint();
     let tensor = format!("{own}.weight");
-    if !ckpt.contains(&tensor) {
-        return Ok(Arc::clone(matrix));
-    }
-    let (copy, original) = (
-        ckpt.tensor(&tensor)?,
-        ckpt.tensor(&format!("{main}.weight"))?,
-    );
-    if copy.dtype() == original.dtype() && copy.bytes() == original.bytes() {
+    if !ckpt.contains(&tensor) || ckpt.repeats_main(&tensor)? {
         return Ok(Arc::clone(matrix));
     }
     Ok(Arc::new(loader.matrix(

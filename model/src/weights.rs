@@ -5,20 +5,25 @@
 //! a finite number is refused there. It uses the checkpoint; it does not know what a weight is for.
 
 mod blob;
+mod fp8;
 mod read;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use guild_kernels::pack::{self, Int};
 use guild_kernels::{Cpu, MatrixRef, WeightsRef};
 use half::bf16;
 
 pub(crate) use blob::ALIGNMENT;
 pub use blob::Blob;
-pub(crate) use read::{odd_scale, weight as read_weight};
+pub use read::Breathe;
+pub(crate) use read::{
+    PIECE, odd_packed_scale, odd_scale, stored as read_stored, weight as read_weight,
+};
 
-use crate::checkpoint::{Dtype, Stored, e4m3_to_f32};
-use crate::config::FP8_BLOCK;
+use crate::checkpoint::{Dtype, Stored, TensorView, e4m3_to_f32};
+use crate::config::{FP8_BLOCK, Role};
 use crate::{Checkpoint, Config, ModelError};
 
 /// How the elements of a weight lie in memory.
@@ -28,16 +33,47 @@ pub(crate) enum Format {
     Bf16,
     /// OCP FP8 e4m3 with a scale per block.
     Fp8,
+    /// Integers with a scale per row and group of columns.
+    Packed {
+        int: Int,
+        group: usize,
+    },
 }
 
 impl Format {
-    /// What a stored tensor becomes in a role with this dtype.
-    pub(crate) fn of(stored: Stored, dtype: Dtype) -> Format {
-        match (dtype, stored) {
-            (Dtype::F32, _) | (Dtype::Auto, Stored::F32 | Stored::F16) => Format::F32,
+    /// What a stored tensor becomes with this dtype.
+    ///
+    /// # Errors
+    /// A packed weight, where something else is asked for: what it was packed from is gone.
+    pub(crate) fn of(view: &TensorView<'_>, dtype: Dtype) -> Result<Format, ModelError> {
+        let role = Role::of(view.name());
+        let packed = |packed: &crate::config::Packed| {
+            let int = packed.of(role)?;
+            Some(Format::Packed {
+                int,
+                group: packed.group,
+            })
+        };
+        if view.dtype() == Stored::U8 {
+            let stored = view.packed().and_then(packed);
+            return stored.filter(|_| dtype == Dtype::Auto).ok_or_else(|| {
+                let reason = format!("is packed and cannot become {dtype}; use --dtype auto");
+                ModelError::tensor(view.file(), view.name(), reason)
+            });
+        }
+        Ok(match (dtype, view.dtype()) {
+            (Dtype::F32, _) | (Dtype::Auto, Stored::F32 | Stored::F16 | Stored::U8) => Format::F32,
             (Dtype::Bf16, _) | (Dtype::Auto, Stored::Bf16) => Format::Bf16,
             (Dtype::Auto, Stored::F8E4M3) => Format::Fp8,
-        }
+            (Dtype::Fp8, _) => match role {
+                Role::Expert | Role::Linear | Role::Absorbed => Format::Fp8,
+                Role::Embedding | Role::Head | Role::Exact => Format::Bf16,
+            },
+            (Dtype::Int8 { .. } | Dtype::Int4 { .. }, _) => {
+                let ours = dtype.packed();
+                ours.as_ref().and_then(packed).unwrap_or(Format::Bf16)
+            }
+        })
     }
 
     /// The stored type with the same bytes.
@@ -46,27 +82,104 @@ impl Format {
             Format::F32 => Stored::F32,
             Format::Bf16 => Stored::Bf16,
             Format::Fp8 => Stored::F8E4M3,
+            Format::Packed { .. } => Stored::U8,
         }
     }
+
+    /// Bytes of the data and of the scales of a matrix; None where a machine cannot count them.
+    pub(crate) fn bytes(self, rows: usize, cols: usize) -> Option<(usize, usize)> {
+        let (down, across) = self.scale_shape(rows, cols);
+        let scales = down.checked_mul(across)?.checked_mul(self.scale_bytes())?;
+        let data = match self {
+            Format::Packed { int, group } => {
+                // Each bound is a little more than what is asked for.
+                { rows.checked_add(PANEL)? }.checked_mul(cols.checked_add(group)?)?;
+                pack::bytes(int, rows, cols, group)
+            }
+            _ => rows.checked_mul(cols)?.checked_mul(self.stored().bytes())?,
+        };
+        Some((data, scales))
+    }
+
+    /// Rows and columns of the scales; none for formats without.
+    pub(crate) fn scale_shape(self, rows: usize, cols: usize) -> (usize, usize) {
+        match self {
+            Format::F32 | Format::Bf16 => (0, 0),
+            Format::Fp8 => (rows.div_ceil(FP8_BLOCK), cols.div_ceil(FP8_BLOCK)),
+            Format::Packed { group, .. } => (
+                rows.div_ceil(PANEL).saturating_mul(PANEL),
+                cols.div_ceil(group),
+            ),
+        }
+    }
+
+    fn scale_bytes(self) -> usize {
+        match self {
+            Format::Packed { .. } => size_of::<bf16>(),
+            Format::F32 | Format::Bf16 | Format::Fp8 => size_of::<f32>(),
+        }
+    }
+
+    /// The first scale that cannot be one.
+    pub(crate) fn odd_scale(self, scales: &[u8]) -> Option<usize> {
+        match self {
+            Format::F32 | Format::Bf16 => None,
+            Format::Fp8 => odd_scale(bytemuck::cast_slice(scales)),
+            Format::Packed { int, .. } => odd_packed_scale(int, bytemuck::cast_slice(scales)),
+        }
+    }
+
+    /// A weight `[rows, cols]` as the kernels take it.
+    pub(crate) fn matrix<'a>(
+        self,
+        rows: usize,
+        cols: usize,
+        data: &'a [u8],
+        scales: &'a [u8],
+    ) -> MatrixRef<'a> {
+        let data = match self {
+            Format::F32 => WeightsRef::F32(bytemuck::cast_slice(data)),
+            Format::Bf16 => WeightsRef::Bf16(bytemuck::cast_slice(data)),
+            Format::Fp8 => WeightsRef::Fp8 {
+                data,
+                scales: bytemuck::cast_slice(scales),
+            },
+            Format::Packed { int, group } => {
+                let scales = bytemuck::cast_slice(scales);
+                match int {
+                    Int::Int8 => WeightsRef::Int8 {
+                        data,
+                        scales,
+                        group,
+                    },
+                    Int::Int4 => WeightsRef::Int4 {
+                        data,
+                        scales,
+                        group,
+                    },
+                }
+            }
+        };
+        MatrixRef { rows, cols, data }
+    }
 }
+
+/// Rows of a packed panel.
+pub(crate) const PANEL: usize = 16;
 
 /// A linear layer's weight `[rows = out, cols = in]`, resident.
 #[derive(Debug)]
 pub struct Matrix {
     rows: usize,
     cols: usize,
-    storage: Storage,
-}
-
-#[derive(Debug)]
-enum Storage {
-    F32(Blob),
-    Bf16(Blob),
-    Fp8 { data: Blob, scales: Vec<f32> },
+    format: Format,
+    data: Blob,
+    /// Empty where the format has none.
+    scales: Blob,
 }
 
 impl Matrix {
-    /// Reads `{name}.weight` (and its block scales, if it has any) from a checkpoint.
+    /// Reads `{name}.weight` (and its scales, if it has any) from a checkpoint.
     ///
     /// # Errors
     /// The tensor is missing, has another shape, or holds a value that is not finite; the message
@@ -79,18 +192,20 @@ impl Matrix {
         dtype: Dtype,
     ) -> Result<Matrix, ModelError> {
         let view = ckpt.tensor(&format!("{name}.weight"))?;
-        let format = Format::of(view.dtype(), dtype);
-        let mut data = Blob::with_len(rows * cols * format.stored().bytes());
-        let scales = read_weight(&view, rows, cols, format, data.as_mut())?;
-        let storage = match format {
-            Format::F32 => Storage::F32(data),
-            Format::Bf16 => Storage::Bf16(data),
-            Format::Fp8 => Storage::Fp8 { data, scales },
-        };
+        let format = Format::of(&view, dtype)?;
+        let (data, scales) = format.bytes(rows, cols).ok_or_else(|| {
+            let reason = "is larger than any memory";
+            ModelError::tensor(view.file(), view.name(), reason)
+        })?;
+        let (mut data, mut scales) = (Blob::with_len(data), Blob::with_len(scales));
+        let (to, to_scales) = (data.as_mut(), scales.as_mut());
+        read_weight(&view, rows, cols, format, to, to_scales, &|| ())?;
         Ok(Matrix {
             rows,
             cols,
-            storage,
+            format,
+            data,
+            scales,
         })
     }
 
@@ -106,19 +221,13 @@ impl Matrix {
 
     /// The weight as the kernels take it.
     pub fn as_ref(&self) -> MatrixRef<'_> {
-        let data = match &self.storage {
-            Storage::F32(data) => WeightsRef::F32(data.of()),
-            Storage::Bf16(data) => WeightsRef::Bf16(data.of()),
-            Storage::Fp8 { data, scales } => WeightsRef::Fp8 {
-                data: data.of(),
-                scales,
-            },
-        };
-        MatrixRef {
-            rows: self.rows,
-            cols: self.cols,
-            data,
-        }
+        let (data, scales) = self.memory();
+        self.format.matrix(self.rows, self.cols, data, scales)
+    }
+
+    /// Data and scales as they lie in memory.
+    pub(crate) fn memory(&self) -> (&[u8], &[u8]) {
+        (self.data.as_ref(), self.scales.as_ref())
     }
 
     /// Rows `x` `[m, cols]` to rows `x wᵀ` `[m, rows]`, each alone.
@@ -128,11 +237,8 @@ impl Matrix {
 
     /// Resident bytes.
     pub fn bytes(&self) -> u64 {
-        let bytes = match &self.storage {
-            Storage::F32(data) | Storage::Bf16(data) => data.as_ref().len(),
-            Storage::Fp8 { data, scales } => data.as_ref().len() + size_of_val(scales.as_slice()),
-        };
-        bytes as u64
+        let (data, scales) = self.memory();
+        (data.len() + scales.len()) as u64
     }
 
     /// Widens one row into `out` `[cols]`: what an embedding is.
@@ -143,71 +249,87 @@ impl Matrix {
     }
 
     /// Some rows as a matrix of their own. FP8 stays FP8 where the cut falls between two blocks of
-    /// scales; elsewhere the rows are dequantised to f32, which is exact but four times as large.
+    /// scales; elsewhere, and where weights are packed, the rows are dequantised to f32, which is exact but
+    /// several times as large.
     pub(crate) fn slice(&self, range: Range<usize>) -> Matrix {
         let (start, end) = (range.start * self.cols, range.end * self.cols);
-        let span = |data: &Blob, size: usize| Blob::copy(&data.as_ref()[start * size..end * size]);
-        let storage = match &self.storage {
-            Storage::F32(data) => Storage::F32(span(data, 4)),
-            Storage::Bf16(data) => Storage::Bf16(span(data, 2)),
-            Storage::Fp8 { data, scales } if range.start.is_multiple_of(FP8_BLOCK) => {
+        let span = |size: usize| Blob::copy(&self.data.as_ref()[start * size..end * size]);
+        let (format, data, scales) = match self.format {
+            Format::F32 => (self.format, span(4), Blob::with_len(0)),
+            Format::Bf16 => (self.format, span(2), Blob::with_len(0)),
+            Format::Fp8 if range.start.is_multiple_of(FP8_BLOCK) => {
                 let across = self.cols.div_ceil(FP8_BLOCK);
                 let blocks = range.start / FP8_BLOCK..range.end.div_ceil(FP8_BLOCK);
-                let scales = scales[blocks.start * across..blocks.end * across].to_vec();
-                Storage::Fp8 {
-                    data: span(data, 1),
-                    scales,
-                }
+                let bytes = blocks.start * across * 4..blocks.end * across * 4;
+                let scales = Blob::copy(&self.scales.as_ref()[bytes]);
+                (self.format, span(1), scales)
             }
-            Storage::Fp8 { .. } => {
+            Format::Fp8 | Format::Packed { .. } => {
                 let values = range
                     .clone()
                     .flat_map(|r| (0..self.cols).map(move |c| self.value(r, c)));
-                Storage::F32(Blob::collect(range.len() * self.cols, values))
+                let wide = Blob::collect(range.len() * self.cols, values);
+                (Format::F32, wide, Blob::with_len(0))
             }
         };
         Matrix {
             rows: range.len(),
             cols: self.cols,
-            storage,
+            format,
+            data,
+            scales,
         }
     }
 
-    /// The transpose, in the same format: blocks of scales transpose with what they scale.
+    /// The transpose, in the same format (blocks of scales transpose with what they scale), or in f32 where weights
+    /// are packed.
     pub(crate) fn transposed(&self) -> Matrix {
-        let storage = match &self.storage {
-            Storage::F32(data) => Storage::F32(transpose::<f32>(data.of(), self.rows, self.cols)),
-            Storage::Bf16(data) => {
-                Storage::Bf16(transpose::<bf16>(data.of(), self.rows, self.cols))
+        let (rows, cols) = (self.rows, self.cols);
+        let (format, data, scales) = match self.format {
+            Format::F32 => {
+                let data = transpose::<f32>(self.data.of(), rows, cols);
+                (self.format, data, Blob::with_len(0))
             }
-            Storage::Fp8 { data, scales } => {
-                let (down, across) = (self.rows.div_ceil(FP8_BLOCK), self.cols.div_ceil(FP8_BLOCK));
-                let scales = (0..down * across)
-                    .map(|i| scales[i % down * across + i / down])
-                    .collect();
-                Storage::Fp8 {
-                    data: transpose::<u8>(data.of(), self.rows, self.cols),
-                    scales,
-                }
+            Format::Bf16 => {
+                let data = transpose::<bf16>(self.data.of(), rows, cols);
+                (self.format, data, Blob::with_len(0))
+            }
+            Format::Fp8 => {
+                let data = transpose::<u8>(self.data.of(), rows, cols);
+                let (down, across) = self.format.scale_shape(rows, cols);
+                let scales = transpose::<f32>(self.scales.of(), down, across);
+                (self.format, data, scales)
+            }
+            Format::Packed { .. } => {
+                let values = (0..cols).flat_map(|c| (0..rows).map(move |r| self.value(r, c)));
+                let wide = Blob::collect(rows * cols, values);
+                (Format::F32, wide, Blob::with_len(0))
             }
         };
         Matrix {
-            rows: self.cols,
-            cols: self.rows,
-            storage,
+            rows: cols,
+            cols: rows,
+            format,
+            data,
+            scales,
         }
     }
 
-    /// One weight, widened to f32 as the kernels do it: exactly, or for FP8 with one rounding.
+    /// One weight, widened to f32 as the kernels do it: exactly, or where it has a scale with one rounding.
     fn value(&self, row: usize, col: usize) -> f32 {
         let at = row * self.cols + col;
-        match &self.storage {
-            Storage::F32(data) => data.of::<f32>()[at],
-            Storage::Bf16(data) => data.of::<bf16>()[at].to_f32(),
-            Storage::Fp8 { data, scales } => {
+        match self.format {
+            Format::F32 => self.data.of::<f32>()[at],
+            Format::Bf16 => self.data.of::<bf16>()[at].to_f32(),
+            Format::Fp8 => {
+                let scales = self.scales.of::<f32>();
                 let scale =
                     scales[row / FP8_BLOCK * self.cols.div_ceil(FP8_BLOCK) + col / FP8_BLOCK];
-                e4m3_to_f32(data.as_ref()[at]) * scale
+                e4m3_to_f32(self.data.as_ref()[at]) * scale
+            }
+            Format::Packed { int, group } => {
+                let (data, scales) = (self.data.as_ref(), self.scales.of());
+                pack::value(int, group, self.cols, data, scales, row, col)
             }
         }
     }
@@ -323,6 +445,7 @@ fn transpose<T: bytemuck::Pod>(data: &[T], rows: usize, cols: usize) -> Blob {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -335,10 +458,28 @@ mod tests {
         Matrix {
             rows: 300,
             cols: 200,
-            storage: Storage::Fp8 {
-                data,
-                scales: vec![0.5, 3.0, 0.25, 7.0, 1.0, 0.1],
-            },
+            format: Format::Fp8,
+            data,
+            scales: Blob::collect(6, [0.5f32, 3.0, 0.25, 7.0, 1.0, 0.1].into_iter()),
+        }
+    }
+
+    /// The same values, or nearly, in 4 bits.
+    fn packed(wide: &Matrix) -> Matrix {
+        let (int, group) = (Int::Int4, 32);
+        let format = Format::Packed { int, group };
+        let (data, scales) = format.bytes(300, 200).unwrap();
+        let (mut data, mut scales) = (Blob::with_len(data), Blob::with_len(scales));
+        let values: Vec<f32> = (0..300 * 200)
+            .map(|i| wide.value(i / 200, i % 200))
+            .collect();
+        let to = bytemuck::cast_slice_mut(scales.as_mut());
+        pack::quantize(int, group, 300, 200, &values, data.as_mut(), to);
+        Matrix {
+            format,
+            data,
+            scales,
+            ..fp8()
         }
     }
 
@@ -348,12 +489,15 @@ mod tests {
         for matrix in [
             fp8(),
             Matrix {
-                storage: Storage::F32(Blob::collect(
+                format: Format::F32,
+                data: Blob::collect(
                     300 * 200,
                     (0..300 * 200).map(|i| wide.value(i / 200, i % 200)),
-                )),
+                ),
+                scales: Blob::with_len(0),
                 ..fp8()
             },
+            packed(&wide),
         ] {
             for range in [
                 0..300,

@@ -7,7 +7,8 @@ use std::path::{Component, Path};
 use safetensors::SafeTensors;
 use safetensors::tensor::Metadata;
 
-use super::{Entry, Shard, Stored, TensorSpec, header, schema};
+use super::storage::Part;
+use super::{Entry, Shard, Stored, TensorSpec, header, parts, schema};
 use crate::config::FP8_BLOCK;
 use crate::{Config, ModelError};
 
@@ -76,7 +77,7 @@ pub(super) fn open(dir: &Path, config: &mut Config) -> Result<Opened, ModelError
     // A dtype nobody asked for is nobody's business.
     let tensors = tensors
         .into_iter()
-        .filter_map(|(name, raw)| Some((name, raw.supported()?)))
+        .filter_map(|(name, raw)| Some((name, raw.supported(config.packed.is_some())?)))
         .collect();
     Ok((shards, tensors))
 }
@@ -225,12 +226,15 @@ impl Raw {
             safetensors::Dtype::BF16 => Some(Stored::Bf16),
             safetensors::Dtype::F16 => Some(Stored::F16),
             safetensors::Dtype::F8_E4M3 => Some(Stored::F8E4M3),
+            safetensors::Dtype::U8 => Some(Stored::U8),
             _ => None,
         }
     }
 
-    fn supported(self) -> Option<Entry> {
-        let dtype = self.stored()?;
+    fn supported(self, packed: bool) -> Option<Entry> {
+        let dtype = self
+            .stored()
+            .filter(|&dtype| packed || dtype != Stored::U8)?;
         Some(Entry {
             shard: self.shard,
             dtype,
@@ -300,6 +304,38 @@ struct Checker<'a> {
 
 impl Checker<'_> {
     fn check(&self, spec: &TensorSpec) -> Result<(), ModelError> {
+        match parts(self.config, spec) {
+            Some(_) if spec.optional && !self.tensors.contains_key(&spec.name) => Ok(()),
+            Some(parts) => parts.iter().try_for_each(|part| self.check_part(part)),
+            None => self.check_plain(spec),
+        }
+    }
+
+    /// A packed weight, or a part of one.
+    fn check_part(&self, part: &Part) -> Result<(), ModelError> {
+        let Some(raw) = self.tensors.get(&part.name) else {
+            let reason = "missing; quantization_config says that these weights are packed";
+            return Err(ModelError::tensor(self.fallback, &part.name, reason));
+        };
+        let file = &self.shards[raw.shard].path;
+        let bad = |reason: String| Err(ModelError::tensor(file, &part.name, reason));
+        if raw.stored() != Some(part.dtype) {
+            return bad(format!(
+                "dtype {:?}, but quantization_config makes it {}",
+                raw.dtype,
+                part.dtype.name()
+            ));
+        }
+        if raw.shape != part.shape {
+            return bad(format!(
+                "shape {:?}, but configuration and quantization_config make {:?}",
+                raw.shape, part.shape
+            ));
+        }
+        Ok(())
+    }
+
+    fn check_plain(&self, spec: &TensorSpec) -> Result<(), ModelError> {
         let Some(raw) = self.tensors.get(&spec.name) else {
             if spec.optional {
                 return Ok(());
@@ -325,7 +361,9 @@ impl Checker<'_> {
             ));
         };
         if !spec.accepts(dtype) {
-            let why = if self.config.fp8 {
+            let why = if dtype == Stored::U8 {
+                "quantization_config does not say that it is packed"
+            } else if self.config.fp8 {
                 "only linear layers may be FP8"
             } else {
                 "config.json has no quantization_config for FP8"

@@ -25,7 +25,11 @@ impl TensorSpec {
 
     /// Whether a dtype is acceptable for it.
     pub fn accepts(&self, dtype: Stored) -> bool {
-        dtype != Stored::F8E4M3 || self.quantizable
+        match dtype {
+            Stored::F32 | Stored::Bf16 | Stored::F16 => true,
+            Stored::F8E4M3 => self.quantizable,
+            Stored::U8 => false,
+        }
     }
 }
 

@@ -7,7 +7,8 @@ use serde_json::Value;
 
 use super::check;
 use super::fields::Fields;
-use super::{Config, FP8_BLOCK, Rope, Scoring, TopkMethod, Yarn};
+use super::packed;
+use super::{Config, FP8_BLOCK, Packed, Rope, Scoring, TopkMethod, Yarn};
 use crate::ModelError;
 
 /// Largest width, vocabulary or count that is taken for real.
@@ -233,6 +234,7 @@ fn from_fields(f: &Fields<'_>) -> Result<Config, ModelError> {
     let rms_norm_eps = f.positive("rms_norm_eps", Some(1e-6))?;
     let routed_scaling_factor = f.positive("routed_scaling_factor", Some(defaults.scaling))?;
     let vocab_size = f.count("vocab_size", MAX_DIM)?;
+    let (fp8, packed) = quantization(f)?;
     let config = Config {
         model_type: model_type.to_owned(),
         vocab_size,
@@ -267,7 +269,8 @@ fn from_fields(f: &Fields<'_>) -> Result<Config, ModelError> {
         max_position_embeddings: f.count("max_position_embeddings", MAX_POSITIONS)?,
         attention_bias: f.flag("attention_bias", false)?,
         tie_word_embeddings: f.flag("tie_word_embeddings", false)?,
-        fp8: fp8(f)?,
+        fp8,
+        packed,
         bos_token_id: f.tokens("bos_token_id", vocab_size)?.first().copied(),
         eos_token_ids: f.tokens("eos_token_id", vocab_size)?,
     };
@@ -363,26 +366,38 @@ fn rope(f: &Fields<'_>) -> Result<Rope, ModelError> {
     })
 }
 
-fn fp8(f: &Fields<'_>) -> Result<bool, ModelError> {
+/// Whether linear weights may be FP8, and which weights are packed.
+fn quantization(f: &Fields<'_>) -> Result<(bool, Option<Packed>), ModelError> {
     let Some(map) = f.object("quantization_config")? else {
-        return Ok(false);
+        return Ok((false, None));
     };
     let prefix = format!("{}quantization_config.", f.prefix);
     let q = Fields {
         map,
         prefix: &prefix,
     };
-    let expect = |key: &str, right: &str, required: bool| match q.text(key)? {
-        Some(value) if value == right => Ok(()),
-        Some(value) => Err(q.bad(key, format!("`{value}` is not served; only {right}"))),
-        None if required => Err(q.bad(key, format!("missing; only {right} is served"))),
-        None => Ok(()),
+    match q.text("quant_method")? {
+        Some("fp8") => fp8(&q).map(|()| (true, None)),
+        Some(packed::METHOD) => Ok((false, Some(Packed::read(&q)?))),
+        other => {
+            let found = other.map_or("missing".into(), |m| format!("`{m}` is not served"));
+            let ours = packed::METHOD;
+            Err(q.bad("quant_method", format!("{found}; only fp8 and {ours}")))
+        }
+    }
+}
+
+fn fp8(q: &Fields<'_>) -> Result<(), ModelError> {
+    let expect = |key: &str, right: &str| match q.text(key)? {
+        Some(value) if value != right => {
+            Err(q.bad(key, format!("`{value}` is not served; only {right}")))
+        }
+        _ => Ok(()),
     };
-    expect("quant_method", "fp8", true)?;
-    expect("fmt", "e4m3", false)?;
-    expect("activation_scheme", "dynamic", false)?;
+    expect("fmt", "e4m3")?;
+    expect("activation_scheme", "dynamic")?;
     // Scales that are powers of two are still stored as f32, so they need nothing of their own.
-    expect("scale_fmt", "ue8m0", false)?;
+    expect("scale_fmt", "ue8m0")?;
     let block = q.map.get("weight_block_size").unwrap_or(&Value::Null);
     let right = Value::from(vec![FP8_BLOCK, FP8_BLOCK]);
     if *block != right {
@@ -391,7 +406,7 @@ fn fp8(f: &Fields<'_>) -> Result<bool, ModelError> {
             format!("{block} is not served; only {right}"),
         ));
     }
-    Ok(true)
+    Ok(())
 }
 
 /// A count of groups: 1 where nobody says otherwise and nothing is grouped.

@@ -6,19 +6,21 @@
 //!   0  magic "GUILDEXP"      8  version u32      12  bytes of the header u32      16  bytes of the blob u64
 //!  24  layer u32            28  expert u32
 //!  32  gate, up, down, 72 bytes each:
-//!      0  format u32 (1 f32, 2 bf16, 3 FP8 e4m3 with block scales)      4  zero u32
+//!      0  format u32 (1 f32, 2 bf16, 3 FP8 e4m3 with block scales, 4 int8, 5 int4: packed, with scales)
+//!      4  columns that share a scale u32 (packed formats; else zero)
 //!      8  rows u64          16  columns u64     24  offset of the data u64         32  bytes of the data u64
 //!     40  scale rows u64    48  scale columns u64   56  offset of the scales u64   64  bytes of the scales u64
 //! 248  zeros up to 256, then the sections: data and scales of each matrix, each from a multiple of 64 on,
 //!      zeros between them and up to a multiple of 64 at the end
 //! ```
 //!
-//! A matrix without scales has zeros for them. The places follow from formats and shapes, so two blobs of one
+//! A matrix without scales has zeros for them. How packed data and scales lie is the kernels' business. The places follow from formats and shapes, so two blobs of one
 //! expert are the same bytes. A new way to pack a matrix is a new format tag.
 
 use std::ops::Range;
 
-use crate::config::FP8_BLOCK;
+use guild_kernels::pack::{self, Int};
+
 use crate::weights::{ALIGNMENT, Format};
 
 const MAGIC: [u8; 8] = *b"GUILDEXP";
@@ -33,14 +35,14 @@ pub(super) const NAMES: [&str; 3] = ["gate", "up", "down"];
 
 /// One matrix and its place.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Placed {
-    pub(super) format: Format,
-    pub(super) rows: usize,
-    pub(super) cols: usize,
-    pub(super) data: Range<usize>,
-    /// Rows and columns of block scales; zero where there are none.
-    blocks: (usize, usize),
-    pub(super) scales: Range<usize>,
+pub(crate) struct Placed {
+    pub(crate) format: Format,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) data: Range<usize>,
+    /// Rows and columns of scales; zero where there are none.
+    scale_shape: (usize, usize),
+    pub(crate) scales: Range<usize>,
 }
 
 /// The header as a value.
@@ -68,22 +70,18 @@ impl Layout {
             Some(start..past)
         };
         let mut place = |(format, rows, cols): (Format, usize, usize)| {
-            let elements = rows.checked_mul(cols)?;
-            let data = section(elements.checked_mul(format.stored().bytes())?)?;
-            let (blocks, scales) = match format {
-                Format::Fp8 => {
-                    let blocks = (rows.div_ceil(FP8_BLOCK), cols.div_ceil(FP8_BLOCK));
-                    let bytes = blocks.0.checked_mul(blocks.1)?.checked_mul(4)?;
-                    (blocks, section(bytes)?)
-                }
-                Format::F32 | Format::Bf16 => ((0, 0), 0..0),
+            let (data, scales) = format.bytes(rows, cols)?;
+            let data = section(data)?;
+            let scales = match format {
+                Format::Fp8 | Format::Packed { .. } => section(scales)?,
+                Format::F32 | Format::Bf16 => 0..0,
             };
             Some(Placed {
                 format,
                 rows,
                 cols,
                 data,
-                blocks,
+                scale_shape: format.scale_shape(rows, cols),
                 scales,
             })
         };
@@ -118,8 +116,9 @@ impl Layout {
         put(&self.layer.to_le_bytes());
         put(&self.expert.to_le_bytes());
         for matrix in &self.matrices {
-            put(&tag(matrix.format).to_le_bytes());
-            put(&0u32.to_le_bytes());
+            let (tag, group) = tag(matrix.format);
+            put(&tag.to_le_bytes());
+            put(&group.to_le_bytes());
             for number in matrix.numbers() {
                 put(&(number as u64).to_le_bytes());
             }
@@ -127,14 +126,8 @@ impl Layout {
         header
     }
 
-    /// Reads a blob's header and checks that the blob is exactly what it describes, padding included.
-    pub(super) fn parse(blob: &[u8]) -> Result<Layout, String> {
-        let Some(header) = blob.first_chunk::<HEADER>() else {
-            return Err(format!(
-                "{} bytes, less than the {HEADER} of the header",
-                blob.len()
-            ));
-        };
+    /// Reads the header that a blob begins with, and checks that it agrees with itself.
+    pub(super) fn parse(header: &[u8; HEADER]) -> Result<Layout, String> {
         if header[..8] != MAGIC {
             return Err("does not begin with GUILDEXP: no expert blob".into());
         }
@@ -144,15 +137,17 @@ impl Layout {
         };
         is("version", u32_at(header, 8).into(), VERSION.into())?;
         is("header length", u32_at(header, 12).into(), HEADER as u64)?;
-        is("length", u64_at(header, 16), blob.len() as u64)?;
 
         let matrix = |index: usize| {
             let (name, at) = (NAMES[index], PREAMBLE + index * ENTRY);
-            let found = u32_at(header, at);
-            let format = [Format::F32, Format::Bf16, Format::Fp8]
-                .into_iter()
-                .find(|&f| tag(f) == found)
-                .ok_or_else(|| format!("{name}: format {found} is unknown"))?;
+            let (found, group) = (u32_at(header, at), u32_at(header, at + 4));
+            let format =
+                known()
+                    .find(|&f| tag(f) == (found, group))
+                    .ok_or_else(|| match group {
+                        0 => format!("{name}: format {found} is unknown"),
+                        _ => format!("{name}: format {found} with groups of {group} is unknown"),
+                    })?;
             let size = |what: &str, at| {
                 usize::try_from(u64_at(header, at))
                     .map_err(|_| format!("{name}: {what} are more than can be counted"))
@@ -169,18 +164,36 @@ impl Layout {
                 is(&format!("{}: {field}", NAMES[index]), found, number as u64)?;
             }
         }
-        is("length by its shapes", layout.len as u64, blob.len() as u64)?;
+        is("length", u64_at(header, 16), layout.len as u64)?;
         // What is left of the header are zeros.
         if layout.header() != *header {
             return Err("the header's padding is not zero".into());
         }
-        let mut end = HEADER;
-        for section in layout.sections() {
-            all_zero(&blob[end..section.start])?;
-            end = section.end;
-        }
-        all_zero(&blob[end..])?;
         Ok(layout)
+    }
+
+    /// Checks what is between the sections of a blob of this layout, and behind them.
+    pub(super) fn check_padding(&self, blob: &[u8]) -> Result<(), String> {
+        let starts = self.sections().map(|section| section.start);
+        let ends = self.sections().map(|section| section.end);
+        { ends }
+            .zip(starts.skip(1).chain([self.len]))
+            .all(|(end, start)| blob[end..start].iter().all(|&byte| byte == 0))
+            .then_some(())
+            .ok_or_else(|| "the padding between sections is not zero".to_owned())
+    }
+
+    /// Checks that a whole blob has this layout: its header and its length.
+    pub(super) fn found(&self, blob: &[u8]) -> Result<(), String> {
+        let Some(header) = blob.first_chunk() else {
+            let len = blob.len();
+            return Err(format!("{len} bytes, less than the {HEADER} of the header"));
+        };
+        self.expect(&Layout::parse(header)?)?;
+        match blob.len() == self.len {
+            true => Ok(()),
+            false => Err(format!("its length is {}, not {}", blob.len(), self.len)),
+        }
     }
 
     /// Says where a blob differs from what `self` expects, first difference first.
@@ -230,7 +243,7 @@ const FIELDS: [&str; 8] = [
 
 impl Placed {
     fn has_scales(&self) -> bool {
-        self.format == Format::Fp8
+        matches!(self.format, Format::Fp8 | Format::Packed { .. })
     }
 
     fn numbers(&self) -> [usize; 8] {
@@ -239,26 +252,36 @@ impl Placed {
             self.cols,
             self.data.start,
             self.data.len(),
-            self.blocks.0,
-            self.blocks.1,
+            self.scale_shape.0,
+            self.scale_shape.1,
             self.scales.start,
             self.scales.len(),
         ]
     }
 }
 
-fn tag(format: Format) -> u32 {
-    match format {
-        Format::F32 => 1,
-        Format::Bf16 => 2,
-        Format::Fp8 => 3,
-    }
+/// The formats that a blob may have.
+fn known() -> impl Iterator<Item = Format> {
+    let packed = |int| { pack::GROUPS.into_iter() }.map(move |group| Format::Packed { int, group });
+    [Format::F32, Format::Bf16, Format::Fp8]
+        .into_iter()
+        .chain(packed(Int::Int8))
+        .chain(packed(Int::Int4))
 }
 
-fn all_zero(padding: &[u8]) -> Result<(), String> {
-    match padding.iter().all(|&b| b == 0) {
-        true => Ok(()),
-        false => Err("the padding between sections is not zero".into()),
+/// Format and group as the header has them.
+fn tag(format: Format) -> (u32, u32) {
+    match format {
+        Format::F32 => (1, 0),
+        Format::Bf16 => (2, 0),
+        Format::Fp8 => (3, 0),
+        Format::Packed { int, group } => {
+            let tag = match int {
+                Int::Int8 => 4,
+                Int::Int4 => 5,
+            };
+            (tag, group as u32)
+        }
     }
 }
 

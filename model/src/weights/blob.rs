@@ -26,6 +26,29 @@ impl Blob {
         Blob { memory, start, len }
     }
 
+    /// Room for `len` bytes, of which none is there yet: memory is touched only as it is filled.
+    pub(crate) fn with_room(len: usize) -> Blob {
+        let mut memory: Vec<u8> = Vec::with_capacity(len + ALIGNMENT);
+        let start = memory.as_ptr().addr().next_multiple_of(ALIGNMENT) - memory.as_ptr().addr();
+        memory.resize(start, 0);
+        Blob {
+            memory,
+            start,
+            len: 0,
+        }
+    }
+
+    /// Puts bytes behind those that are there. False: there is no room for them, and nothing has changed.
+    pub(crate) fn push(&mut self, bytes: &[u8]) -> bool {
+        // More memory would be elsewhere, and not aligned.
+        let fits = bytes.len() <= self.memory.capacity() - self.memory.len();
+        if fits {
+            self.memory.extend_from_slice(bytes);
+            self.len += bytes.len();
+        }
+        fits
+    }
+
     pub(crate) fn copy(bytes: &[u8]) -> Blob {
         let mut blob = Blob::with_len(bytes.len());
         blob.as_mut().copy_from_slice(bytes);
@@ -74,6 +97,12 @@ mod tests {
             let blob = Blob::copy(&vec![7; len]);
             assert!(blob.as_ref().as_ptr().addr().is_multiple_of(ALIGNMENT));
             assert_eq!(blob.as_ref(), vec![7; len]);
+            let mut filled = Blob::with_room(len);
+            assert!(blob.as_ref().chunks(60).all(|piece| filled.push(piece)));
+            assert!(filled.as_ref().as_ptr().addr().is_multiple_of(ALIGNMENT));
+            assert_eq!(filled.as_ref(), blob.as_ref());
+            assert!(!filled.push(&[0; 2 * ALIGNMENT]));
+            assert_eq!(filled.as_ref().len(), len);
         }
     }
 }
