@@ -15,21 +15,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use guild_model::{
-    Cpu,
-    expert::{Blob, Expert},
-};
+use bytes::Bytes;
+use guild_model::{Cpu, ModelError, expert::Expert};
 use guild_node::failpoint;
 use guild_proto::cluster::v1::Placement;
 use guild_transport::{
     Assignment, Batch, ExchangeCode, ExchangeError, Fabric, FetchRequest, Links, NodeId,
     Switchboard,
 };
-use tokio::{sync::Mutex, time::sleep};
+use tokio::{join, sync::mpsc, time::sleep};
 
 use crate::{
     Error,
-    host::Host,
+    freeing::Freeing,
+    pace::Pace,
     residents::{ExpertKey, LoadError, Residents},
     thread,
 };
@@ -47,14 +46,8 @@ const ASK_PAUSE: Duration = Duration::from_millis(100);
 /// A node that has failed so often in a row is not asked again for this placement: one that hangs
 /// would cost its time limit for every expert.
 const TRIES: u32 = 2;
-/// A node that had rows so recently will have more at once.
-const BUSY: Duration = Duration::from_millis(20);
-/// While this node is busy, copying rests so many times as long as it has worked. The connection
-/// costs it about three times what is measured here: a tenth of the node goes to copies, and the
-/// slower the node, the slower they are.
-const REST: u32 = 29;
-/// The longest rest at a time.
-const MAX_REST: Duration = Duration::from_secs(1);
+/// Pieces that have come and wait to be looked at.
+const PIECES_READY: usize = 1;
 
 /// Where a node that is given more experts gets them from first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -140,15 +133,14 @@ pub(crate) struct Copier {
     pub(crate) process: String,
     pub(crate) from: CopyFrom,
     pub(crate) residents: Arc<Residents>,
-    pub(crate) host: Arc<Host>,
+    pub(crate) pace: Arc<Pace>,
+    pub(crate) freeing: Arc<Freeing>,
     pub(crate) cpu: Cpu,
     /// Elements in a row.
     pub(crate) width: usize,
     /// To the nodes that have what is wanted here.
     pub(crate) links: Arc<Links>,
     pub(crate) board: Option<Switchboard>,
-    /// Whose turn it is to work on a copy: all of them together take so much of the node.
-    pub(crate) turn: Mutex<()>,
 }
 
 /// Why a copy is not here.
@@ -221,8 +213,8 @@ impl Copier {
             let turned = from[first..].iter().chain(&from[..first]);
             for home in turned.filter(|home| !homes.is_given_up(home)) {
                 let copied = match self.copy(key, home, homes.epoch).await {
-                    Ok((copied, digest)) => self
-                        .canary(key, &copied, epoch, home, homes.epoch, Some(digest))
+                    Ok(copied) => self
+                        .canary(key, &copied, epoch, home, homes.epoch)
                         .await
                         .map(|()| copied),
                     Err(failed) => Err(failed),
@@ -240,10 +232,7 @@ impl Copier {
         let read = self.read(key).await?;
         if self.from == CopyFrom::Checkpoint {
             for home in from.iter().filter(|home| !homes.is_given_up(home)) {
-                match self
-                    .canary(key, &read, epoch, home, homes.epoch, None)
-                    .await
-                {
+                match self.canary(key, &read, epoch, home, homes.epoch).await {
                     Ok(()) => break,
                     Err(Failed::Final(error)) => return Err(error),
                     Err(Failed::Source(reason)) => homes.failed(home, key, &reason),
@@ -255,24 +244,23 @@ impl Copier {
 
     async fn read(&self, key: ExpertKey) -> Result<Arc<Expert>, Error> {
         failpoint::at("copy::checkpoint").map_err(LoadError::from)?;
-        let residents = Arc::clone(&self.residents);
-        let read = thread::behind_serving("reading an expert", move || residents.read(key));
+        let (residents, pace) = (Arc::clone(&self.residents), Arc::clone(&self.pace));
+        let held = self.freeing.hold();
+        let read = thread::behind_serving("reading an expert", move || {
+            let read = pace.in_pieces(|breathe| residents.read_by(key, breathe));
+            drop(held);
+            read
+        });
         Ok(read.await??)
     }
 
     /// Fetches an expert; it is whole, and that expert of this model.
-    async fn copy(
-        &self,
-        key: ExpertKey,
-        home: &Home,
-        epoch: u64,
-    ) -> Result<(Arc<Expert>, [u8; 32]), Failed> {
+    async fn copy(&self, key: ExpertKey, home: &Home, epoch: u64) -> Result<Arc<Expert>, Failed> {
         failpoint::at("copy::source").map_err(source)?;
-        let len = self.residents.blob_len(key).map_err(last)?;
         let wanted = FetchRequest {
             epoch,
             slot: home.slot,
-            len,
+            len: self.residents.blob_len(key).map_err(last)?,
             deadline: Some(Instant::now() + COPY_LIMIT),
         };
         let mut asks = 1;
@@ -285,38 +273,39 @@ impl Copier {
                 begun => break begun.map_err(source)?,
             }
         };
-        let mut blob = Blob::with_len(len);
-        let mut hasher = blake3::Hasher::new();
-        let mut rest = blob.as_mut();
-        while let Some(piece) = fetch.next().await.map_err(source)? {
-            failpoint::at("copy::chunk").map_err(source)?;
-            let Some((to, after)) = rest.split_at_mut_checked(piece.len()) else {
-                return Err(Failed::Source("more came than was asked for".to_owned()));
-            };
-            rest = after;
-            let _turn = self.turn.lock().await;
-            let begun = Instant::now();
-            to.copy_from_slice(&piece);
-            hasher.update(&piece);
-            self.let_rows_pass(begun).await;
-        }
-        let (ours, theirs) = (*hasher.finalize().as_bytes(), fetch.digest());
-        drop(fetch);
+        let mut arriving = self.residents.arriving(key).map_err(last)?;
+        let (pieces, mut come) = mpsc::channel::<Bytes>(PIECES_READY);
+        let giving = async move {
+            while let Some(piece) = fetch.next().await.map_err(source)? {
+                failpoint::at("copy::chunk").map_err(source)?;
+                if pieces.send(piece).await.is_err() {
+                    // Who takes them says why.
+                    break;
+                }
+            }
+            Ok(fetch.digest())
+        };
+        let (pace, held) = (Arc::clone(&self.pace), self.freeing.hold());
+        let taking = thread::behind_serving("taking a copy over", move || {
+            while let Some(piece) = come.blocking_recv() {
+                pace.in_pieces(|_| arriving.take(&piece))?;
+            }
+            drop(held);
+            Ok::<_, ModelError>(arriving)
+        });
+        let (theirs, taken) = join!(giving, taking);
+        let theirs = theirs?;
+        let refused =
+            |error: ModelError| last(untrusted(key, home.name.clone(), error.to_string()));
+        let arriving = taken.map_err(Failed::Final)?.map_err(refused)?;
+        let ours = arriving.digest();
         let fired = failpoint::at("digest::check").is_err();
         if ours != theirs || fired {
-            let reason = digests(&ours, Some(&theirs));
+            let hex = |digest: [u8; 32]| blake3::Hash::from_bytes(digest).to_hex();
+            let reason = format!("digest {} here, {} there", hex(ours), hex(theirs));
             return Err(last(untrusted(key, home.name.clone(), reason)));
         }
-        let _turn = self.turn.lock().await;
-        let begun = Instant::now();
-        let residents = Arc::clone(&self.residents);
-        let adopted = thread::behind_serving("checking a copy", move || residents.adopt(key, blob));
-        let expert = adopted
-            .await
-            .map_err(Failed::Final)?
-            .map_err(|error| last(untrusted(key, home.name.clone(), error.to_string())))?;
-        self.let_rows_pass(begun).await;
-        Ok((expert, theirs))
+        self.residents.adopt(key, arriving).map_err(refused)
     }
 
     /// Sends one row through the original and through its copy: the bits must be the same.
@@ -327,23 +316,15 @@ impl Copier {
         epoch: u64,
         home: &Home,
         served: u64,
-        digest: Option<[u8; 32]>,
     ) -> Result<(), Failed> {
         failpoint::at("canary::send").map_err(source)?;
         let row = canary_row(key, epoch, self.width);
         let theirs = self.ask(home, served, row.clone()).await.map_err(source)?;
-        let (copy, cpu) = (Arc::clone(copy), self.cpu.clone());
-        let _turn = self.turn.lock().await;
-        let begun = Instant::now();
-        let ours = tokio::task::spawn_blocking(move || {
-            let ours = copy.forward(&cpu, &row);
-            // Only a copy that was read has no digest yet.
-            (ours, copy.digest())
+        let (computing, cpu, pace) = (Arc::clone(copy), self.cpu.clone(), Arc::clone(&self.pace));
+        let ours = thread::behind_serving("a canary row", move || {
+            pace.in_pieces(|_| computing.forward(&cpu, &row))
         });
-        let (ours, own) = ours
-            .await
-            .map_err(|error| Failed::Final(panicked(&error)))?;
-        self.let_rows_pass(begun).await;
+        let ours = ours.await.map_err(Failed::Final)?;
         let fired = failpoint::at("canary::compare").is_err();
         let differs = ours
             .iter()
@@ -354,10 +335,8 @@ impl Copier {
             None if !fired => return Ok(()),
             at => at.unwrap_or(0),
         };
-        let reason = format!(
-            "element {at} of a canary row differs; {}",
-            digests(&own, digest.as_ref())
-        );
+        let digest = blake3::Hash::from_bytes(copy.digest()).to_hex();
+        let reason = format!("element {at} of a canary row differs; digest {digest} here");
         Err(last(untrusted(key, home.name.clone(), reason)))
     }
 
@@ -389,13 +368,6 @@ impl Copier {
         let handle = sent.map_err(|(error, _)| error)?;
         Ok(self.links.combine(handle).await?.rows)
     }
-
-    /// Rests from work on a copy that has `begun` then, while rows come.
-    async fn let_rows_pass(&self, begun: Instant) {
-        if !self.host.is_quiet(BUSY) {
-            sleep((begun.elapsed() * REST).min(MAX_REST)).await;
-        }
-    }
 }
 
 fn source(error: impl std::fmt::Display) -> Failed {
@@ -406,27 +378,12 @@ fn last(error: LoadError) -> Failed {
     Failed::Final(error.into())
 }
 
-fn panicked(error: &tokio::task::JoinError) -> Error {
-    Error::Task {
-        what: "a canary row",
-        reason: error.to_string(),
-    }
-}
-
 fn untrusted((layer, expert): ExpertKey, node: String, reason: String) -> LoadError {
     LoadError::Copy {
         layer,
         expert,
         node,
         reason,
-    }
-}
-
-fn digests(ours: &[u8; 32], theirs: Option<&[u8; 32]>) -> String {
-    let hex = |digest: &[u8; 32]| blake3::Hash::from_bytes(*digest).to_hex();
-    match theirs {
-        Some(theirs) => format!("digest {} here, {} there", hex(ours), hex(theirs)),
-        None => format!("digest {} here, read from the checkpoint", hex(ours)),
     }
 }
 

@@ -6,8 +6,8 @@
 
 use std::{
     sync::{
-        Arc, Mutex, OnceLock, PoisonError, RwLock,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        Arc, OnceLock, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -20,6 +20,7 @@ use guild_transport::{ExchangeCode, ExchangeError, SlotBlob, SlotHost, Work};
 use crate::{
     capacity::{self, Capacity},
     merge::{Merger, Merging, Order, Piece, Stopped, gather},
+    pace::Pace,
 };
 
 /// Tables kept: the active placement, the one before it for those who have not
@@ -42,9 +43,7 @@ pub struct Host {
     capacity: Capacity,
     /// Oldest first, at most [`TABLES`].
     tables: RwLock<Vec<Arc<Table>>>,
-    working: AtomicUsize,
-    /// When rows were last here.
-    last_work: Mutex<Option<Instant>>,
+    pace: Arc<Pace>,
     lease: OnceLock<Lease>,
     /// Batches answered while the lease had run out.
     unleased: AtomicU64,
@@ -60,8 +59,7 @@ impl Host {
             merger: Merger::new(Merging::default()),
             capacity: Capacity::default(),
             tables: RwLock::new(Vec::new()),
-            working: AtomicUsize::new(0),
-            last_work: Mutex::new(None),
+            pace: Arc::default(),
             lease: OnceLock::new(),
             unleased: AtomicU64::new(0),
         }
@@ -92,26 +90,39 @@ impl Host {
 
     /// Makes `slots` (the index is the slot) the table of `epoch`, beside
     /// those before it; of more than [`TABLES`] the oldest go. Work that has begun keeps its table.
-    pub fn publish(&self, epoch: u64, slots: Vec<Arc<Expert>>) {
-        let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-        tables.retain(|table| table.epoch != epoch);
-        tables.push(Arc::new(Table { epoch, slots }));
-        tables.sort_by_key(|table| table.epoch);
-        let old = tables.len().saturating_sub(TABLES);
-        tables.drain(..old);
+    /// Returns what was in tables that have gone.
+    pub fn publish(&self, epoch: u64, slots: Vec<Arc<Expert>>) -> Vec<Arc<Expert>> {
+        self.change(|tables| {
+            let mut gone = take_out(tables, |table| table.epoch == epoch);
+            tables.push(Arc::new(Table { epoch, slots }));
+            tables.sort_by_key(|table| table.epoch);
+            let old = tables.len().saturating_sub(TABLES);
+            gone.extend(tables.drain(..old));
+            gone
+        })
     }
 
     /// Lets go of the tables of epochs before `oldest`: nobody routes by them any
-    /// more. Work that has begun keeps its table.
-    pub fn forget_before(&self, oldest: u64) {
-        let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-        tables.retain(|table| table.epoch >= oldest);
+    /// more. Work that has begun keeps its table. Returns what was in them.
+    pub fn forget_before(&self, oldest: u64) -> Vec<Arc<Expert>> {
+        self.change(|tables| take_out(tables, |table| table.epoch < oldest))
     }
 
-    /// Lets go of the table of an epoch that was withdrawn.
-    pub fn withdraw(&self, epoch: u64) {
+    /// Lets go of the table of an epoch that was withdrawn. Returns what was in it.
+    pub fn withdraw(&self, epoch: u64) -> Vec<Arc<Expert>> {
+        self.change(|tables| take_out(tables, |table| table.epoch == epoch))
+    }
+
+    /// Rows wait meanwhile: experts are not given back here.
+    fn change(
+        &self,
+        change: impl FnOnce(&mut Vec<Arc<Table>>) -> Vec<Arc<Table>>,
+    ) -> Vec<Arc<Expert>> {
         let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-        tables.retain(|table| table.epoch != epoch);
+        let gone = change(&mut tables);
+        drop(tables);
+        let slots = gone.iter().flat_map(|table| &table.slots);
+        slots.cloned().collect()
     }
 
     /// The expert in a slot.
@@ -149,11 +160,12 @@ impl Host {
 
     /// Whether no rows are here and none have been for `time`.
     pub fn is_quiet(&self, time: Duration) -> bool {
-        let last = self
-            .last_work
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        self.working.load(Ordering::Acquire) == 0 && last.is_none_or(|at| at.elapsed() >= time)
+        self.pace.is_quiet(time)
+    }
+
+    /// By which work that can wait is done beside rows.
+    pub(crate) fn pace(&self) -> &Arc<Pace> {
+        &self.pace
     }
 
     fn table(&self, epoch: u64) -> Result<Arc<Table>, ExchangeError> {
@@ -187,7 +199,7 @@ impl Host {
 
 impl SlotHost for Host {
     fn execute(&self, work: Work) -> Result<Vec<f32>, ExchangeError> {
-        let _working = Working::begin(self);
+        let _rows = self.pace.rows();
         let (epoch, width) = (work.epoch, self.width);
         if work.width != width {
             return Err(self.error(
@@ -268,24 +280,7 @@ impl AsRef<[u8]> for Lent {
     }
 }
 
-/// Counts work in and out.
-struct Working<'a>(&'a Host);
-
-impl<'a> Working<'a> {
-    fn begin(host: &'a Host) -> Self {
-        host.working.fetch_add(1, Ordering::AcqRel);
-        Self(host)
-    }
-}
-
-impl Drop for Working<'_> {
-    fn drop(&mut self) {
-        let mut last = self
-            .0
-            .last_work
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *last = Some(Instant::now());
-        self.0.working.fetch_sub(1, Ordering::AcqRel);
-    }
+/// Takes the tables out that are meant, in their order.
+fn take_out(tables: &mut Vec<Arc<Table>>, which: impl Fn(&Table) -> bool) -> Vec<Arc<Table>> {
+    tables.extract_if(.., |table| which(table)).collect()
 }

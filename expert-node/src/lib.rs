@@ -11,9 +11,11 @@
 
 mod capacity;
 mod copy;
+mod freeing;
 pub mod host;
 mod live;
 pub mod merge;
+mod pace;
 pub mod residents;
 mod scrub;
 mod thread;

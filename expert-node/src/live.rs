@@ -32,6 +32,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use crate::{
     Error, ExpertNodeConfig,
     copy::{COPIES, Copier},
+    freeing::Freeing,
     host::Host,
     residents::{ExpertKey, LoadError, Residents},
     scrub::scrub,
@@ -98,20 +99,22 @@ pub async fn run(
 
     let residents = Residents::new(checkpoint.clone(), cfg.dtype, cfg.capacity_bytes);
     let residents = Arc::new(residents);
+    let freeing = Arc::new(Freeing::new(Arc::clone(host.pace())));
     let copier = Copier {
         name: cfg.name.clone(),
         process: cfg.process.clone(),
         from: cfg.copy_from,
         residents: Arc::clone(&residents),
-        host: Arc::clone(&host),
+        pace: Arc::clone(host.pace()),
+        freeing: Arc::clone(&freeing),
         cpu,
         width,
         links: Arc::new(links(&cfg)),
         board: switchboard,
-        turn: tokio::sync::Mutex::new(()),
     };
     let node = Node {
         residents,
+        freeing,
         copier,
         cfg,
         numerics_class,
@@ -172,6 +175,7 @@ struct Node {
     numerics_class: String,
     host: Arc<Host>,
     residents: Arc<Residents>,
+    freeing: Arc<Freeing>,
     copier: Copier,
     health: Health,
     shutdown: Shutdown,
@@ -263,7 +267,7 @@ impl Node {
             outcome = self.follow(&member) => outcome?,
             Err(refused) = member.ended() => return Err(refused.into()),
             never = self.keep_measuring(&member) => match never {},
-            Err(damaged) = scrub(&self.residents) => {
+            Err(damaged) = scrub(&self.residents, self.host.pace()) => {
                 tracing::error!("{damaged}");
                 // What has been answered from it cannot be taken back; nothing more is.
                 member.leave().await;
@@ -318,8 +322,7 @@ impl Node {
             }
             // What was copied for a placement that was withdrawn.
             if !loading.spare.is_empty() {
-                loading.spare.clear();
-                self.measure(member);
+                self.free(&mut loading.spare);
             }
             select! {
                 () = self.shutdown.requested() => return Ok(()),
@@ -364,9 +367,18 @@ impl Node {
             tracing::warn!(?gone, %fired, "not freed");
             return;
         }
-        self.host.forget_before(oldest);
-        gone.iter().for_each(|&epoch| self.host.withdraw(epoch));
+        let mut left = self.host.forget_before(oldest);
+        for &epoch in &gone {
+            left.extend(self.host.withdraw(epoch));
+        }
+        self.freeing.free(left);
         tracing::info!(epochs = ?gone, resident_bytes = self.residents.bytes(), "freed");
+    }
+
+    /// Lets go of what has been made resident in vain.
+    fn free(&self, spare: &mut HashMap<ExpertKey, Arc<Expert>>) {
+        let experts = spare.drain().map(|(_, expert)| expert);
+        self.freeing.free(experts.collect());
     }
 
     /// Loads what a placement gives to this node and reports what came of it.
@@ -421,11 +433,11 @@ impl Node {
             Ok(experts)
         });
         loading.tried = Some(epoch);
-        loading.spare.clear();
+        self.free(&mut loading.spare);
         match outcome {
             Ok(experts) => {
                 tracing::info!(epoch, slots = experts.len(), "resident");
-                self.host.publish(epoch, experts);
+                self.freeing.free(self.host.publish(epoch, experts));
                 let host = Arc::clone(&self.host);
                 thread::alone("measuring this node", move || host.calibrate()).await?;
                 loading.epoch = epoch;
@@ -464,7 +476,11 @@ impl Node {
         spare: &mut HashMap<ExpertKey, Arc<Expert>>,
         progress: Progress,
     ) -> Result<Vec<Arc<Expert>>, Error> {
-        spare.retain(|key, _| slots.contains(key));
+        let unwanted = spare.extract_if(|key, _| !slots.contains(key));
+        self.freeing
+            .free(unwanted.map(|(_, expert)| expert).collect());
+        // What is to go must not be in the way.
+        self.freeing.done().await;
         let missing = self.residents.missing(slots);
         // Held from here on, whatever becomes of the tables they are in.
         for &key in slots {
@@ -482,7 +498,8 @@ impl Node {
             Err(LoadError::Capacity { .. })
                 if !published.active.as_deref().is_some_and(counted_on) =>
             {
-                self.host.forget_before(epoch);
+                self.freeing.free(self.host.forget_before(epoch));
+                self.freeing.done().await;
                 self.residents.check_room(&missing)?;
             }
             room => room?,

@@ -13,7 +13,7 @@ use std::{
 use guild_model::{
     Checkpoint, ModelError,
     checkpoint::Dtype,
-    expert::{Blob, Expert},
+    expert::{Arriving, Breathe, Expert},
 };
 use guild_node::memory;
 
@@ -156,11 +156,20 @@ impl Residents {
     /// # Errors
     /// It cannot be read; nothing is kept of it.
     pub fn read(&self, key: ExpertKey) -> Result<Arc<Expert>, LoadError> {
+        self.read_by(key, &|| ())
+    }
+
+    /// The same; `breathe` is called after every piece of the work.
+    pub(crate) fn read_by(
+        &self,
+        key: ExpertKey,
+        breathe: Breathe<'_>,
+    ) -> Result<Arc<Expert>, LoadError> {
         if let Some(resident) = self.find(key) {
             return Ok(resident);
         }
         let (layer, expert) = (key.0 as usize, key.1 as usize);
-        let read = Expert::load(&self.checkpoint, layer, expert, self.dtype);
+        let read = Expert::load_by(&self.checkpoint, layer, expert, self.dtype, breathe);
         Ok(self.keep(key, read.map_err(|source| unreadable(key, source))?))
     }
 
@@ -174,14 +183,22 @@ impl Residents {
             .map_err(|source| unreadable(key, source))
     }
 
-    /// Takes over an expert that came as a blob. Blocks.
+    /// An expert that is to come as a blob.
     ///
     /// # Errors
-    /// The blob is not that expert; nothing is kept of it.
-    pub fn adopt(&self, key: ExpertKey, blob: Blob) -> Result<Arc<Expert>, ModelError> {
+    /// The model has no such expert.
+    pub fn arriving(&self, key: ExpertKey) -> Result<Arriving, LoadError> {
         let (layer, expert) = (key.0 as usize, key.1 as usize);
-        let taken = Expert::from_blob(&self.checkpoint, layer, expert, self.dtype, blob)?;
-        Ok(self.keep(key, taken))
+        Arriving::new(&self.checkpoint, layer, expert, self.dtype)
+            .map_err(|source| unreadable(key, source))
+    }
+
+    /// Takes over an expert that has come as a blob.
+    ///
+    /// # Errors
+    /// The blob is not complete; nothing is kept of it.
+    pub fn adopt(&self, key: ExpertKey, blob: Arriving) -> Result<Arc<Expert>, ModelError> {
+        Ok(self.keep(key, blob.finish()?))
     }
 
     fn keep(&self, key: ExpertKey, expert: Expert) -> Arc<Expert> {

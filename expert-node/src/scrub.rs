@@ -4,116 +4,69 @@
 //! months: one after the other is held against its digest, slowly enough that nobody notices.
 //! This module must not know what becomes of a node whose memory has changed.
 
-use std::{
-    collections::HashMap,
-    convert::Infallible,
-    sync::{Arc, Weak},
-    time::{Duration, Instant},
-};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use guild_model::expert::Expert;
 use tokio::time::sleep;
 
 use crate::{
     Error,
+    pace::Pace,
     residents::{ExpertKey, Residents},
     thread,
 };
 
-/// Between two experts, at least.
+/// Between two experts.
 const PAUSE: Duration = Duration::from_secs(1);
-/// And so many times as long as the last one took: about a fiftieth of a core is used.
-const REST: u32 = 50;
-
-/// What experts were when they were seen first.
-#[derive(Default)]
-struct Seen(HashMap<ExpertKey, (Weak<Expert>, blake3::Hash)>);
-
-impl Seen {
-    /// Holds an expert against what it was. Blocks.
-    ///
-    /// # Errors
-    /// It has changed.
-    fn check(&mut self, key: ExpertKey, expert: &Arc<Expert>) -> Result<(), Error> {
-        let now = blake3::hash(expert.blob());
-        let was = match self.0.get(&key) {
-            Some((known, was)) if known.as_ptr() == Arc::as_ptr(expert) => *was,
-            _ => {
-                // Whoever copies it from here is told this one, too.
-                let was = blake3::Hash::from_bytes(expert.digest());
-                self.0.insert(key, (Arc::downgrade(expert), was));
-                was
-            }
-        };
-        if now == was {
-            return Ok(());
-        }
-        let (layer, expert) = key;
-        Err(Error::Damaged {
-            layer,
-            expert,
-            was: was.to_hex().to_string(),
-            now: now.to_hex().to_string(),
-        })
-    }
-}
 
 /// Looks at every expert in memory, again and again.
 ///
 /// # Errors
 /// One has changed.
-pub(crate) async fn scrub(residents: &Residents) -> Result<Infallible, Error> {
-    let mut seen = Seen::default();
+pub(crate) async fn scrub(residents: &Residents, pace: &Arc<Pace>) -> Result<Infallible, Error> {
     loop {
         sleep(PAUSE).await;
-        seen.0.retain(|_, (known, _)| known.strong_count() > 0);
         for key in residents.keys() {
             // It may have gone since.
             let Some(expert) = residents.find(key) else {
                 continue;
             };
-            let begun = Instant::now();
-            let checked = thread::behind_serving("looking at an expert in memory", move || {
-                let outcome = seen.check(key, &expert);
-                (seen, outcome)
+            let pace = Arc::clone(pace);
+            let looked = thread::behind_serving("looking at an expert in memory", move || {
+                let now = pace.in_pieces(|breathe| expert.hash_by(breathe));
+                compare(key, expert.digest(), now)
             });
-            let outcome;
-            (seen, outcome) = checked.await?;
-            outcome?;
-            sleep(PAUSE.max(begun.elapsed() * REST)).await;
+            looked.await??;
+            sleep(PAUSE).await;
         }
     }
+}
+
+/// Holds what an expert was when it came against what it is.
+fn compare((layer, expert): ExpertKey, was: [u8; 32], now: [u8; 32]) -> Result<(), Error> {
+    if now == was {
+        return Ok(());
+    }
+    let hex = |digest: [u8; 32]| blake3::Hash::from_bytes(digest).to_hex().to_string();
+    Err(Error::Damaged {
+        layer,
+        expert,
+        was: hex(was),
+        now: hex(now),
+    })
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::path::Path;
-
-    use guild_model::{Checkpoint, checkpoint::Dtype};
-
     use super::*;
 
     #[test]
-    fn an_expert_that_has_changed_is_named_and_one_that_came_anew_is_not() {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3-basic");
-        let residents = Residents::new(Checkpoint::open(&golden).unwrap(), Dtype::Auto, 0);
-        let key = (1, 0);
-        let mut seen = Seen::default();
-        let expert = residents.read(key).unwrap();
-        seen.check(key, &expert).unwrap();
-        seen.check(key, &expert).unwrap();
-        // As if it had been something else when it was seen first.
-        let another = blake3::hash(b"another");
-        seen.0.get_mut(&key).unwrap().1 = another;
-        let error = seen.check(key, &expert).unwrap_err().to_string();
-        assert!(error.contains("layer 1, expert 0"), "{error}");
-        assert!(error.contains(another.to_hex().as_str()), "{error}");
-
-        let kept = Arc::downgrade(&expert);
-        drop(expert);
-        assert!(kept.upgrade().is_none());
-        let again = residents.read(key).unwrap();
-        seen.check(key, &again).unwrap();
+    fn an_expert_that_has_changed_is_named_with_what_it_was_and_is() {
+        let (was, now) = ([0x11; 32], [0x22; 32]);
+        compare((3, 7), was, was).unwrap();
+        let error = compare((3, 7), was, now).unwrap_err().to_string();
+        for says in ["layer 3, expert 7", "1111 before", "2222 now"] {
+            assert!(error.contains(says), "{error}");
+        }
     }
 }

@@ -19,13 +19,10 @@ pub(crate) async fn alone<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
     let (done, result) = oneshot::channel();
-    std::thread::Builder::new()
-        .name("guild-loader".to_owned())
-        .spawn(move || {
-            // Nobody waits any more when the node ends early.
-            let _ = done.send(work());
-        })
-        .map_err(|error| Error::task(what, &error))?;
+    spawn(what, move || {
+        // Nobody waits any more when the node ends early.
+        let _ = done.send(work());
+    })?;
     result
         .await
         .map_err(|_| Error::task(what, &"it has panicked, see the log"))
@@ -40,10 +37,36 @@ pub(crate) async fn behind_serving<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
     alone(what, move || {
-        // Elsewhere this would slow the whole process. A refusal costs politeness only.
-        #[cfg(target_os = "linux")]
-        let _ = rustix::process::nice(NICENESS);
+        give_way();
         work()
     })
     .await
+}
+
+/// The same for work that nobody waits for.
+///
+/// # Errors
+/// There is no thread to be had.
+pub(crate) fn spawn_behind(
+    what: &'static str,
+    work: impl FnOnce() + Send + 'static,
+) -> Result<(), Error> {
+    spawn(what, move || {
+        give_way();
+        work();
+    })
+}
+
+fn spawn(what: &'static str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+    let thread = std::thread::Builder::new().name("guild-loader".to_owned());
+    let spawned = thread
+        .spawn(work)
+        .map_err(|error| Error::task(what, &error));
+    spawned.map(|_| ())
+}
+
+fn give_way() {
+    // Elsewhere this would slow the whole process. A refusal costs politeness only.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::process::nice(NICENESS);
 }

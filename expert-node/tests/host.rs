@@ -12,11 +12,7 @@ use guild_expert_node::{
     merge::Merging,
     residents::{ExpertKey, LoadError, Residents},
 };
-use guild_model::{
-    Checkpoint, Cpu,
-    checkpoint::Dtype,
-    expert::{Blob, Expert},
-};
+use guild_model::{Checkpoint, Cpu, ModelError, checkpoint::Dtype, expert::Expert};
 use guild_transport::{ExchangeCode, ExchangeError, Rows, SlotHost, Work};
 
 fn golden() -> PathBuf {
@@ -322,10 +318,11 @@ fn an_expert_that_comes_as_a_blob_is_the_one_that_is_read() {
     let read = residents.read((2, 7)).unwrap();
     let (blob, right) = (read.blob().to_vec(), read.digest());
     drop(read);
-    let copied = |key| {
-        let mut copy = Blob::with_len(residents.blob_len(key).unwrap());
-        copy.as_mut().copy_from_slice(&blob);
-        residents.adopt(key, copy)
+    let copied = |key| -> Result<Arc<Expert>, ModelError> {
+        let mut arriving = residents.arriving(key).unwrap();
+        let mut pieces = blob.chunks(1000);
+        pieces.try_for_each(|piece| arriving.take(piece))?;
+        residents.adopt(key, arriving)
     };
     let adopted = copied((2, 7)).unwrap();
     assert_eq!(adopted.digest(), right);

@@ -5,7 +5,7 @@ mod common;
 
 use common::golden;
 use guild_model::checkpoint::Dtype;
-use guild_model::expert::{Blob, Expert};
+use guild_model::expert::{Arriving, Expert};
 use guild_model::{Checkpoint, Cpu, ModelError};
 use proptest::prelude::*;
 
@@ -15,12 +15,6 @@ const HEADER: usize = 256;
 
 fn open(case: &str) -> Checkpoint {
     Checkpoint::open(&golden::dir(case)).unwrap()
-}
-
-fn blob(bytes: &[u8]) -> Blob {
-    let mut blob = Blob::with_len(bytes.len());
-    blob.as_mut().copy_from_slice(bytes);
-    blob
 }
 
 /// A few rows of `width` numbers between -1 and 1.
@@ -46,7 +40,7 @@ fn an_expert_from_a_blob_computes_the_same_bits_as_one_from_disk() {
             let len = Expert::blob_len(&ckpt, layer, 5, dtype).unwrap();
             assert_eq!(read.blob().len(), len, "{case} {dtype}");
             assert!(read.blob().as_ptr().addr().is_multiple_of(64) && len.is_multiple_of(64));
-            let sent = Expert::from_blob(&ckpt, layer, 5, dtype, blob(read.blob())).unwrap();
+            let sent = Expert::from_blob(&ckpt, layer, 5, dtype, read.blob()).unwrap();
             assert_eq!(sent.digest(), read.digest());
             assert_eq!(read.digest(), *blake3::hash(read.blob()).as_bytes());
             assert_eq!(sent.bytes(), read.bytes());
@@ -86,8 +80,7 @@ fn a_blob_holds_the_stored_bytes_at_aligned_offsets_behind_its_header() {
 fn a_blob_of_another_expert_layer_dtype_or_model_is_refused() {
     let ckpt = open("v3-basic");
     let bytes = Expert::load(&ckpt, 1, 3, Dtype::Auto).unwrap();
-    let take =
-        |layer, expert, dtype| Expert::from_blob(&ckpt, layer, expert, dtype, blob(bytes.blob()));
+    let take = |layer, expert, dtype| Expert::from_blob(&ckpt, layer, expert, dtype, bytes.blob());
     take(1, 3, Dtype::Auto).unwrap();
     take(1, 3, Dtype::F32).unwrap();
     refused(
@@ -99,7 +92,7 @@ fn a_blob_of_another_expert_layer_dtype_or_model_is_refused() {
     refused(take(1, 99, Dtype::Auto), &["99"]);
     let other = open("v3-fp8");
     refused(
-        Expert::from_blob(&other, 1, 3, Dtype::Auto, blob(bytes.blob())),
+        Expert::from_blob(&other, 1, 3, Dtype::Auto, bytes.blob()),
         &["gate: rows"],
     );
 }
@@ -112,7 +105,7 @@ fn a_value_that_is_not_finite_is_refused_with_its_matrix() {
     let spoiled = |at: u64, value: &[u8]| {
         let mut bytes = good.blob().to_vec();
         bytes[at as usize..at as usize + value.len()].copy_from_slice(value);
-        Expert::from_blob(&ckpt, 1, 0, Dtype::Auto, blob(&bytes))
+        Expert::from_blob(&ckpt, 1, 0, Dtype::Auto, &bytes)
     };
     let up = 32 + 72;
     refused(spoiled(number(up + 24) + 7, &[0xff]), &["up: element 7"]);
@@ -129,7 +122,7 @@ fn a_value_that_is_not_finite_is_refused_with_its_matrix() {
 fn a_length_or_a_header_that_does_not_fit_is_refused_by_field() {
     let ckpt = open("v3-mtp");
     let good = Expert::load(&ckpt, 4, 2, Dtype::Auto).unwrap();
-    let take = |bytes: &[u8]| Expert::from_blob(&ckpt, 4, 2, Dtype::Auto, blob(bytes));
+    let take = |bytes: &[u8]| Expert::from_blob(&ckpt, 4, 2, Dtype::Auto, bytes);
     let with = |at: usize, value: u64| {
         let mut bytes = good.blob().to_vec();
         bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
@@ -161,6 +154,7 @@ proptest! {
         edits in prop::collection::vec((any::<prop::sample::Index>(), 1u8..), 1..4),
         in_header in any::<bool>(),
         cut in prop::option::of(any::<prop::sample::Index>()),
+        piece in 1usize..5000,
     ) {
         let ckpt = open("v3-fp8");
         let good = Expert::load(&ckpt, 1, 1, Dtype::Auto).unwrap();
@@ -172,11 +166,20 @@ proptest! {
         if let Some(cut) = cut {
             bytes.truncate(cut.index(bytes.len()));
         }
-        match Expert::from_blob(&ckpt, 1, 1, Dtype::Auto, blob(&bytes)) {
+        let mut arriving = Arriving::new(&ckpt, 1, 1, Dtype::Auto).unwrap();
+        let mut pieces = bytes.chunks(piece);
+        let come = pieces.try_for_each(|piece| arriving.take(piece));
+        let digest = arriving.digest();
+        let in_pieces = come.and_then(|()| arriving.finish());
+        let at_once = Expert::from_blob(&ckpt, 1, 1, Dtype::Auto, &bytes);
+        prop_assert_eq!(in_pieces.is_ok(), at_once.is_ok());
+        match in_pieces {
             Err(error) => prop_assert!(error.to_string().contains("layer 1, expert 1")),
             Ok(taken) => {
                 prop_assert_eq!(&bytes[..HEADER], &good.blob()[..HEADER]);
                 prop_assert_eq!(taken.digest() == good.digest(), bytes == good.blob());
+                prop_assert_eq!(taken.digest(), digest);
+                prop_assert_eq!(taken.blob(), at_once.unwrap().blob());
             }
         }
     }
@@ -184,8 +187,8 @@ proptest! {
     #[test]
     fn arbitrary_bytes_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
         let ckpt = open("v3-mtp");
-        prop_assert!(Expert::from_blob(&ckpt, 1, 1, Dtype::Auto, blob(&bytes)).is_err());
+        prop_assert!(Expert::from_blob(&ckpt, 1, 1, Dtype::Auto, &bytes).is_err());
         let named = [b"GUILDEXP\x01\0\0\0\0\x01\0\0".as_slice(), &bytes].concat();
-        prop_assert!(Expert::from_blob(&ckpt, 1, 1, Dtype::Auto, blob(&named)).is_err());
+        prop_assert!(Expert::from_blob(&ckpt, 1, 1, Dtype::Auto, &named).is_err());
     }
 }

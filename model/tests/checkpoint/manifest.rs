@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use guild_model::checkpoint::Dtype;
 use guild_model::checkpoint::manifest::{FILE, Manifest};
-use guild_model::expert::{Blob, Expert};
+use guild_model::expert::Expert;
 use guild_model::trunk::Trunk;
 use guild_model::{Checkpoint, Cpu, ModelError};
 use serde_json::{Value, json};
@@ -165,10 +165,9 @@ fn an_expert_from_a_peer_must_be_the_listed_one_where_it_is_as_stored() {
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     let flipped = |dtype, at: usize| {
         let good = Expert::load(&checkpoint, 1, 3, dtype).unwrap();
-        let mut blob = Blob::with_len(good.blob().len());
-        blob.as_mut().copy_from_slice(good.blob());
-        blob.as_mut()[at] ^= 1;
-        Expert::from_blob(&checkpoint, 1, 3, dtype, blob)
+        let mut blob = good.blob().to_vec();
+        blob[at] ^= 1;
+        Expert::from_blob(&checkpoint, 1, 3, dtype, &blob)
     };
     // The first byte of the gate, and of the gate's scales behind 136 x 144 bytes of data.
     let scales = (256 + 136 * 144usize).next_multiple_of(64);
