@@ -6,7 +6,7 @@
 use std::{fmt, sync::Arc};
 
 use crate::{
-    HeadLayout, Isa, LatentAttention, MatrixRef, WeightsRef,
+    Ffn, HeadLayout, Isa, LatentAttention, MatrixRef, WeightsRef,
     generic::{
         matmul::{Input, Output},
         rows::{Add, Both, Each, Fma, Map2, MaxAndSum, RmsNorm, Sigmoid, SiluMul, Softmax},
@@ -132,12 +132,71 @@ impl Cpu {
         };
         let x = Input {
             data: x,
+            index: None,
             stride: w.cols,
             m,
             cols: w.cols,
         };
         // SAFETY: `out` is exclusively ours and was checked to be `[m, rows]`; so were `x` and `w`.
         unsafe { plan::matmul(self.inner.choice, Some(&self.inner.pool), out, x, w) };
+    }
+
+    /// Several gated MLPs at once, such as the experts that a batch of rows goes to: row `i` of `out` `[pairs, down.rows]`
+    /// is `down(silu(gate x) * up x)` of the `i`-th pair, counting the rows of the first MLP, then those of the second, and
+    /// so on; `x` is `[n, hidden]`. Gives the bits that [`Cpu::matmul`] and [`Cpu::silu_mul`] give for one row alone.
+    ///
+    /// # Panics
+    /// When shapes disagree, gate and up of one MLP differ in format, or a row lies outside `x`.
+    pub fn ffn(&self, out: &mut [f32], x: &[f32], experts: &[Ffn<'_>]) {
+        let Some(first) = experts.first() else {
+            return;
+        };
+        let (hidden, width) = (first.gate.cols, first.down.rows);
+        let n = x.len().checked_div(hidden).unwrap_or(0);
+        assert_eq!(
+            x.len(),
+            n * hidden,
+            "ffn: x is not whole rows of {hidden} columns"
+        );
+        let mut pairs = 0;
+        for expert in experts {
+            let Ffn {
+                gate,
+                up,
+                down,
+                rows,
+            } = expert;
+            for w in [gate, up, down] {
+                check_weights(w);
+            }
+            let shape = (gate.cols, up.cols, up.rows, down.cols, down.rows);
+            assert_eq!(
+                shape,
+                (hidden, hidden, gate.rows, gate.rows, width),
+                "ffn: matrices that do not fit each other"
+            );
+            assert!(
+                alike(&gate.data, &up.data),
+                "ffn: gate and up must have one format"
+            );
+            let odd = rows.and_then(|rows| rows.iter().find(|&&row| row as usize >= n));
+            assert!(odd.is_none(), "ffn: row {odd:?} of {n}");
+            pairs += rows.map_or(n, <[u32]>::len);
+        }
+        assert_eq!(
+            Some(out.len()),
+            pairs.checked_mul(width),
+            "ffn: out must be [{pairs}, {width}]"
+        );
+        if out.is_empty() {
+            return;
+        }
+        let out = Output {
+            data: out.as_mut_ptr(),
+            stride: width,
+        };
+        // SAFETY: `out` is exclusively ours and was checked to be `[pairs, width]`; so were the weights.
+        unsafe { plan::ffn(self.inner.choice, &self.inner.pool, out, x, experts) };
     }
 
     /// One product per head: `out[r, h] = x[r, h] w[h]ᵀ` for `m` rows that hold their heads side by side, as the absorbed
@@ -391,6 +450,15 @@ fn check_weights(w: &MatrixRef<'_>) {
         rows.checked_mul(cols),
         "weights must be [{rows}, {cols}]"
     );
+}
+
+/// Whether rows for one are in the form for the other.
+fn alike(a: &WeightsRef<'_>, b: &WeightsRef<'_>) -> bool {
+    match (a, b) {
+        (WeightsRef::Int8 { group: a, .. }, WeightsRef::Int8 { group: b, .. })
+        | (WeightsRef::Int4 { group: a, .. }, WeightsRef::Int4 { group: b, .. }) => a == b,
+        _ => std::mem::discriminant(a) == std::mem::discriminant(b),
+    }
 }
 
 fn check_packed(

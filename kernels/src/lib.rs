@@ -71,6 +71,19 @@ pub enum WeightsRef<'a> {
     },
 }
 
+/// A gated MLP (SwiGLU) and the rows of a call that go through it: `down(silu(gate x) * up x)`.
+#[derive(Clone, Copy, Debug)]
+pub struct Ffn<'a> {
+    /// `[inner, hidden]`
+    pub gate: MatrixRef<'a>,
+    /// `[inner, hidden]`, in the format of `gate`.
+    pub up: MatrixRef<'a>,
+    /// `[out, inner]`
+    pub down: MatrixRef<'a>,
+    /// Which rows, in any order and any number of times; `None` for every one in order.
+    pub rows: Option<&'a [u32]>,
+}
+
 /// Where the heads of a batch of rows lie: element `i` of head `h` of row `r` is at
 /// `offset + r * row + h * head + i`.
 #[derive(Clone, Copy, Debug)]

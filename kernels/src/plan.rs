@@ -4,7 +4,8 @@
 //! from start to end.
 
 mod attend;
-mod int;
+mod ffn;
+mod operand;
 
 use std::cell::Cell;
 
@@ -12,11 +13,9 @@ use crate::{
     HeadLayout, MatrixRef, WeightsRef,
     generic::{
         LANES,
-        matmul::{Direct, EMPTY, Input, Line, Output, Packed, TASK_ROWS, TileRows, pack_tile},
-        weights::{Bf16, F32, Fp8, Weights},
+        matmul::{Input, Line, Output, TASK_ROWS},
     },
     isa::Choice,
-    pack::Int,
     pool::Pool,
 };
 
@@ -36,11 +35,11 @@ const TASKS_PER_THREAD: usize = 4;
 thread_local! {
     /// Packed rows of the calling thread's matrix product.
     static PACKED: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
-    /// Weight panel and parked accumulators of a task.
-    static PANEL: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
 pub(crate) use attend::attend;
+pub(crate) use ffn::ffn;
+use operand::{Form, grown, product};
 
 pub(crate) fn is_small(bytes: usize, macs: usize) -> bool {
     bytes / BYTES_PER_NS + macs / MACS_PER_NS < SERIAL_NS
@@ -70,114 +69,45 @@ pub(crate) unsafe fn matmul(
     w: MatrixRef<'_>,
 ) {
     let pool = pool.filter(|_| !is_small(weight_bytes(&w), x.m * w.rows * w.cols));
-    let cols = w.cols;
-    // SAFETY: handed through.
-    unsafe {
-        match w.data {
-            WeightsRef::F32(data) => matmul_of(isa, pool, out, x, F32 { data, cols }, w.rows),
-            WeightsRef::Bf16(data) => matmul_of(isa, pool, out, x, Bf16 { data, cols }, w.rows),
-            WeightsRef::Fp8 { data, scales } => {
-                matmul_of(isa, pool, out, x, Fp8 { data, scales, cols }, w.rows)
-            }
-            WeightsRef::Int8 {
-                data,
-                scales,
-                group,
-            } => int::matmul(
-                isa,
-                pool,
-                out,
-                x,
-                int::packed(Int::Int8, data, scales, group, w),
-            ),
-            WeightsRef::Int4 {
-                data,
-                scales,
-                group,
-            } => int::matmul(
-                isa,
-                pool,
-                out,
-                x,
-                int::packed(Int::Int4, data, scales, group, w),
-            ),
-        }
-    }
-}
-
-/// # Safety
-/// As for [`matmul`].
-unsafe fn matmul_of<W: Weights>(
-    isa: Choice,
-    pool: Option<&Pool>,
-    out: Output,
-    x: Input<'_>,
-    w: W,
-    rows: usize,
-) {
-    if x.m < PACK_FROM {
-        for_each_range(pool, rows, usize::MAX, |from, to| {
-            // SAFETY: the ranges are disjoint parts of `0..rows`; the rest is the caller's promise.
-            unsafe {
-                isa.run(Direct {
-                    out,
-                    x,
-                    w,
-                    from,
-                    to,
-                })
-            };
-        });
-        return;
-    }
-    // SAFETY: asks for nothing.
-    let tile_rows = unsafe { isa.run(TileRows) };
-    let tile_lines = x.cols.div_ceil(LANES) * tile_rows;
-    let pass_rows = (PACK_BYTES / (tile_lines * size_of::<Line>()).max(1)).max(1) * tile_rows;
-    let mut packed = PACKED.take();
-    for first in (0..x.m).step_by(pass_rows) {
-        let m = pass_rows.min(x.m - first);
+    let form = Form::of(isa, &w, x.m);
+    let tile_bytes = form.tile_lines() * size_of::<Line>();
+    let pass = (PACK_BYTES / tile_bytes.max(1))
+        .max(1)
+        .saturating_mul(form.tile_rows());
+    let mut memory = PACKED.take();
+    for first in (0..x.m).step_by(pass) {
         let part = Input {
             data: &x.data[first * x.stride..],
-            m,
+            m: pass.min(x.m - first),
             ..x
         };
-        let lines = m.div_ceil(tile_rows) * tile_lines;
-        if packed.len() < lines {
-            packed.resize(lines, EMPTY);
-        }
-        for_each_chunk(pool, &mut packed[..lines], tile_lines, |tile, lines| {
-            pack_tile(lines, part, tile, tile_rows)
+        let lines = grown(&mut memory, form.tiles(part.m) * form.tile_lines());
+        for_each_chunk(pool, lines, form.tile_lines(), |tile, lines| {
+            form.prepare(isa, part, tile, lines)
         });
-        // SAFETY: row `first` lies in the output, whose rows are `stride` apart.
-        let out = unsafe { out.at(first * out.stride) };
-        let packed = &packed[..lines];
-        for_each_range(pool, rows, TASK_ROWS, |from, to| {
-            let mut scratch = PANEL.take();
-            // SAFETY: the ranges are disjoint parts of `0..rows`, `packed` comes from `pack_tile`; the rest is the
-            // caller's promise.
-            unsafe {
-                isa.run(Packed {
-                    out,
-                    x: packed,
-                    m,
-                    cols: x.cols,
-                    w,
-                    from,
-                    to,
-                    scratch: &mut scratch,
-                })
-            };
-            PANEL.set(scratch);
+        let rows = form.rows(part, lines);
+        let out = out.at(first * out.stride);
+        let most = if part.m < PACK_FROM {
+            usize::MAX
+        } else {
+            TASK_ROWS
+        };
+        for_each_range(pool, w.rows, most, |from, to| {
+            // SAFETY: the ranges are disjoint parts of `0..w.rows`; the rest is the caller's promise.
+            unsafe { product(isa, out, rows, w, from, to) }
         });
     }
-    PACKED.set(packed);
+    PACKED.set(memory);
 }
 
 /// Cuts `0..rows` into ranges of whole panels, at most `most` rows each, and runs `f(from, to)` on each.
 fn for_each_range(pool: Option<&Pool>, rows: usize, most: usize, f: impl Fn(usize, usize) + Sync) {
     let tasks = pool.map_or(1, |pool| pool.threads() * TASKS_PER_THREAD);
-    let step = rows.div_ceil(tasks).next_multiple_of(4).min(most).max(4);
+    let step = rows
+        .div_ceil(tasks)
+        .next_multiple_of(LANES)
+        .min(most)
+        .max(LANES);
     for_each(pool, rows.div_ceil(step), |i| {
         f(i * step, rows.min((i + 1) * step))
     });
@@ -234,6 +164,7 @@ pub(crate) unsafe fn matmul_heads(isa: Choice, pool: &Pool, job: Heads<'_>) {
     for_each(pool, w.len(), |head| {
         let x = Input {
             data: &x[x_at.offset + head * x_at.head..],
+            index: None,
             stride: x_at.row,
             m,
             cols: w[head].cols,

@@ -197,6 +197,29 @@ fn heads_are_products_of_their_own() {
     }
 }
 
+/// Memory is used again; what one call left there is nothing to the next.
+#[test]
+fn a_call_knows_nothing_of_the_one_before() {
+    let (m, rows, cols) = (20, 9, 37);
+    for format in [Format::F32, Format::Bf16, Format::Fp8] {
+        let w = Matrix::new(format, 1, rows, cols);
+        let x = values(2, m * cols);
+        let expected = bits(&oracle::matmul(&x, &w));
+        for cpu in cpus() {
+            product(
+                &cpu,
+                &vec![f32::NAN; m * 64],
+                &Matrix::new(format, 1, rows, 64),
+            );
+            assert_eq!(
+                bits(&product(&cpu, &x, &w)),
+                expected,
+                "{format:?} on {cpu:?}"
+            );
+        }
+    }
+}
+
 #[test]
 fn nothing_in_nothing_out() {
     let cpu = Cpu::new(2);

@@ -10,7 +10,7 @@ use half::bf16;
 
 use super::{
     LANES, Lanes, Op, load_part,
-    matmul::{Input, Output},
+    matmul::{Input, Line, Output},
     store_part,
 };
 use crate::pack::{Int, LINE};
@@ -86,7 +86,7 @@ impl DotOp for DotRows {
 }
 
 /// How columns of a quantised matrix fall into groups.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Groups {
     /// Columns of one group.
     pub(crate) group: usize,
@@ -103,37 +103,40 @@ impl Groups {
     }
 
     /// Words of a row.
-    pub(crate) fn words(self) -> usize {
+    fn words(self) -> usize {
         self.count * self.group / QUAD
+    }
+
+    /// Lines of memory for a tile of at most `most` rows.
+    pub(crate) fn tile_lines(self, most: usize) -> usize {
+        (most * (self.words() + 2 * self.count)).div_ceil(LANES)
     }
 }
 
-/// Quantised rows. Tiles of `most` rows follow each other, the last as [`tile_rows`] says; a tile of `n` rows is
-/// `[words][n]`, its scales and sums `[count][n]`.
+/// Quantised rows in tiles of `most` rows, the last as [`tile_rows`] says, [`Groups::tile_lines`] apart. A tile of `n`
+/// rows has words of 32 bits: `[words][n]` of x, `[count][n]` scales, `[count][n]` sums of the integers of a group.
 #[derive(Clone, Copy)]
 pub(crate) struct QuantRows<'a> {
-    pub(crate) words: &'a [u32],
-    pub(crate) scales: &'a [f32],
-    /// Of the integers of a group.
-    pub(crate) sums: &'a [i32],
+    pub(crate) lines: &'a [Line],
     pub(crate) m: usize,
     pub(crate) most: usize,
     pub(crate) groups: Groups,
 }
 
-/// Quantises the rows of one tile.
+/// Quantises whole groups of the rows of one tile.
+///
+/// # Safety
+/// Of [`Op::run`], besides the instruction set: `tile` is valid for [`Groups::tile_lines`], and the groups that the
+/// columns of `x` fill, from `from` on, exist and are written by this task alone.
 pub(crate) struct Quantise<'a> {
     pub(crate) x: Input<'a>,
     /// First row, and rows of the tile; those past the end of `x` become zeros.
     pub(crate) first: usize,
     pub(crate) rows: usize,
     pub(crate) groups: Groups,
-    /// `[words][rows]`
-    pub(crate) words: &'a mut [u32],
-    /// `[count][rows]`
-    pub(crate) scales: &'a mut [f32],
-    /// `[count][rows]`
-    pub(crate) sums: &'a mut [i32],
+    /// The group that the first column of `x` begins.
+    pub(crate) from: usize,
+    pub(crate) tile: *mut Line,
 }
 
 /// Adding it rounds an f32 below 2²² to an integer, which then sits in the low bits.
@@ -147,61 +150,80 @@ impl Op for Quantise<'_> {
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) {
         let (rows, groups) = (self.rows, self.groups);
-        let chunks = groups.group / LANES;
-        assert!(chunks <= CHUNKS && self.words.len() >= groups.words() * rows);
+        let count = self.x.cols.div_ceil(groups.group);
+        assert!(groups.group <= CHUNKS * LANES && self.from + count <= groups.count);
+        let tile = self.tile.cast::<u32>();
         for r in 0..rows {
             let x = if self.first + r < self.x.m {
                 self.x.row(self.first + r)
             } else {
                 &[]
             };
-            for g in 0..groups.count {
+            for g in 0..count {
                 let from = (g * groups.group).min(x.len());
                 let x = &x[from..(from + groups.group).min(x.len())];
-                // SAFETY: the instruction set is the caller's promise; `x` is cut at the end of the row.
-                let (scale, sum) = unsafe {
-                    let mut values = [V::splat(0.0); CHUNKS];
-                    let (mut odd, mut most) = (V::splat(0.0), V::splat(0.0));
-                    for (value, x) in values.iter_mut().zip(x.chunks(LANES)) {
-                        *value = if x.len() == LANES {
-                            V::load(x.as_ptr())
-                        } else {
-                            load_part(x.as_ptr(), x.len())
-                        };
-                        odd = value.fma(V::splat(0.0), odd);
-                        most = value.max(V::splat(0.0).sub(*value)).max(most);
-                    }
-                    let scale = largest(most) / 127.0;
-                    let normal = scale >= f32::MIN_POSITIVE && !odd.sum().is_nan();
-                    let mut total = V::splat(0.0);
-                    let words = &mut self.words[g * groups.group / QUAD * rows..];
-                    for chunk in 0..chunks {
-                        let mut bytes = [0u8; LANES];
-                        if normal {
-                            let moved = values[chunk].div(V::splat(scale)).add(V::splat(MAGIC));
-                            total = total.add(moved.sub(V::splat(MAGIC)));
-                            let mut lanes = [0f32; LANES];
-                            moved.store(lanes.as_mut_ptr());
-                            bytes = lanes.map(|lane| lane.to_bits() as u8);
-                        }
-                        for i in 0..LANES / QUAD {
-                            let word = [0, 1, 2, 3].map(|j| bytes[i * QUAD + j]);
-                            words[(chunk * LANES / QUAD + i) * rows + r] = u32::from_le_bytes(word);
-                        }
-                    }
-                    let scale = if odd.sum().is_nan() {
-                        f32::NAN
-                    } else if normal {
-                        scale
-                    } else {
-                        0.0
-                    };
-                    (scale, total.sum() as i32)
-                };
-                self.scales[g * rows + r] = scale;
-                self.sums[g * rows + r] = sum;
+                let g = self.from + g;
+                // SAFETY: the instruction set and the tile are the caller's promise; group `g` and row `r` lie in it.
+                unsafe {
+                    let words = tile.add(g * groups.group / QUAD * rows + r);
+                    let (scale, sum) = quantise::<V>(x, groups.group / LANES, words, rows);
+                    let scales = tile.add(groups.words() * rows);
+                    *scales.add(g * rows + r) = scale.to_bits();
+                    *scales.add((groups.count + g) * rows + r) = sum as u32;
+                }
             }
         }
+    }
+}
+
+/// Quantises one group, `x` and zeros up to `chunks` times 16 elements, into words `stride` apart. Gives the scale and
+/// the sum of the integers.
+///
+/// # Safety
+/// The machine has the instruction set of `V`, `x.len() <= 16 * chunks <= 128`, and `words` is valid for all of them.
+#[inline(always)]
+unsafe fn quantise<V: Lanes>(
+    x: &[f32],
+    chunks: usize,
+    words: *mut u32,
+    stride: usize,
+) -> (f32, i32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut values = [V::splat(0.0); CHUNKS];
+        let (mut odd, mut most) = (V::splat(0.0), V::splat(0.0));
+        for (value, x) in values.iter_mut().zip(x.chunks(LANES)) {
+            *value = if x.len() == LANES {
+                V::load(x.as_ptr())
+            } else {
+                load_part(x.as_ptr(), x.len())
+            };
+            odd = value.fma(V::splat(0.0), odd);
+            most = value.max(V::splat(0.0).sub(*value)).max(most);
+        }
+        let odd = odd.sum().is_nan();
+        let scale = largest(most) / 127.0;
+        let counts = scale >= f32::MIN_POSITIVE && !odd;
+        let divisor = V::splat(if counts { scale } else { f32::INFINITY });
+        let mut total = V::splat(0.0);
+        for chunk in 0..chunks {
+            let value = if counts { values[chunk] } else { V::splat(0.0) };
+            let moved = value.div(divisor).add(V::splat(MAGIC));
+            total = total.add(moved.sub(V::splat(MAGIC)));
+            let mut lanes = [0f32; LANES];
+            moved.store(lanes.as_mut_ptr());
+            let bytes = lanes.map(|lane| lane.to_bits() as u8);
+            for i in 0..LANES / QUAD {
+                let word = [0, 1, 2, 3].map(|j| bytes[i * QUAD + j]);
+                *words.add((chunk * LANES / QUAD + i) * stride) = u32::from_le_bytes(word);
+            }
+        }
+        let scale = match (odd, counts) {
+            (true, _) => f32::NAN,
+            (_, true) => scale,
+            _ => 0.0,
+        };
+        (scale, total.sum() as i32)
     }
 }
 
@@ -229,7 +251,6 @@ pub(crate) struct Packed<'a> {
     pub(crate) data: &'a [u8],
     /// `[panel][count][16]`
     pub(crate) scales: &'a [bf16],
-    pub(crate) groups: Groups,
     pub(crate) rows: usize,
 }
 
@@ -329,9 +350,8 @@ impl Product<'_> {
     ) -> [[D::Float; C]; P] {
         let Groups { group, count } = self.x.groups;
         let quads = group / QUAD;
-        let words = &self.x.words[at * count * quads..][..C * count * quads];
-        let scales = &self.x.scales[at * count..][..C * count];
-        let sums = &self.x.sums[at * count..][..C * count];
+        let tile_lines = self.x.groups.tile_lines(D::ROWS);
+        let tile = &self.x.lines[at / D::ROWS * tile_lines..][..tile_lines];
         let bytes = self.w.panel_bytes();
         let weights = &self.w.data[panel * bytes..][..P * bytes];
         let weight_scales = &self.w.scales[panel * count * LANES..][..P * count * LANES];
@@ -343,15 +363,18 @@ impl Product<'_> {
         // SAFETY: a panel is `count` groups of `lines` lines, checked above, and its scales are as many sixteens; the
         // words of the tile are `C` for each quad, its scales and sums `C` for each group.
         unsafe {
+            let words = tile.as_ptr().cast::<u32>();
+            let scales = words.add(C * count * quads).cast::<f32>();
+            let sums = scales.add(C * count).cast::<i32>();
             let mut acc = [[D::Float::splat(0.0); C]; P];
             for g in 0..count {
                 let mut dots = [[D::sum(0); C]; P];
                 for c in 0..C {
                     for p in 0..P {
-                        dots[p][c] = D::sum(-offset * *sums.as_ptr().add(g * C + c));
+                        dots[p][c] = D::sum(-offset * *sums.add(g * C + c));
                     }
                 }
-                let x = words.as_ptr().add(g * quads * C);
+                let x = words.add(g * quads * C);
                 for line in 0..lines {
                     if at == 0 {
                         let place = (g * lines + line) * LINE;
@@ -393,7 +416,7 @@ impl Product<'_> {
                     let scale = weight_scales.as_ptr().add((p * count + g) * LANES);
                     let scale = D::Float::load_bf16(scale.cast());
                     for c in 0..C {
-                        let s = D::Float::splat(*scales.as_ptr().add(g * C + c));
+                        let s = D::Float::splat(*scales.add(g * C + c));
                         acc[p][c] = D::float(dots[p][c]).fma(scale.mul(s), acc[p][c]);
                     }
                 }

@@ -42,23 +42,21 @@ unsafe impl Sync for Output {}
 
 impl Output {
     /// The part that begins `elements` further on.
-    ///
-    /// # Safety
-    /// It lies inside the output.
-    pub(crate) unsafe fn at(self, elements: usize) -> Output {
-        // SAFETY: the caller's promise.
-        let data = unsafe { self.data.add(elements) };
+    pub(crate) fn at(self, elements: usize) -> Output {
+        let data = self.data.wrapping_add(elements);
+        Output { data, ..self }
+    }
+
+    /// What has column `col` where this one has its first.
+    pub(crate) fn before(self, col: usize) -> Output {
+        let data = self.data.wrapping_sub(col);
         Output { data, ..self }
     }
 
     /// Where `(row, col)` is.
-    ///
-    /// # Safety
-    /// It lies inside the output.
     #[inline(always)]
-    pub(crate) unsafe fn place(self, row: usize, col: usize) -> *mut f32 {
-        // SAFETY: the caller's promise.
-        unsafe { self.data.add(row * self.stride + col) }
+    pub(crate) fn place(self, row: usize, col: usize) -> *mut f32 {
+        self.data.wrapping_add(row * self.stride + col)
     }
 
     /// # Safety
@@ -66,14 +64,16 @@ impl Output {
     #[inline(always)]
     unsafe fn set(self, row: usize, col: usize, value: f32) {
         // SAFETY: the caller's promise.
-        unsafe { *self.data.add(row * self.stride + col) = value }
+        unsafe { *self.place(row, col) = value }
     }
 }
 
-/// Rows of the input: `[m, stride]`, the first `cols` of each used.
+/// Rows of the input: the first `cols` elements of those of `data` `[.., stride]` that `index` names, or of the first
+/// `m`.
 #[derive(Clone, Copy)]
 pub(crate) struct Input<'a> {
     pub(crate) data: &'a [f32],
+    pub(crate) index: Option<&'a [u32]>,
     pub(crate) stride: usize,
     pub(crate) m: usize,
     pub(crate) cols: usize,
@@ -82,6 +82,7 @@ pub(crate) struct Input<'a> {
 impl Input<'_> {
     #[inline(always)]
     pub(crate) fn row(&self, row: usize) -> &[f32] {
+        let row = self.index.map_or(row, |index| index[row] as usize);
         &self.data[row * self.stride..][..self.cols]
     }
 }
@@ -227,7 +228,8 @@ pub(crate) fn pack_tile(out: &mut [Line], x: Input<'_>, tile: usize, tile_rows: 
         let row = if at < x.m { x.row(at) } else { &[] };
         let (chunks, rest) = row.as_chunks::<LANES>();
         let mut lines = out.iter_mut().skip(r).step_by(tile_rows);
-        for (line, chunk) in lines.by_ref().zip(chunks) {
+        // In this order the end of the chunks takes no line.
+        for (chunk, line) in chunks.iter().zip(lines.by_ref()) {
             line.0 = *chunk;
         }
         for line in lines {

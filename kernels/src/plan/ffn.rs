@@ -1,0 +1,457 @@
+//! How the gated MLPs of one call are cut into tasks.
+//!
+//! Secret: the order of tasks. All of a call is one list: first rows are brought into the form their weights ask for, then
+//! come gate and up, whose tasks end with the activation (and with the quantisation that down asks for), then down; in
+//! each of these the experts with the most rows come first. Threads claim tasks in order, and a task that needs others
+//! spins until they are done: whoever has them is running, so nobody waits for long, and nothing sleeps between the parts.
+//! No cut shows in the results.
+
+use std::{
+    cell::Cell,
+    hint,
+    ops::Range,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    thread,
+};
+
+use super::{
+    BYTES_PER_NS, LANES, MACS_PER_NS, SERIAL_NS, for_each,
+    operand::{self, Form, grown, product},
+    weight_bytes,
+};
+use crate::{
+    Ffn, MatrixRef,
+    generic::{
+        matmul::{Input, Line, Output},
+        rows::{Both, SiluMul},
+    },
+    isa::Choice,
+    pool::Pool,
+};
+
+/// Rows of one expert that go through the tasks together. More read its weights once again, which costs little beside so
+/// much arithmetic, and what a task holds stays near.
+const ITEM_ROWS: usize = 252;
+/// Memory for prepared rows and activations, in lines, that one pass takes unless a single item needs more.
+const PASS_LINES: usize = (64 << 20) / size_of::<Line>();
+/// Tasks per thread and part, so that a slow thread is overtaken and the last tasks are short.
+const TASKS_PER_THREAD: usize = 8;
+/// Nothing is cut into tasks shorter than this.
+const TASK_NS: usize = 4_000;
+/// How often a thread looks for what it needs before it lets others run.
+const SPINS: usize = 10_000;
+
+thread_local! {
+    /// What the calling thread's passes hold.
+    static MEMORY: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+    /// Gate and up of a task.
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Rows of one expert in one pass.
+struct Item<'a> {
+    gate: MatrixRef<'a>,
+    up: MatrixRef<'a>,
+    down: MatrixRef<'a>,
+    x: Input<'a>,
+    out: Output,
+    /// Of `x`, for gate and up.
+    form: Form,
+    /// Of the activations, for down.
+    inner: Form,
+}
+
+/// Where in the memory of the pass an item has its parts, in lines.
+struct Parts {
+    x: Range<usize>,
+    /// `[m, inner]` f32, where down takes floats.
+    plain: Range<usize>,
+    inner: Range<usize>,
+    /// Tasks not done: of `x`, of gate and up, of the tiles of the activations.
+    open: [AtomicUsize; 3],
+}
+
+#[derive(Clone, Copy)]
+enum Step {
+    Prepare,
+    GateUp,
+    Repack,
+    Down,
+}
+
+struct Task {
+    step: Step,
+    item: usize,
+    /// Tiles or columns.
+    range: Range<usize>,
+}
+
+/// The rows of every expert, `out[i] = down(silu(gate x) * up x)`, one expert's after another's. The caller has checked
+/// the shapes, and that gate and up have one format.
+///
+/// # Safety
+/// `out` is valid for all rows of all experts, which are written by nobody else meanwhile.
+pub(crate) unsafe fn ffn(
+    isa: Choice,
+    pool: &Pool,
+    mut out: Output,
+    x: &[f32],
+    experts: &[Ffn<'_>],
+) {
+    let mut items = Vec::with_capacity(experts.len());
+    for expert in experts {
+        let cols = expert.gate.cols;
+        let m = expert.rows.map_or(x.len() / cols, <[u32]>::len);
+        for first in (0..m).step_by(ITEM_ROWS) {
+            let m = ITEM_ROWS.min(m - first);
+            let (data, index) = match expert.rows {
+                Some(rows) => (x, Some(&rows[first..first + m])),
+                None => (&x[first * cols..], None),
+            };
+            items.push(Item {
+                gate: expert.gate,
+                up: expert.up,
+                down: expert.down,
+                x: Input {
+                    data,
+                    index,
+                    stride: cols,
+                    m,
+                    cols,
+                },
+                out,
+                form: Form::of(isa, &expert.gate, m),
+                inner: Form::of(isa, &expert.down, m),
+            });
+            out = out.at(m * out.stride);
+        }
+    }
+    items.sort_by_key(|item| std::cmp::Reverse(item.x.m));
+    let mut memory = MEMORY.take();
+    let mut rest = items.as_slice();
+    while !rest.is_empty() {
+        let mut lines = 0;
+        let mut parts = Vec::with_capacity(rest.len());
+        for item in rest {
+            let part = Parts::new(item, lines);
+            if !parts.is_empty() && part.inner.end > PASS_LINES {
+                break;
+            }
+            lines = part.inner.end;
+            parts.push(part);
+        }
+        let (now, later) = rest.split_at(parts.len());
+        // SAFETY: the caller's promise; items have disjoint rows of `out` and parts of the memory.
+        unsafe { pass(isa, pool, now, &parts, grown(&mut memory, lines)) };
+        rest = later;
+    }
+    MEMORY.set(memory);
+}
+
+impl Parts {
+    fn new(item: &Item<'_>, from: usize) -> Parts {
+        let m = item.x.m;
+        let plain = match item.inner {
+            Form::Words { .. } => 0,
+            _ => (m * item.down.cols).div_ceil(LANES),
+        };
+        let x = from..from + item.form.tiles(m) * item.form.tile_lines();
+        let plain = x.end..x.end + plain;
+        let inner = plain.end..plain.end + item.inner.tiles(m) * item.inner.tile_lines();
+        Parts {
+            x,
+            plain,
+            inner,
+            open: Default::default(),
+        }
+    }
+}
+
+impl Item<'_> {
+    /// Nanoseconds of one thread, roughly.
+    fn cost(&self, w: &MatrixRef<'_>) -> usize {
+        weight_bytes(w) / BYTES_PER_NS + self.x.m * w.rows * w.cols / MACS_PER_NS
+    }
+}
+
+/// # Safety
+/// As for [`ffn`], `memory` holding all parts.
+unsafe fn pass(isa: Choice, pool: &Pool, items: &[Item<'_>], parts: &[Parts], memory: &mut [Line]) {
+    let all: usize = items
+        .iter()
+        .map(|item| item.cost(&item.gate) + item.cost(&item.up) + item.cost(&item.down))
+        .sum();
+    let threads = if all < SERIAL_NS { 1 } else { pool.threads() };
+    let tasks = tasks(items, parts, threads, all);
+    let memory = Memory(memory.as_mut_ptr());
+    let next = AtomicUsize::new(0);
+    let failed = AtomicBool::new(false);
+    for_each((threads > 1).then_some(pool), threads, |_| {
+        while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            // A thread that panics has others wait for what it does not do.
+            let guard = Guard(&failed);
+            let run = Run {
+                isa,
+                memory,
+                failed: &failed,
+                item: &items[task.item],
+                parts: &parts[task.item],
+            };
+            // SAFETY: the caller's promise; the tasks write disjoint parts, and read what they have waited for.
+            unsafe { run.task(task) };
+            std::mem::forget(guard);
+        }
+    });
+}
+
+struct Guard<'a>(&'a AtomicBool);
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The tasks of a pass in the order they are claimed.
+fn tasks(items: &[Item<'_>], parts: &[Parts], threads: usize, all: usize) -> Vec<Task> {
+    let most = (all / (threads * TASKS_PER_THREAD)).max(TASK_NS);
+    let mut tasks = Vec::new();
+    for step in [Step::Prepare, Step::GateUp, Step::Repack, Step::Down] {
+        for (i, item) in items.iter().enumerate() {
+            let (n, cost, unit) = match step {
+                Step::Prepare => (item.form.tiles(item.x.m), 0, 1),
+                Step::GateUp => {
+                    // A task has whole groups of what down takes.
+                    let unit = match item.inner {
+                        Form::Words { groups, .. } => groups.group,
+                        _ => LANES,
+                    };
+                    let cost = item.cost(&item.gate) + item.cost(&item.up);
+                    (item.gate.rows, cost, unit)
+                }
+                Step::Repack => match item.inner {
+                    Form::Lines { .. } => (item.inner.tiles(item.x.m), 0, 1),
+                    _ => (0, 0, 1),
+                },
+                Step::Down => (item.down.rows, item.cost(&item.down), LANES),
+            };
+            let pieces = (cost / most).max(1);
+            let each = n.div_ceil(pieces).next_multiple_of(unit).max(1);
+            let begun = tasks.len();
+            tasks.extend((0..n).step_by(each).map(|from| Task {
+                step,
+                item: i,
+                range: from..n.min(from + each),
+            }));
+            let open = match step {
+                Step::Prepare => 0,
+                Step::GateUp => 1,
+                Step::Repack => 2,
+                Step::Down => continue,
+            };
+            parts[i].open[open].store(tasks.len() - begun, Ordering::Relaxed);
+        }
+    }
+    tasks
+}
+
+/// The memory of a pass.
+#[derive(Clone, Copy)]
+struct Memory(*mut Line);
+
+// SAFETY: tasks write disjoint parts, and read what others wrote after these have said that they are done.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// # Safety
+    /// `range` lies in the memory, and nobody writes it meanwhile.
+    unsafe fn lines(&self, range: &Range<usize>) -> &[Line] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.0.add(range.start), range.len()) }
+    }
+
+    /// # Safety
+    /// Tile `tile` of `range` lies in the memory, and nobody else has it meanwhile.
+    #[allow(clippy::mut_from_ref, reason = "the memory is behind a pointer")]
+    unsafe fn tile(&self, range: &Range<usize>, tile: usize, lines: usize) -> &mut [Line] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(range.start + tile * lines), lines) }
+    }
+}
+
+/// One task at work.
+struct Run<'a> {
+    isa: Choice,
+    memory: Memory,
+    failed: &'a AtomicBool,
+    item: &'a Item<'a>,
+    parts: &'a Parts,
+}
+
+impl Run<'_> {
+    /// # Safety
+    /// As for [`pass`]; nobody else has this task.
+    unsafe fn task(&self, task: &Task) {
+        let Run {
+            isa,
+            memory,
+            item,
+            parts,
+            ..
+        } = *self;
+        let range = task.range.clone();
+        // SAFETY: the caller's promise; a part is read after all tasks that write it, which `wait` makes sure of.
+        unsafe {
+            match task.step {
+                Step::Prepare => {
+                    for tile in range {
+                        let lines = memory.tile(&parts.x, tile, item.form.tile_lines());
+                        item.form.prepare(isa, item.x, tile, lines);
+                    }
+                    self.done(0);
+                }
+                Step::GateUp => {
+                    if !self.wait(0) {
+                        return;
+                    }
+                    self.gate_up(range);
+                    self.done(1);
+                }
+                Step::Repack => {
+                    if !self.wait(1) {
+                        return;
+                    }
+                    for tile in range {
+                        let lines = memory.tile(&parts.inner, tile, item.inner.tile_lines());
+                        item.inner.prepare(isa, self.plain(), tile, lines);
+                    }
+                    self.done(2);
+                }
+                Step::Down => {
+                    if !(self.wait(1) && self.wait(2)) {
+                        return;
+                    }
+                    let rows = match item.inner {
+                        // Written with gate and up.
+                        Form::Words { .. } => Input {
+                            data: &[],
+                            index: None,
+                            stride: 0,
+                            m: item.x.m,
+                            cols: item.down.cols,
+                        },
+                        _ => self.plain(),
+                    };
+                    let rows = item.inner.rows(rows, memory.lines(&parts.inner));
+                    product(isa, item.out, rows, item.down, range.start, range.end);
+                }
+            }
+        }
+    }
+
+    /// The activations.
+    ///
+    /// # Safety
+    /// All tasks of gate and up are done.
+    unsafe fn plain(&self) -> Input<'_> {
+        let (m, cols) = (self.item.x.m, self.item.down.cols);
+        // SAFETY: the caller's promise; a line is 16 f32.
+        let data = unsafe {
+            let lines = self.memory.lines(&self.parts.plain);
+            std::slice::from_raw_parts(lines.as_ptr().cast::<f32>(), m * cols)
+        };
+        Input {
+            data,
+            index: None,
+            stride: cols,
+            m,
+            cols,
+        }
+    }
+
+    /// # Safety
+    /// As for [`Run::task`].
+    unsafe fn gate_up(&self, range: Range<usize>) {
+        let Run {
+            isa, item, parts, ..
+        } = *self;
+        let (m, width) = (item.x.m, range.len());
+        let mut scratch = SCRATCH.take();
+        if scratch.len() < 2 * m * width {
+            scratch.resize(2 * m * width, 0.0);
+        }
+        let (gate, up) = scratch[..2 * m * width].split_at_mut(m * width);
+        // SAFETY: the scratch is ours and holds these columns; what is prepared of `x` is no more written.
+        unsafe {
+            let rows = item.form.rows(item.x, self.memory.lines(&parts.x));
+            for (w, to) in [(item.gate, &mut *gate), (item.up, &mut *up)] {
+                let out = Output {
+                    data: to.as_mut_ptr(),
+                    stride: width,
+                };
+                product(
+                    isa,
+                    out.before(range.start),
+                    rows,
+                    w,
+                    range.start,
+                    range.end,
+                );
+            }
+            isa.run(Both(gate, up, SiluMul));
+        }
+        match item.inner {
+            Form::Words { most, groups } => {
+                let x = Input {
+                    data: gate,
+                    index: None,
+                    stride: width,
+                    m,
+                    cols: width,
+                };
+                for tile in 0..item.inner.tiles(m) {
+                    let at = parts.inner.start + tile * item.inner.tile_lines();
+                    // SAFETY: the tile lies in the memory; the groups of these columns are this task's.
+                    unsafe {
+                        let lines = self.memory.0.add(at);
+                        let from = range.start / groups.group;
+                        operand::quantise(isa, x, most, groups, tile, from, lines);
+                    }
+                }
+            }
+            _ => {
+                for (r, row) in gate.chunks_exact(width).enumerate() {
+                    // SAFETY: `[m, inner]` lies in the memory, and these columns are this task's.
+                    unsafe {
+                        let plain = self.memory.0.add(parts.plain.start).cast::<f32>();
+                        let to = plain.add(r * item.down.cols + range.start);
+                        std::ptr::copy_nonoverlapping(row.as_ptr(), to, width);
+                    }
+                }
+            }
+        }
+        SCRATCH.set(scratch);
+    }
+
+    fn done(&self, open: usize) {
+        self.parts.open[open].fetch_sub(1, Ordering::Release);
+    }
+
+    /// Waits until all tasks of a part are done; says whether they are.
+    fn wait(&self, open: usize) -> bool {
+        let mut spins = 0;
+        while self.parts.open[open].load(Ordering::Acquire) > 0 {
+            if self.failed.load(Ordering::Relaxed) {
+                return false;
+            }
+            spins += 1;
+            if spins % SPINS == 0 {
+                thread::yield_now();
+            }
+            hint::spin_loop();
+        }
+        true
+    }
+}

@@ -1,0 +1,273 @@
+//! The two sides of a product: rows in the form that the weights ask for, and a range of weight rows over them.
+//!
+//! Secret: which form of rows suits which weights. Forms do not show in the results.
+
+use std::cell::Cell;
+
+use half::bf16;
+
+use super::PACK_FROM;
+use crate::{
+    MatrixRef, WeightsRef,
+    generic::{
+        LANES,
+        int::{self, DotRows, Groups, Product, QuantRows, Quantise},
+        matmul::{Direct, EMPTY, Input, Line, Output, Packed, TASK_ROWS, TileRows, pack_tile},
+        weights::{Bf16, F32, Fp8, Weights},
+    },
+    isa::Choice,
+    pack::Int,
+};
+
+thread_local! {
+    /// Weight panel and parked accumulators of a task.
+    static PANEL: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+}
+
+/// How rows must lie for a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// As they are.
+    Plain,
+    /// Tiles from [`pack_tile`].
+    Lines { tile_rows: usize, tile_lines: usize },
+    /// Tiles from [`Quantise`].
+    Words { most: usize, groups: Groups },
+}
+
+impl Form {
+    /// What suits `m` rows and these weights.
+    pub(crate) fn of(isa: Choice, w: &MatrixRef<'_>, m: usize) -> Form {
+        match w.data {
+            WeightsRef::Int8 { group, .. } | WeightsRef::Int4 { group, .. } => Form::Words {
+                // SAFETY: asks for nothing.
+                most: unsafe { isa.run_dot(DotRows) },
+                groups: Groups::new(w.cols, group),
+            },
+            _ if m < PACK_FROM => Form::Plain,
+            _ => {
+                // SAFETY: asks for nothing.
+                let tile_rows = unsafe { isa.run(TileRows) };
+                Form::Lines {
+                    tile_rows,
+                    tile_lines: w.cols.div_ceil(LANES) * tile_rows,
+                }
+            }
+        }
+    }
+
+    /// Rows of a tile, the last perhaps excepted.
+    pub(crate) fn tile_rows(self) -> usize {
+        match self {
+            Form::Plain => usize::MAX,
+            Form::Lines { tile_rows, .. } => tile_rows,
+            Form::Words { most, .. } => most,
+        }
+    }
+
+    /// Lines of memory for one tile.
+    pub(crate) fn tile_lines(self) -> usize {
+        match self {
+            Form::Plain => 0,
+            Form::Lines { tile_lines, .. } => tile_lines,
+            Form::Words { most, groups } => groups.tile_lines(most),
+        }
+    }
+
+    /// Tiles to be prepared.
+    pub(crate) fn tiles(self, m: usize) -> usize {
+        match self {
+            Form::Plain => 0,
+            _ => m.div_ceil(self.tile_rows()),
+        }
+    }
+
+    /// Brings one tile of `x` into this form.
+    pub(crate) fn prepare(self, isa: Choice, x: Input<'_>, tile: usize, lines: &mut [Line]) {
+        match self {
+            Form::Plain => {}
+            Form::Lines { tile_rows, .. } => pack_tile(lines, x, tile, tile_rows),
+            Form::Words { most, groups } => {
+                assert!(lines.len() >= groups.tile_lines(most) && x.cols > 0);
+                // SAFETY: the tile's memory is all there, and exclusively ours.
+                unsafe { quantise(isa, x, most, groups, tile, 0, lines.as_mut_ptr()) }
+            }
+        }
+    }
+
+    /// `m` prepared rows. With nothing to prepare, `plain` are they.
+    pub(crate) fn rows<'a>(self, plain: Input<'a>, lines: &'a [Line]) -> Rows<'a> {
+        match self {
+            Form::Plain => Rows::Plain(plain),
+            Form::Lines { .. } => Rows::Lines {
+                lines,
+                m: plain.m,
+                cols: plain.cols,
+            },
+            Form::Words { most, groups } => Rows::Words(QuantRows {
+                lines,
+                m: plain.m,
+                most,
+                groups,
+            }),
+        }
+    }
+}
+
+/// Quantises columns of the rows of one tile, which begin group `from`.
+///
+/// # Safety
+/// As for [`Quantise`], `lines` being the tile.
+pub(crate) unsafe fn quantise(
+    isa: Choice,
+    x: Input<'_>,
+    most: usize,
+    groups: Groups,
+    tile: usize,
+    from: usize,
+    lines: *mut Line,
+) {
+    let first = tile * most;
+    // SAFETY: the caller's promise.
+    unsafe {
+        isa.run(Quantise {
+            x,
+            first,
+            rows: int::tile_rows(x.m - first, most),
+            groups,
+            from,
+            tile: lines,
+        })
+    }
+}
+
+/// Rows in one of the forms.
+#[derive(Clone, Copy)]
+pub(crate) enum Rows<'a> {
+    Plain(Input<'a>),
+    Lines {
+        lines: &'a [Line],
+        m: usize,
+        cols: usize,
+    },
+    Words(QuantRows<'a>),
+}
+
+/// Columns `from..to` of `out = x wᵀ`. The two are multiples of 16, or the end.
+///
+/// # Safety
+/// `out` is valid for these columns of the rows of `x`, which are written by nobody else meanwhile; `w.data` holds what
+/// its shape says, and `x` has the form that [`Form::of`] names for it.
+pub(crate) unsafe fn product(
+    isa: Choice,
+    out: Output,
+    x: Rows<'_>,
+    w: MatrixRef<'_>,
+    from: usize,
+    to: usize,
+) {
+    let (rows, cols) = (w.rows, w.cols);
+    let packed = |int, data, scales: &_, group| {
+        // SAFETY: the caller's promise.
+        unsafe { bytes(isa, out, x, (int, data, scales, group), w, from, to) }
+    };
+    assert!(to <= rows);
+    // SAFETY: the caller's promise.
+    unsafe {
+        match w.data {
+            WeightsRef::F32(data) => floats(isa, out, x, F32 { data, cols }, from, to),
+            WeightsRef::Bf16(data) => floats(isa, out, x, Bf16 { data, cols }, from, to),
+            WeightsRef::Fp8 { data, scales } => {
+                floats(isa, out, x, Fp8 { data, scales, cols }, from, to)
+            }
+            WeightsRef::Int8 {
+                data,
+                scales,
+                group,
+            } => packed(Int::Int8, data, scales, group),
+            WeightsRef::Int4 {
+                data,
+                scales,
+                group,
+            } => packed(Int::Int4, data, scales, group),
+        }
+    }
+}
+
+/// # Safety
+/// As for [`product`].
+unsafe fn floats<W: Weights>(isa: Choice, out: Output, x: Rows<'_>, w: W, from: usize, to: usize) {
+    match x {
+        // SAFETY: the caller's promise.
+        Rows::Plain(x) => unsafe {
+            isa.run(Direct {
+                out,
+                x,
+                w,
+                from,
+                to,
+            })
+        },
+        Rows::Lines { lines, m, cols } => {
+            let mut scratch = PANEL.take();
+            for from in (from..to).step_by(TASK_ROWS) {
+                // SAFETY: the caller's promise; the lines come from `pack_tile`.
+                unsafe {
+                    isa.run(Packed {
+                        out,
+                        x: lines,
+                        m,
+                        cols,
+                        w,
+                        from,
+                        to: to.min(from + TASK_ROWS),
+                        scratch: &mut scratch,
+                    })
+                };
+            }
+            PANEL.set(scratch);
+        }
+        Rows::Words(_) => unreachable!("`Form::of` gives floats no words"),
+    }
+}
+
+/// # Safety
+/// As for [`product`].
+unsafe fn bytes(
+    isa: Choice,
+    out: Output,
+    x: Rows<'_>,
+    (int, data, scales, group): (Int, &[u8], &[bf16], usize),
+    w: MatrixRef<'_>,
+    from: usize,
+    to: usize,
+) {
+    let Rows::Words(x) = x else {
+        unreachable!("`Form::of` gives integers words");
+    };
+    assert_eq!(x.groups, Groups::new(w.cols, group));
+    let w = int::Packed {
+        int,
+        data,
+        scales,
+        rows: w.rows,
+    };
+    // SAFETY: the caller's promise; the rows come from `Quantise`.
+    unsafe {
+        isa.run_dot(Product {
+            out,
+            x,
+            w,
+            from: from / LANES,
+            to: to.div_ceil(LANES),
+        })
+    };
+}
+
+/// Memory of prepared rows, at least `lines` long.
+pub(crate) fn grown(memory: &mut Vec<Line>, lines: usize) -> &mut [Line] {
+    if memory.len() < lines {
+        memory.resize(lines, EMPTY);
+    }
+    &mut memory[..lines]
+}
