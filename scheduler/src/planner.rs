@@ -9,10 +9,14 @@
 //! For every layer it descends from the present placement over {swap, retarget
 //! a replica, move, add, drop}. The objective is the load of the worst node over
 //! its capacity, relative to perfect balance, mean and 90th percentile over the
-//! shots; rows of an expert are spread over its replicas by water-filling, as
-//! the attention nodes do per batch. Best steps per byte go first, over all
-//! layers, until the budget is spent. Homes that died come before everything
-//! and are outside the budget.
+//! shots, in the mean of two ways to spread the rows of an expert over its
+//! replicas: by water-filling, as the attention nodes do per batch, and evenly,
+//! as EPLB reckons. Water-filling can do with fewer bytes than an even split, but
+//! what is balanced under that as well has slack when the load changes, and is
+//! good for attention nodes that do not know of each other's rows. Best steps per
+//! byte go first, over all layers, until the budget is spent; what is not done
+//! yet is worth as much at the next interval. Homes that died come before
+//! everything and are outside the budget.
 //!
 //! A copy that replaces another expert needs one spare slot on its node while it
 //! is made: the moves of a plan become valid together, with one epoch.
@@ -87,13 +91,35 @@ pub enum Split {
     Even,
 }
 
+/// Under which ways to share rows out a placement is to be balanced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Aim {
+    /// Water-filling alone: the fewest bytes.
+    Filled,
+    /// An even split alone.
+    Even,
+    /// Both alike.
+    #[default]
+    Both,
+}
+
+impl Aim {
+    fn splits(self) -> &'static [Split] {
+        match self {
+            Aim::Filled => &[Split::Filled],
+            Aim::Even => &[Split::Even],
+            Aim::Both => &[Split::Even, Split::Filled],
+        }
+    }
+}
+
 /// What the planner may do.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
     /// Bytes it may move now; lost homes are restored beyond it.
     pub budget_bytes: u64,
-    /// How rows are shared out among replicas.
-    pub split: Split,
+    /// How rows are taken to be shared out among replicas.
+    pub aim: Aim,
     /// A layer is left alone unless its objective (1 is perfect) falls by this.
     pub min_gain: f64,
     /// What one copied expert must gain in its layer's objective: lambda.
@@ -125,11 +151,11 @@ impl Default for Policy {
     fn default() -> Policy {
         Policy {
             budget_bytes: u64::MAX,
-            split: Split::Filled,
-            min_gain: 0.005,
-            min_gain_per_copy: 0.000_5,
+            aim: Aim::Both,
+            min_gain: 0.007_5,
+            min_gain_per_copy: 0.000_1,
             hot: 4.0,
-            max_copies_per_layer: 32,
+            max_copies_per_layer: 64,
             fresh_gain: 0.25,
             min_homes: 1,
             max_homes: usize::MAX,
@@ -283,7 +309,7 @@ fn boards<'a>(
     (cluster.layers.iter().zip(nodes).enumerate())
         .map(|(row, (layer, nodes))| {
             let seen: Vec<&[u64]> = shots.iter().map(|s| s.rows[row].as_slice()).collect();
-            Board::new(nodes, layer, cluster.experts as usize, &seen, policy.split)
+            Board::new(nodes, layer, cluster.experts as usize, &seen, policy.aim)
         })
         .collect()
 }

@@ -10,7 +10,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::load::Shot;
 use crate::membership::{Membership, Node, Role, Settings};
 use crate::placement::{NodeId, NodeSlots, Placement};
-use crate::planner::{self, Cluster, Layer, Plan, PlanError, Split};
+use crate::planner::{self, Aim, Cluster, Layer, Plan, PlanError};
+
+/// Measured speeds within this ratio may be those of like nodes.
+const ALIKE: f64 = 1.25;
 
 /// Who plans.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,8 +33,8 @@ pub struct Policy {
     pub mode: Mode,
     /// Bytes that may move for balance.
     pub budget_bytes: u64,
-    /// How attention nodes share rows out among replicas.
-    pub split: Split,
+    /// How attention nodes are taken to share rows out among replicas.
+    pub aim: Aim,
 }
 
 impl Default for Policy {
@@ -39,7 +42,7 @@ impl Default for Policy {
         Policy {
             mode: Mode::Guild,
             budget_bytes: u64::MAX,
-            split: Split::Filled,
+            aim: Aim::Both,
         }
     }
 }
@@ -189,12 +192,11 @@ impl<'a> View<'a> {
 
     /// Rows a second in ratios, when all are known.
     fn speeds(&self) -> Vec<f64> {
-        let known = { self.nodes.iter() }.all(|seen| !seen.stays || seen.node.speed > 0.0);
-        let speed = |seen: &Seen| match known && seen.node.speed > 0.0 {
-            true => seen.node.speed,
-            false => 1.0,
+        let of = |seen: &Seen| match seen.stays {
+            true => Some(seen.node.speed),
+            false => None,
         };
-        self.nodes.iter().map(speed).collect()
+        speeds(&self.nodes.iter().map(of).collect::<Vec<_>>())
     }
 
     /// Experts of each layer that each node may hold, [layers, nodes]. A node of
@@ -254,7 +256,7 @@ impl<'a> View<'a> {
         let closed = self.nodes.iter().filter(|seen| seen.stays && !seen.open);
         planner::Policy {
             budget_bytes: policy.budget_bytes,
-            split: policy.split,
+            aim: policy.aim,
             min_homes: settings.replicas.max(1) as usize,
             max_homes: homes(settings) as usize,
             room,
@@ -320,4 +322,29 @@ fn levelled(held: &[u64], room: u64, most: u64) -> Vec<u64> {
         }
     }
     rooms
+}
+
+/// What measured rows a second say of nodes, in ratios: nodes that differ by no
+/// more than measurements do count as alike, and all do as long as one of them
+/// (0) has not been measured. None: a node that does not matter.
+pub fn speeds(measured: &[Option<f64>]) -> Vec<f64> {
+    let mut speeds = vec![1.0; measured.len()];
+    let mut known: Vec<(f64, usize)> = { measured.iter().zip(0..) }
+        .filter_map(|(speed, n)| speed.map(|speed| (speed, n)))
+        .collect();
+    if known
+        .iter()
+        .any(|(speed, _)| !speed.is_normal() || *speed < 0.0)
+    {
+        return speeds;
+    }
+    known.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+    while let Some(&(slowest, _)) = known.first() {
+        let alike = known.partition_point(|(speed, _)| *speed <= slowest * ALIKE);
+        let mean = known[..alike].iter().map(|(speed, _)| speed).sum::<f64>() / alike as f64;
+        for (_, n) in known.drain(..alike) {
+            speeds[n] = mean;
+        }
+    }
+    speeds
 }

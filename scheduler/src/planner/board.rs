@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::window::fold;
-use super::{Layer, Node, Policy, Reason, Split};
+use super::window::Window;
+use super::{Aim, Layer, Node, Policy, Reason, Split};
 use crate::spread::level;
 
 /// Rounds of water-filling from an even split, when a board is set up.
@@ -91,24 +91,35 @@ impl Step {
 #[derive(Clone)]
 pub(super) struct Board<'a> {
     pub(super) nodes: &'a Nodes,
-    split: Split,
     /// [nodes]: the experts on it, no two alike.
     pub(super) held: Vec<Vec<u32>>,
     /// [experts]: the nodes that hold it, ascending.
     pub(super) homes: Vec<Vec<u32>>,
-    /// [shots, experts], in units in which perfect balance is load = capacity.
-    /// Row 0 is the mean of the others, or stands alone.
+    /// [shots of one way after the other, experts], in units in which perfect
+    /// balance is load = capacity. Row 0 is the mean of the others, or stands alone.
     pub(super) rows: Vec<Vec<f64>>,
-    weight: Vec<f64>,
-    /// [shots, nodes]
+    /// Every shot in every way to share rows out, shot after shot.
+    scenes: Vec<Scene>,
+    /// Scenes of one shot.
+    ways: usize,
+    /// [scenes, nodes]
     load: Vec<Vec<f64>>,
-    /// [shots, experts, homes]
+    /// [scenes, experts, homes]
     share: Vec<Vec<Vec<f64>>>,
     /// Hot experts, which keep two homes once they have them.
     pub(super) hot: Vec<bool>,
     /// Why an expert came to a node, and what its step gained.
     pub(super) why: BTreeMap<(u32, u32), (Reason, f64)>,
     scratch: Scratch,
+}
+
+/// A shot, and how its rows are shared out among homes.
+#[derive(Clone, Copy)]
+struct Scene {
+    /// Index into [`Board::rows`].
+    shot: usize,
+    split: Split,
+    weight: f64,
 }
 
 #[derive(Clone, Default)]
@@ -164,9 +175,24 @@ impl<'a> Board<'a> {
         layer: &Layer,
         experts: usize,
         shots: &[&[u64]],
-        split: Split,
+        aim: Aim,
     ) -> Board<'a> {
-        let (rows, weight) = fold(shots, experts, nodes.total);
+        let ways = aim.splits();
+        let seen: Vec<Window> = (ways.iter())
+            .map(|&split| Window::new(shots, experts, nodes.total, split))
+            .collect();
+        let many = seen[0].rows.len();
+        let scenes: Vec<Scene> = (0..many)
+            .flat_map(|shot| {
+                let ways = ways.iter().zip(&seen).enumerate();
+                ways.map(move |(way, (&split, window))| Scene {
+                    shot: way * many + shot,
+                    split,
+                    weight: window.weight[shot],
+                })
+            })
+            .collect();
+        let rows: Vec<Vec<f64>> = seen.into_iter().flat_map(|window| window.rows).collect();
         let mut held = vec![Vec::new(); nodes.live.len()];
         let mut homes = vec![Vec::new(); experts];
         for (node, slots) in (0u32..).zip(&layer.slots) {
@@ -183,10 +209,9 @@ impl<'a> Board<'a> {
         }
         let mut board = Board {
             nodes,
-            split,
             held,
-            load: vec![Vec::new(); rows.len()],
-            share: vec![vec![Vec::new(); experts]; rows.len()],
+            load: vec![Vec::new(); scenes.len()],
+            share: vec![vec![Vec::new(); experts]; scenes.len()],
             hot: vec![false; experts],
             why: BTreeMap::new(),
             scratch: Scratch {
@@ -196,7 +221,8 @@ impl<'a> Board<'a> {
             },
             homes,
             rows,
-            weight,
+            scenes,
+            ways: ways.len(),
         };
         board.settle();
         board
@@ -204,13 +230,13 @@ impl<'a> Board<'a> {
 
     /// Shares everything out anew, from an even split.
     pub(super) fn settle(&mut self) {
-        for shot in 0..self.rows.len() {
-            self.load[shot] = vec![0.0; self.nodes.live.len()];
+        for (at, scene) in self.scenes.iter().enumerate() {
+            self.load[at] = vec![0.0; self.nodes.live.len()];
             for expert in 0..self.homes.len() {
                 let homes = &self.homes[expert];
-                let shares = &mut self.share[shot][expert];
+                let shares = &mut self.share[at][expert];
                 let floors = &mut self.scratch.floors;
-                let rows = self.rows[shot][expert];
+                let rows = self.rows[scene.shot][expert];
                 pour(
                     self.nodes,
                     Split::Even,
@@ -221,7 +247,7 @@ impl<'a> Board<'a> {
                     shares,
                 );
                 for (&n, share) in homes.iter().zip(shares.iter()) {
-                    self.load[shot][n as usize] += share;
+                    self.load[at][n as usize] += share;
                 }
             }
         }
@@ -229,24 +255,25 @@ impl<'a> Board<'a> {
     }
 
     fn refill(&mut self, rounds: usize) {
-        if self.split == Split::Even {
-            return;
-        }
         let many: Vec<usize> = (0..self.homes.len())
             .filter(|&e| self.homes[e].len() > 1)
             .collect();
-        for shot in 0..self.rows.len() {
+        for scene in 0..self.scenes.len() {
+            if self.scenes[scene].split == Split::Even {
+                continue;
+            }
             for _ in 0..rounds {
                 for &expert in &many {
-                    self.repour(shot, expert);
+                    self.repour(scene, expert);
                 }
             }
         }
     }
 
     /// Pours one expert anew on what is there without it.
-    fn repour(&mut self, shot: usize, expert: usize) {
-        let (load, shares) = (&mut self.load[shot], &mut self.share[shot][expert]);
+    fn repour(&mut self, at: usize, expert: usize) {
+        let Scene { shot, split, .. } = self.scenes[at];
+        let (load, shares) = (&mut self.load[at], &mut self.share[at][expert]);
         let homes = &self.homes[expert];
         for (&n, share) in homes.iter().zip(shares.iter()) {
             load[n as usize] -= share;
@@ -255,7 +282,7 @@ impl<'a> Board<'a> {
         let floors = &mut self.scratch.floors;
         pour(
             self.nodes,
-            self.split,
+            split,
             rows,
             homes,
             |n| load[n as usize],
@@ -268,29 +295,35 @@ impl<'a> Board<'a> {
     }
 
     /// The worst node's relative load, mean and 90th percentile over the shots
-    /// in equal parts. 1 is perfect balance.
+    /// in equal parts, and so over the ways to share rows out. 1 is perfect balance.
     pub(super) fn objective(&self) -> f64 {
-        let first = usize::from(self.rows.len() > 1);
-        let worst = |load: &Vec<f64>| {
-            let relative = load.iter().zip(&self.nodes.capacity).map(|(l, c)| l / c);
-            relative.fold(0.0, f64::max)
+        let first = self.means() % self.scenes.len();
+        let way = |way: usize| {
+            let (mut sum, mut weights) = (0.0, 0.0);
+            let mut all: Vec<f64> = (first + way..self.scenes.len())
+                .step_by(self.ways)
+                .map(|at| {
+                    let load = self.load[at].iter().zip(&self.nodes.capacity);
+                    let worst = load.map(|(l, c)| l / c).fold(0.0, f64::max);
+                    sum += worst * self.scenes[at].weight;
+                    weights += self.scenes[at].weight;
+                    worst
+                })
+                .collect();
+            all.sort_unstable_by(f64::total_cmp);
+            let p90 = all[(all.len() * 9).div_ceil(10) - 1];
+            (sum / weights + p90) / 2.0
         };
-        let mut all: Vec<f64> = self.load[first..].iter().map(worst).collect();
-        let weights = &self.weight[first..];
-        let sum: f64 = all.iter().zip(weights).map(|(r, w)| r * w).sum();
-        let mean = sum / weights.iter().sum::<f64>();
-        all.sort_unstable_by(f64::total_cmp);
-        let p90 = all[(all.len() * 9).div_ceil(10) - 1];
-        (mean + p90) / 2.0
+        (0..self.ways).map(way).sum::<f64>() / self.ways as f64
     }
 
     /// How much each node adds to the penalty, over all shots.
     pub(super) fn heat(&self) -> Vec<f64> {
         let capacity = &self.nodes.capacity;
         let of = |n: usize| {
-            let shots = self.load.iter().zip(&self.weight);
-            shots
-                .map(|(load, w)| w * capacity[n] * penalty(load[n] / capacity[n]))
+            let scenes = self.load.iter().zip(&self.scenes);
+            scenes
+                .map(|(load, s)| s.weight * capacity[n] * penalty(load[n] / capacity[n]))
                 .sum()
         };
         (0..capacity.len()).map(of).collect()
@@ -327,9 +360,14 @@ impl<'a> Board<'a> {
         self.held[node as usize].len() < self.nodes.slots[node as usize]
     }
 
-    /// Number of shots, with their mean as shot 0.
-    pub(super) fn shots(&self) -> usize {
-        self.rows.len()
+    /// Number of scenes, with those of the mean of the shots first.
+    pub(super) fn scenes(&self) -> usize {
+        self.scenes.len()
+    }
+
+    /// Number of scenes of the mean of the shots: one for each way to share rows out.
+    pub(super) fn means(&self) -> usize {
+        self.ways
     }
 
     /// Whether a step gives something to nodes only that may be given something.
@@ -373,20 +411,21 @@ impl<'a> Board<'a> {
         1 + usize::from(nodes.any(|n| domain(n) != domain(first)))
     }
 
-    /// The change of the penalty by a step, over the shots named, when only the
+    /// The change of the penalty by a step, over the scenes named, when only the
     /// rows of its own experts are poured anew: an upper bound of the change.
-    pub(super) fn delta(&mut self, step: &Step, shots: std::ops::Range<usize>) -> f64 {
+    pub(super) fn delta(&mut self, step: &Step, scenes: std::ops::Range<usize>) -> f64 {
         let mut sum = 0.0;
         let mut scratch = std::mem::take(&mut self.scratch);
-        for shot in shots {
-            sum += self.weight[shot] * self.delta_of(step, shot, &mut scratch);
+        for at in scenes {
+            sum += self.scenes[at].weight * self.delta_of(step, at, &mut scratch);
         }
         self.scratch = scratch;
         sum
     }
 
-    fn delta_of(&self, step: &Step, shot: usize, scratch: &mut Scratch) -> f64 {
-        let load = &self.load[shot];
+    fn delta_of(&self, step: &Step, at: usize, scratch: &mut Scratch) -> f64 {
+        let Scene { shot, split, .. } = self.scenes[at];
+        let load = &self.load[at];
         let Scratch {
             floors,
             shares,
@@ -404,7 +443,7 @@ impl<'a> Board<'a> {
         touched.clear();
         for edit in step.edits() {
             let expert = edit.expert as usize;
-            for (&n, share) in self.homes[expert].iter().zip(&self.share[shot][expert]) {
+            for (&n, share) in self.homes[expert].iter().zip(&self.share[at][expert]) {
                 touch(n, load, value, touched, stamp, *now);
                 value[n as usize] -= share;
             }
@@ -425,7 +464,7 @@ impl<'a> Board<'a> {
             let rows = self.rows[shot][expert];
             pour(
                 self.nodes,
-                self.split,
+                split,
                 rows,
                 homes,
                 |n| value[n as usize],
@@ -458,11 +497,11 @@ impl<'a> Board<'a> {
 
     fn edit(&mut self, edit: Edit) {
         let expert = edit.expert as usize;
-        for shot in 0..self.rows.len() {
-            for (&n, share) in self.homes[expert].iter().zip(&self.share[shot][expert]) {
-                self.load[shot][n as usize] -= share;
+        for at in 0..self.scenes.len() {
+            for (&n, share) in self.homes[expert].iter().zip(&self.share[at][expert]) {
+                self.load[at][n as usize] -= share;
             }
-            self.share[shot][expert].clear();
+            self.share[at][expert].clear();
         }
         if let Some(from) = edit.from {
             self.homes[expert].retain(|&n| n != from);
@@ -473,9 +512,9 @@ impl<'a> Board<'a> {
             homes.insert(homes.partition_point(|&n| n < to), to);
             self.held[to as usize].push(edit.expert);
         }
-        for shot in 0..self.rows.len() {
-            self.share[shot][expert].resize(self.homes[expert].len(), 0.0);
-            self.repour(shot, expert);
+        for at in 0..self.scenes.len() {
+            self.share[at][expert].resize(self.homes[expert].len(), 0.0);
+            self.repour(at, expert);
         }
     }
 }

@@ -194,8 +194,9 @@ fn best_step(board: &mut Board, copies: usize) -> Option<Step> {
 
 /// The step that lowers the penalty most per copy, and by more than `least`.
 fn pick(board: &mut Board, steps: &[Step], least: f64) -> Option<Step> {
+    let means = board.means();
     let mut ranked: Vec<(f64, usize)> = (steps.iter().enumerate())
-        .map(|(i, step)| (per_copy(board.delta(step, 0..1), step), i))
+        .map(|(i, step)| (per_copy(board.delta(step, 0..means), step), i))
         .collect();
     let order = |a: &(f64, usize), b: &(f64, usize)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
     if ranked.len() > FINALISTS {
@@ -205,7 +206,7 @@ fn pick(board: &mut Board, steps: &[Step], least: f64) -> Option<Step> {
     ranked.sort_unstable_by(order);
     let mut best: Option<(f64, Step)> = None;
     for (_, i) in ranked {
-        let delta = board.delta(&steps[i], 0..board.shots());
+        let delta = board.delta(&steps[i], 0..board.scenes());
         let value = per_copy(delta, &steps[i]);
         if delta < -least && best.is_none_or(|(lowest, _)| value < lowest) {
             best = Some((value, steps[i]));

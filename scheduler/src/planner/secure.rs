@@ -259,7 +259,7 @@ fn best(board: &mut Board, steps: Vec<Step>) -> Option<Step> {
         if !board.is_open(&step) {
             continue;
         }
-        let delta = board.delta(&step, 0..1);
+        let delta = board.delta(&step, 0..board.means());
         if best.is_none_or(|(_, lowest)| delta < lowest) {
             best = Some((step, delta));
         }

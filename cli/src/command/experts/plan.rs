@@ -8,7 +8,7 @@ use std::io::Write as _;
 
 use guild_scheduler::load::{Shot, Trace, balancedness};
 use guild_scheduler::planner::{
-    self, Cluster, Layer, Node, PlanError, Policy, Split, fresh, node_loads, relabel,
+    self, Aim, Cluster, Layer, Node, PlanError, Policy, Split, fresh, node_loads, relabel,
 };
 use serde::{Deserialize, Serialize};
 
@@ -70,20 +70,20 @@ pub(super) fn run(args: &ExpertsPlan) -> Result<(), Failure> {
         ))
         .hint("give a longer trace or a smaller --interval"));
     }
-    let split = match args.split {
-        SplitArg::Filled => Split::Filled,
-        SplitArg::Even => Split::Even,
+    let (split, aim) = match args.split {
+        SplitArg::Filled => (Split::Filled, Aim::Filled),
+        SplitArg::Even => (Split::Even, Aim::Even),
     };
     let policy = Policy {
         budget_bytes: args.budget.unwrap_or(u64::MAX),
-        split,
+        aim,
         ..Policy::default()
     };
     let refused = |error: PlanError| Failure::usage(error.to_string());
 
     // The first interval only says where everything is at the start.
     let unbounded = Policy {
-        split,
+        aim,
         ..Policy::default()
     };
     let mut ours = empty(args, &trace);

@@ -1,0 +1,280 @@
+//! EPLB, the planner and whoever moves nothing over one sequence of shots.
+//!
+//! Every plan is made from the shots of one interval and scored on those of the next, shot by shot,
+//! by both ways in which rows may be shared out among the homes of an expert: evenly, as EPLB
+//! reckons, and by water-filling, as attention nodes do it.
+
+use guild_scheduler::eplb::{Shape, rebalance};
+use guild_scheduler::load::{Shot, Synthetic, balancedness};
+use guild_scheduler::planner::{Cluster, Layer, Node, Policy, Split, node_loads, plan, relabel};
+
+/// Shots between two plans.
+pub(crate) const INTERVAL: usize = 8;
+
+/// Where everything is at first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// As EPLB lays out the first interval.
+    Eplb,
+    /// In the order of the experts, as a cluster that knows no load begins.
+    InOrder,
+}
+
+/// A cluster of like nodes and its load.
+#[derive(Clone, Debug)]
+pub(crate) struct Case {
+    pub(crate) name: String,
+    pub(crate) nodes: u32,
+    /// Of each layer on each node.
+    pub(crate) slots: u32,
+    pub(crate) experts: u32,
+    pub(crate) shots: Vec<Shot>,
+    pub(crate) start: Start,
+}
+
+/// Balancedness over the shots.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Figure {
+    pub(crate) mean: f64,
+    pub(crate) worst: f64,
+}
+
+/// What a planner has made of a case.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Outcome {
+    pub(crate) even: Figure,
+    pub(crate) filled: Figure,
+    /// Experts copied.
+    pub(crate) copies: u64,
+}
+
+/// Rows routed per layer and shot: tokens times experts per token.
+pub(crate) const ROWS: u64 = 65_536;
+
+/// A load that stays what it is but for noise, drifts, or jumps, by its numbers.
+pub(crate) fn synthetic(
+    seed: u64,
+    (layers, experts): (u32, u32),
+    shots: usize,
+    zipf: f64,
+    drift: f64,
+    jump: f64,
+) -> Vec<Shot> {
+    let trace = Synthetic {
+        seed,
+        layers,
+        experts,
+        shots,
+        rows: ROWS,
+        zipf,
+        drift,
+        jump,
+    };
+    trace
+        .trace()
+        .map_or_else(|_| Vec::new(), |trace| trace.shots)
+}
+
+impl Case {
+    fn windows(&self) -> Vec<Vec<&Shot>> {
+        self.shots
+            .chunks(INTERVAL)
+            .map(|shots| shots.iter().collect())
+            .collect()
+    }
+
+    /// The cluster as it starts.
+    pub(crate) fn cluster(&self) -> Cluster {
+        let node = |id| Node {
+            id,
+            capacity: 1.0,
+            slots: self.slots,
+            domain: id,
+            live: true,
+        };
+        let layers = self.shots.first().map_or(0, |shot| shot.rows.len()) as u32;
+        let empty = |layer| Layer {
+            layer,
+            slots: vec![vec![None; self.slots as usize]; self.nodes as usize],
+        };
+        let mut cluster = Cluster {
+            nodes: (0..self.nodes).map(node).collect(),
+            layers: (0..layers).map(empty).collect(),
+            experts: self.experts,
+            expert_bytes: 1,
+        };
+        cluster.layers = match self.start {
+            Start::Eplb => by_eplb(&cluster, &self.windows()[0]),
+            Start::InOrder => cluster
+                .layers
+                .iter()
+                .map(|layer| self.in_order(layer.layer))
+                .collect(),
+        };
+        cluster
+    }
+
+    /// Neighbours together, and further homes of the first experts where there is room.
+    fn in_order(&self, layer: u32) -> Layer {
+        let all = self.experts;
+        let each = all.div_ceil(self.nodes);
+        let mut slots: Vec<Vec<Option<u32>>> = (0..self.nodes)
+            .map(|n| (n * each..((n + 1) * each).min(all)).map(Some).collect())
+            .collect();
+        for (n, held) in slots.iter_mut().enumerate() {
+            let next = ((n as u32 + 1) * each) % all;
+            let more = (self.slots as usize).saturating_sub(held.len()) as u32;
+            held.extend((next..next + more).map(|e| Some(e % all)));
+        }
+        Layer { layer, slots }
+    }
+}
+
+/// As EPLB is published, two copies on one node included, the rows of the layout given to the nodes
+/// that hold most of them.
+fn by_eplb(cluster: &Cluster, window: &[&Shot]) -> Vec<Layer> {
+    let (gpus, slots) = (cluster.nodes.len(), cluster.nodes[0].slots as usize);
+    let shape = Shape {
+        num_replicas: gpus * slots,
+        num_groups: 1,
+        num_nodes: 1,
+        num_gpus: gpus,
+    };
+    let one = |(at, layer): (usize, &Layer)| {
+        let sum = |e: usize| window.iter().map(|s| s.rows[at][e] as f32).sum();
+        let weight: Vec<f32> = (0..cluster.experts as usize).map(sum).collect();
+        let laid = rebalance(&[weight], shape).expect("a shape that EPLB takes");
+        let layout = { laid.phy2log(0).chunks(slots) }
+            .map(|held| held.iter().copied().map(Some).collect())
+            .collect();
+        Layer {
+            layer: layer.layer,
+            slots: relabel(&cluster.nodes, &layer.slots, layout),
+        }
+    };
+    cluster.layers.iter().enumerate().map(one).collect()
+}
+
+/// Experts that are on a node where they were not: what must be copied.
+fn copied(old: &[Layer], new: &[Layer]) -> u64 {
+    let one = |(had, has): (&Vec<Option<u32>>, &Vec<Option<u32>>)| {
+        let mut new: Vec<u32> = has
+            .iter()
+            .flatten()
+            .copied()
+            .filter(|e| !had.contains(&Some(*e)))
+            .collect();
+        new.sort_unstable();
+        new.dedup();
+        new.len() as u64
+    };
+    let nodes = old
+        .iter()
+        .zip(new)
+        .flat_map(|(old, new)| old.slots.iter().zip(&new.slots));
+    nodes.map(one).sum()
+}
+
+/// Runs a case; `next` says where everything is to be after an interval.
+pub(crate) fn over(case: &Case, mut next: impl FnMut(&Cluster, &[&Shot]) -> Vec<Layer>) -> Outcome {
+    let windows = case.windows();
+    let mut cluster = case.cluster();
+    let (mut copies, mut even, mut filled) = (0, Vec::new(), Vec::new());
+    // The first interval only says where EPLB begins.
+    for pair in windows[1..].windows(2) {
+        let layers = next(&cluster, &pair[0]);
+        copies += copied(&cluster.layers, &layers);
+        cluster.layers = layers;
+        for shot in &pair[1] {
+            let figure = |split| {
+                let loads = node_loads(&cluster, shot, split).expect("a cluster that makes sense");
+                balancedness(&loads).unwrap_or(1.0)
+            };
+            even.push(figure(Split::Even));
+            filled.push(figure(Split::Filled));
+        }
+    }
+    Outcome {
+        even: Figure::of(&even),
+        filled: Figure::of(&filled),
+        copies,
+    }
+}
+
+impl Figure {
+    fn of(shots: &[f64]) -> Figure {
+        Figure {
+            mean: shots.iter().sum::<f64>() / shots.len().max(1) as f64,
+            worst: shots.iter().copied().fold(1.0, f64::min),
+        }
+    }
+}
+
+/// EPLB, made anew after every interval.
+pub(crate) fn eplb(case: &Case) -> Outcome {
+    over(case, by_eplb)
+}
+
+/// The planner, after every interval.
+pub(crate) fn guild(case: &Case, policy: &Policy) -> Outcome {
+    over(case, |cluster, window| {
+        plan(cluster, window, policy)
+            .expect("a cluster that can be planned for")
+            .layers
+    })
+}
+
+/// The loads that planners are held to: stationary, drifting slowly and fast, changed suddenly, and
+/// skewed towards what the first node holds at the start.
+pub(crate) fn cases(seed: u64, layers: u32) -> Vec<Case> {
+    let shape = (layers, 256);
+    let shots = 7 * INTERVAL;
+    let mut cases = Vec::new();
+    for (nodes, slots) in [(32, 9), (16, 18), (8, 36)] {
+        let case = |name: &str, start, shots| Case {
+            name: format!("{name}, {nodes} nodes"),
+            nodes,
+            slots,
+            experts: 256,
+            shots,
+            start,
+        };
+        for start in [Start::Eplb, Start::InOrder] {
+            cases.push(case(
+                "stationary",
+                start,
+                synthetic(seed, shape, shots, 0.6, 0.0, 0.0),
+            ));
+        }
+        cases.push(case(
+            "slow drift",
+            Start::Eplb,
+            synthetic(seed, shape, shots, 0.6, 0.02, 0.0),
+        ));
+        cases.push(case(
+            "drift and jumps",
+            Start::Eplb,
+            synthetic(seed, shape, shots, 0.6, 0.05, 0.05),
+        ));
+        let half = synthetic(seed, shape, shots / 2 + INTERVAL / 2, 0.6, 0.02, 0.0);
+        let other = synthetic(seed + 1, shape, shots / 2 - INTERVAL / 2, 0.6, 0.02, 0.0);
+        cases.push(case("sudden change", Start::Eplb, [half, other].concat()));
+    }
+    let small = (4, 32);
+    let mut skew = synthetic(seed, small, shots, 0.1, 0.0, 0.0);
+    // What the first node holds gets up to four times as much.
+    for row in skew.iter_mut().flat_map(|shot| &mut shot.rows) {
+        for (e, rows) in row.iter_mut().enumerate().take(8) {
+            *rows += *rows * 3 * (7 - e as u64) / 7;
+        }
+    }
+    cases.push(Case {
+        name: "skew, 4 nodes".into(),
+        nodes: 4,
+        slots: 9,
+        experts: 32,
+        shots: skew,
+        start: Start::InOrder,
+    });
+    cases
+}
