@@ -103,8 +103,9 @@ pub(crate) struct Common {
 /// How weights are kept and computed with.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct Compute {
-    /// Weights in memory: as stored, widened to f32, or rounded to bf16
-    #[arg(long, default_value_t, value_parser = Dtype::from_str, value_name = "auto|f32|bf16")]
+    /// Weights in memory: as stored, widened to f32, rounded to bf16, or quantised as `guild quantize` does; int8 and
+    /// int4 may name a group, as in int4-g32
+    #[arg(long, default_value_t, value_parser = Dtype::from_str, value_name = "auto|f32|bf16|fp8|int8|int4")]
     pub(crate) dtype: Dtype,
     /// Threads for the arithmetic; 0: one per physical core
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1024), value_name = "N")]

@@ -91,6 +91,7 @@ impl Banner {
             Dtype::Auto => "kept as stored",
             Dtype::F32 => "widened to f32",
             Dtype::Bf16 => "rounded to bf16",
+            Dtype::Fp8 | Dtype::Int8 { .. } | Dtype::Int4 { .. } => "quantised",
         };
         self.line(
             "weights",

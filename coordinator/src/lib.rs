@@ -17,6 +17,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use front::{FrontDoor, FrontLimits, ServedModel};
 use guild_model::checkpoint::Dtype;
+use guild_model::expert::Expert;
 use guild_model::text::Text;
 use guild_model::{Checkpoint, ModelError};
 use guild_node::channel::Dialer;
@@ -414,11 +415,10 @@ fn identify(config: &CoordinatorConfig) -> Result<(Settings, ServedModel), Model
     let checkpoint = &config.model;
     let description = checkpoint.config();
     let digest = checkpoint.digest()?;
-    let expert_bytes = |layer: usize| match config.dtype {
-        Dtype::Auto => checkpoint.expert_bytes(layer),
-        Dtype::F32 => description.expert_parameters() * 4,
-        Dtype::Bf16 => description.expert_parameters() * 2,
-    };
+    let mut slot_bytes = 0;
+    for layer in description.expert_layers() {
+        slot_bytes = slot_bytes.max(Expert::bytes_of(checkpoint, layer, 0, config.dtype)?);
+    }
     let settings = Settings {
         model_digest: digest.clone(),
         layers: description
@@ -426,11 +426,7 @@ fn identify(config: &CoordinatorConfig) -> Result<(Settings, ServedModel), Model
             .map(|layer| layer as u32)
             .collect(),
         experts: description.n_routed_experts as u32,
-        slot_bytes: description
-            .expert_layers()
-            .map(expert_bytes)
-            .max()
-            .unwrap_or(0),
+        slot_bytes,
         lease: config.lease,
         settle: config.settle,
         min_expert_nodes: config.min_expert_nodes,

@@ -26,8 +26,8 @@ pub use schema::{TensorSpec, schema};
 pub(crate) use storage::{blob_name, parts, scales_name};
 pub(crate) use stored::StoredWeight;
 
-use crate::config::Packed;
-use crate::weights::ALIGNMENT;
+use crate::config::{Packed, Role};
+use crate::weights::{ALIGNMENT, Format};
 use crate::{Config, ModelError};
 
 /// What weights become in memory.
@@ -425,6 +425,36 @@ impl Checkpoint {
         };
         let scales = view.scales().ok().flatten().map_or(0, |s| s.bytes().len());
         (view.bytes().len() + scales) as u64
+    }
+
+    /// Bytes that a tensor which the configuration calls for takes in a node's memory, its scales included; 0 when it is
+    /// absent. All of a packed expert counts as its gate's.
+    ///
+    /// # Errors
+    /// A packed weight, where another dtype is asked for.
+    pub fn resident_bytes(&self, spec: &TensorSpec, dtype: Dtype) -> Result<u64, ModelError> {
+        let stored = parts(self.config(), spec);
+        let name = stored.as_ref().map_or(Some(spec.name.as_str()), |parts| {
+            parts.first().map(|part| part.name.as_str())
+        });
+        let Some(view) = name.and_then(|name| self.tensor(name).ok()) else {
+            return Ok(0);
+        };
+        if view.dtype() == Stored::U8 && view.name().ends_with(".blob") {
+            Format::of(&view, dtype)?;
+            return Ok(view.bytes().len() as u64);
+        }
+        let format = match Role::of(&spec.name) {
+            // Routers are matrices, but in f32 as vectors are.
+            Role::Exact => Format::F32,
+            _ => Format::of(&view, dtype)?,
+        };
+        let (rows, cols) = match spec.shape[..] {
+            [rows, cols] => (rows, cols),
+            _ => (1, view.elements()),
+        };
+        let bytes = format.bytes(rows, cols);
+        Ok(bytes.map_or(u64::MAX, |(data, scales)| (data + scales) as u64))
     }
 
     /// Bytes of everything required, as stored.

@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 use guild_model::cache::{Format, LatentCache};
-use guild_model::checkpoint::{Dtype, Stored, TensorView, manifest};
+use guild_model::checkpoint::{Dtype, manifest, schema};
 use guild_model::config::{Scoring, TopkMethod};
 use guild_model::{Checkpoint, Config, Cpu, Isa};
 use guild_node::ExitKind;
@@ -118,14 +118,16 @@ impl Report {
             let of = stored.entry(view.dtype().name()).or_default();
             of.0 += 1;
             of.1 += view.bytes().len() as u64;
-            let bytes = resident(&view, dtype);
-            match layer_of(view.name()).and_then(|layer| layers.get_mut(layer)) {
-                Some(layer) if view.name().contains(".mlp.experts.") => {
+        }
+        for spec in schema(c) {
+            let bytes = checkpoint.resident_bytes(&spec, dtype)?;
+            match layer_of(&spec.name).and_then(|layer| layers.get_mut(layer)) {
+                Some(layer) if spec.name.contains(".mlp.experts.") => {
                     layer.routed_expert_bytes += bytes
                 }
                 Some(layer) => {
                     layer.attention_node_bytes += bytes;
-                    if view.name().contains(".mlp.shared_experts.") {
+                    if spec.name.contains(".mlp.shared_experts.") {
                         layer.shared_expert_bytes += bytes;
                     }
                 }
@@ -296,21 +298,6 @@ impl Report {
             ),
         )?;
         Ok(())
-    }
-}
-
-/// Bytes of a stored tensor once it is in memory.
-fn resident(view: &TensorView<'_>, dtype: Dtype) -> u64 {
-    let elements = view.elements() as u64;
-    let scales = view.name().ends_with("_scale_inv");
-    let always_f32 = view.shape().len() < 2 || view.name().ends_with(".mlp.gate.weight");
-    match dtype {
-        Dtype::Auto if view.dtype() == Stored::F16 || (always_f32 && !scales) => elements * 4,
-        Dtype::Auto => view.bytes().len() as u64,
-        // Block scales are multiplied in.
-        Dtype::F32 | Dtype::Bf16 if scales => 0,
-        Dtype::Bf16 if !always_f32 => elements * 2,
-        Dtype::F32 | Dtype::Bf16 => elements * 4,
     }
 }
 
