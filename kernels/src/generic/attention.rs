@@ -11,12 +11,14 @@
 use super::{LANES, Lanes, Op, rows, store_part};
 use crate::latent::{LatentFormat, SCALED};
 
-/// Positions that are scored together: their widened rows stay in L2 while every query passes over them.
+/// Positions that are scored together: their rows stay in L2 while every query passes over them.
 pub(crate) const KEYS: usize = 64;
 /// Positions whose state is made from nothing: what threads may do apart from each other.
 pub(crate) const SPAN: usize = 512;
-/// Keys that stay in L1 while queries pass over them.
+/// Keys that stay widened in L1 while queries pass over them.
 const NEAR: usize = 8;
+/// Lines of the values of all keys of a block that stay widened in L1 while queries pass over them.
+const COLUMN: usize = 4;
 
 /// 16 lanes of scratch, one cache line.
 #[derive(Clone, Copy)]
@@ -64,69 +66,49 @@ impl<'a> Keys<'a> {
         &self.cache[start..start + bytes]
     }
 
-    /// Where the rows `from..from + n` begin, widened and padded with zeros to whole lines: in the cache where they lie
-    /// so there, else in `scratch`, which holds as many rows. What follows the last row repeats the first.
-    ///
-    /// # Safety
-    /// The machine has the instruction set of `V`; `1 <= n <= KEYS`.
-    #[inline(always)]
-    unsafe fn widened<V: Lanes>(
-        &self,
-        from: usize,
-        n: usize,
-        scratch: &mut [Line],
-    ) -> [*const f32; KEYS] {
-        let lines = self.lines();
-        let mut rows = [std::ptr::null(); KEYS];
-        for i in 0..n {
-            let row = self.row(from + i);
-            let to = floats(&mut scratch[i * lines..(i + 1) * lines]);
-            // SAFETY: the row is `row_bytes` long, and `to` holds `width` in whole lines.
-            rows[i] = unsafe { self.widen::<V>(row, to) };
-        }
-        for i in n..KEYS {
-            rows[i] = rows[0];
-        }
-        rows
+    /// Whether rows can be widened line by line: all their parts are whole lines.
+    fn in_lines(&self) -> bool {
+        self.width.is_multiple_of(LANES) && self.value_width.is_multiple_of(LANES)
     }
 
+    /// Lines `from..to` of a cached row, widened.
+    ///
     /// # Safety
-    /// The machine has the instruction set of `V`, `row` is a cached row, and `to` is as long as its lines.
+    /// The machine has the instruction set of `V`, `row` is a cached row of whole lines, `to` is at most its number of
+    /// lines, and `out` holds what is asked for.
     #[inline(always)]
-    unsafe fn widen<V: Lanes>(&self, row: &[u8], to: &mut [f32]) -> *const f32 {
-        let (width, value_width) = (self.width, self.value_width);
-        if !width.is_multiple_of(LANES) || !value_width.is_multiple_of(LANES) {
-            let (wide, padding) = to.split_at_mut(width);
-            self.format.read(row, value_width, wide);
-            padding.fill(0.0);
-            return to.as_ptr();
-        }
-        // SAFETY: all parts of the row are whole lines, and pointers need no alignment.
+    unsafe fn widen<V: Lanes>(&self, row: *const u8, from: usize, to: usize, out: *mut f32) {
+        // SAFETY: the lines lie in the row, and pointers need no alignment.
         unsafe {
-            let (from, out) = (row.as_ptr(), to.as_mut_ptr());
             match self.format {
-                LatentFormat::F32 => return from.cast(),
+                LatentFormat::F32 => {
+                    for line in from..to {
+                        let at = line * LANES;
+                        V::load(row.add(4 * at).cast()).store(out.add(at - from * LANES));
+                    }
+                }
                 LatentFormat::Bf16 => {
-                    for at in (0..width).step_by(LANES) {
-                        V::load_bf16(from.add(2 * at).cast()).store(out.add(at));
+                    for line in from..to {
+                        let at = line * LANES;
+                        V::load_bf16(row.add(2 * at).cast()).store(out.add(at - from * LANES));
                     }
                 }
                 LatentFormat::Fp8 => {
-                    let scales = from.add(value_width);
-                    for (group, at) in (0..value_width).step_by(SCALED).enumerate() {
-                        let scale = V::splat(scales.add(4 * group).cast::<f32>().read_unaligned());
-                        for at in (at..value_width.min(at + SCALED)).step_by(LANES) {
-                            V::load_e4m3(from.add(at)).mul(scale).store(out.add(at));
-                        }
-                    }
-                    let k_pe = scales.add(4 * value_width.div_ceil(SCALED));
-                    for at in (value_width..width).step_by(LANES) {
-                        V::load_bf16(k_pe.add(2 * (at - value_width)).cast()).store(out.add(at));
+                    let scales = row.add(self.value_width);
+                    let k_pe = scales.add(4 * self.value_width.div_ceil(SCALED));
+                    for line in from..to {
+                        let at = line * LANES;
+                        let wide = if at < self.value_width {
+                            let scale = scales.add(4 * (at / SCALED)).cast::<f32>();
+                            V::load_e4m3(row.add(at)).mul(V::splat(scale.read_unaligned()))
+                        } else {
+                            V::load_bf16(k_pe.add(2 * (at - self.value_width)).cast())
+                        };
+                        wide.store(out.add(at - from * LANES));
                     }
                 }
             }
         }
-        to.as_ptr()
     }
 }
 
@@ -181,29 +163,55 @@ impl Op for Span<'_> {
         for query in 0..queries {
             self.states.of(query).1.0[0] = f32::NEG_INFINITY;
         }
-        // Widened keys, then scores `[queries, KEYS]`.
-        let needed = KEYS * lines + queries * (KEYS / LANES);
+        let rows = if self.keys.in_lines() { NEAR } else { KEYS };
+        let wide = (rows * lines).max(KEYS * COLUMN);
+        let needed = wide + queries * (KEYS / LANES);
         if self.scratch.len() < needed {
             self.scratch.resize(needed, EMPTY);
         }
         let mut scratch = std::mem::take(self.scratch);
-        let (wide, scores) = scratch[..needed].split_at_mut(KEYS * lines);
+        let (wide, scores) = scratch[..needed].split_at_mut(wide);
         let scores = floats(scores);
         let end = self.visible.iter().copied().max().unwrap_or(0);
         let end = end.min(self.from + SPAN);
         for from in (self.from..end).step_by(KEYS) {
-            // SAFETY: the instruction set is the caller's promise; at least one position is left.
-            unsafe {
-                let keys = self.keys.widened::<V>(from, KEYS.min(end - from), wide);
-                if V::REGISTERS >= 32 {
-                    self.block::<V, 4, 4>(&keys, from, scores);
+            let mut block = Block {
+                from,
+                rows: [&[]; KEYS],
+                wide: floats(wide),
+                scores,
+            };
+            let n = KEYS.min(end - from);
+            for t in 0..KEYS {
+                // What follows the last repeats the first: tiles are whole.
+                block.rows[t] = if t < n {
+                    self.keys.row(from + t)
                 } else {
-                    self.block::<V, 2, 2>(&keys, from, scores);
+                    block.rows[0]
+                };
+            }
+            // SAFETY: the instruction set is the caller's promise; the shapes were checked.
+            unsafe {
+                if V::REGISTERS >= 32 {
+                    self.block::<V, 4>(&mut block);
+                } else {
+                    self.block::<V, 2>(&mut block);
                 }
             }
         }
         *self.scratch = scratch;
     }
+}
+
+/// Keys that are scored together.
+struct Block<'a> {
+    from: usize,
+    /// As cached.
+    rows: [&'a [u8]; KEYS],
+    /// Keys in f32: some of them whole, or some lines of all.
+    wide: &'a mut [f32],
+    /// `[queries, KEYS]`
+    scores: &'a mut [f32],
 }
 
 impl Span<'_> {
@@ -214,52 +222,93 @@ impl Span<'_> {
     }
 
     /// # Safety
-    /// `keys` are rows of whole lines, the shapes were checked in `run`, and the machine has the instruction set of `V`.
+    /// The shapes were checked in `run`, and the machine has the instruction set of `V`.
     #[inline(always)]
-    unsafe fn block<V: Lanes, const R: usize, const C: usize>(
-        &mut self,
-        keys: &[*const f32; KEYS],
-        from: usize,
-        scores: &mut [f32],
-    ) {
-        // SAFETY: handed through.
+    unsafe fn block<V: Lanes, const T: usize>(&mut self, block: &mut Block<'_>) {
+        let (lines, value_lines) = (self.keys.lines(), self.states.value_lines);
+        let in_lines = self.keys.in_lines();
+        // SAFETY: `wide` holds what is widened; the rest is handed through.
         unsafe {
-            for near in (0..KEYS).step_by(NEAR) {
+            let mut keys = [std::ptr::null::<f32>(); KEYS];
+            if !in_lines {
+                for t in 0..KEYS {
+                    let wide = &mut block.wide[t * lines * LANES..][..lines * LANES];
+                    let (row, padding) = wide.split_at_mut(self.keys.width);
+                    self.keys
+                        .format
+                        .read(block.rows[t], self.keys.value_width, row);
+                    padding.fill(0.0);
+                    keys[t] = wide.as_ptr();
+                }
+            } else if self.keys.format == LatentFormat::F32 {
+                for t in 0..KEYS {
+                    keys[t] = block.rows[t].as_ptr().cast();
+                }
+            }
+            let as_they_lie = !keys[0].is_null();
+            let most = (0..self.visible.len())
+                .map(|row| self.seen(row, block.from))
+                .max();
+            let most = most.unwrap_or(0);
+            for near in (0..most).step_by(NEAR) {
+                if !as_they_lie {
+                    for i in 0..NEAR {
+                        let wide = block.wide[i * lines * LANES..][..lines * LANES].as_mut_ptr();
+                        self.keys
+                            .widen::<V>(block.rows[near + i].as_ptr(), 0, lines, wide);
+                        keys[near + i] = wide;
+                    }
+                }
                 for row in 0..self.visible.len() {
-                    let n = self.seen(row, from);
+                    let n = self.seen(row, block.from);
                     if near < n {
-                        self.score_row::<V, R, C>(keys, row, near..n.min(near + NEAR), scores);
+                        let near = near..n.min(near + NEAR);
+                        self.score_row::<V, T>(&keys, row, near, block.scores);
                     }
                 }
             }
             for row in 0..self.visible.len() {
-                let n = self.seen(row, from);
+                let n = self.seen(row, block.from);
                 if n > 0 {
                     for head in 0..self.heads {
                         let query = row * self.heads + head;
-                        let scores = &mut scores[query * KEYS..][..KEYS];
+                        let scores = &mut block.scores[query * KEYS..][..KEYS];
                         self.weigh::<V>(query, scores, n);
                     }
                 }
             }
-            let mut line = 0;
-            while line + C <= self.states.value_lines {
-                self.value_column::<V, R, C>(keys, line, from, scores);
-                line += C;
-            }
-            while line < self.states.value_lines {
-                self.value_column::<V, R, 1>(keys, line, from, scores);
-                line += 1;
+            for column in (0..value_lines).step_by(COLUMN) {
+                let width = COLUMN.min(value_lines - column);
+                let mut values = [std::ptr::null::<f32>(); KEYS];
+                for t in 0..most {
+                    values[t] = if as_they_lie {
+                        keys[t].add(column * LANES)
+                    } else {
+                        let wide = block.wide[t * COLUMN * LANES..][..COLUMN * LANES].as_mut_ptr();
+                        let row = block.rows[t].as_ptr();
+                        self.keys.widen::<V>(row, column, column + width, wide);
+                        wide
+                    };
+                }
+                let mut line = 0;
+                while line + T <= width {
+                    self.value_column::<V, T, T>(&values, column, line, block);
+                    line += T;
+                }
+                while line < width {
+                    self.value_column::<V, T, 1>(&values, column, line, block);
+                    line += 1;
+                }
             }
         }
     }
 
-    /// Scores of all heads of a row with the keys `near`; up to `R - 1` scores past the last are written and meaningless.
+    /// Scores of all heads of a row with the keys `near`; up to `T - 1` scores past the last are written and meaningless.
     ///
     /// # Safety
-    /// As for [`Span::block`].
+    /// `keys` of `near`, and of those that fill their tile, are rows of whole lines; and as for [`Span::block`].
     #[inline(always)]
-    unsafe fn score_row<V: Lanes, const R: usize, const C: usize>(
+    unsafe fn score_row<V: Lanes, const T: usize>(
         &self,
         keys: &[*const f32; KEYS],
         row: usize,
@@ -269,23 +318,23 @@ impl Span<'_> {
         let mut head = 0;
         while head < self.heads {
             let query = row * self.heads + head;
-            let full = head + C <= self.heads;
-            for t in near.clone().step_by(R) {
-                // SAFETY: `t + R <= KEYS`, since `R` divides it, and the queries lie in this row.
+            let full = head + T <= self.heads;
+            for t in near.clone().step_by(T) {
+                // SAFETY: `t + T <= KEYS`, since `T` divides it, and the queries lie in this row.
                 unsafe {
                     if full {
-                        self.score_tile::<V, R, C>(keys, t, query, scores);
+                        self.score_tile::<V, T, T>(keys, t, query, scores);
                     } else {
-                        self.score_tile::<V, R, 1>(keys, t, query, scores);
+                        self.score_tile::<V, T, 1>(keys, t, query, scores);
                     }
                 }
             }
-            head += if full { C } else { 1 };
+            head += if full { T } else { 1 };
         }
     }
 
     /// # Safety
-    /// `t + R <= KEYS`, `query + C <= rows * heads`, and as for [`Span::block`].
+    /// `t + R <= KEYS`, `query + C <= rows * heads`, and as for [`Span::score_row`].
     #[inline(always)]
     unsafe fn score_tile<V: Lanes, const R: usize, const C: usize>(
         &self,
@@ -301,9 +350,7 @@ impl Span<'_> {
                 .as_ptr()
                 .cast::<f32>();
             let mut k = [std::ptr::null::<f32>(); R];
-            for r in 0..R {
-                k[r] = keys[t + r];
-            }
+            k.copy_from_slice(&keys[t..t + R]);
             let mut acc = [[V::splat(0.0); R]; C];
             for line in 0..lines {
                 let mut ks = [V::splat(0.0); R];
@@ -325,12 +372,11 @@ impl Span<'_> {
                     }
                 }
                 let mut sums = [0.0f32; LANES];
-                V::sums(all)
-                    .mul(V::splat(self.scale))
-                    .store(sums.as_mut_ptr());
+                let scale = V::splat(self.scale);
+                V::sums(all).mul(scale).store(sums.as_mut_ptr());
                 for c in 0..C {
-                    scores[(query + c) * KEYS + t..][..R]
-                        .copy_from_slice(&sums[c * R..(c + 1) * R]);
+                    let to = &mut scores[(query + c) * KEYS + t..][..R];
+                    to.copy_from_slice(&sums[c * R..(c + 1) * R]);
                 }
             } else {
                 for c in 0..C {
@@ -371,30 +417,31 @@ impl Span<'_> {
         }
     }
 
-    /// Adds `C` lines of the values of all keys to all states.
+    /// Adds `D` lines of the values, from `line` of the column at `column` on, to the states of all queries.
     ///
     /// # Safety
-    /// `line + C <= value_lines`, and as for [`Span::block`].
+    /// `column + line + D <= value_lines`, `values` of every key that is seen hold these lines of the column; and as for
+    /// [`Span::block`].
     #[inline(always)]
-    unsafe fn value_column<V: Lanes, const R: usize, const C: usize>(
+    unsafe fn value_column<V: Lanes, const H: usize, const D: usize>(
         &mut self,
-        keys: &[*const f32; KEYS],
+        values: &[*const f32; KEYS],
+        column: usize,
         line: usize,
-        from: usize,
-        scores: &[f32],
+        block: &Block<'_>,
     ) {
         for row in 0..self.visible.len() {
-            let n = self.seen(row, from);
+            let n = self.seen(row, block.from);
             let mut head = 0;
             while head < self.heads && n > 0 {
                 let query = row * self.heads + head;
                 // SAFETY: the queries lie in this row; the rest is handed through.
                 unsafe {
-                    if head + R <= self.heads {
-                        self.value_tile::<V, R, C>(&keys[..n], line, query, scores);
-                        head += R;
+                    if head + H <= self.heads {
+                        self.value_tile::<V, H, D>(&values[..n], column, line, query, block);
+                        head += H;
                     } else {
-                        self.value_tile::<V, 1, C>(&keys[..n], line, query, scores);
+                        self.value_tile::<V, 1, D>(&values[..n], column, line, query, block);
                         head += 1;
                     }
                 }
@@ -407,35 +454,35 @@ impl Span<'_> {
     #[inline(always)]
     unsafe fn value_tile<V: Lanes, const H: usize, const D: usize>(
         &mut self,
-        keys: &[*const f32],
+        values: &[*const f32],
+        column: usize,
         line: usize,
         query: usize,
-        scores: &[f32],
+        block: &Block<'_>,
     ) {
-        // SAFETY: `line + D <= value_lines`, which are at most the lines of every row; weights and states of the queries
-        // lie in their slices.
+        // SAFETY: weights and states of the queries lie in their slices, values where the caller says.
         unsafe {
             let mut weights = [std::ptr::null::<f32>(); H];
             let mut out = [std::ptr::null_mut::<f32>(); H];
             let mut acc = [[V::splat(0.0); D]; H];
             for i in 0..H {
-                weights[i] = scores[(query + i) * KEYS..][..keys.len()].as_ptr();
-                let (values, state) = self.states.of(query + i);
+                weights[i] = block.scores[(query + i) * KEYS..][..values.len()].as_ptr();
+                let (lines, state) = self.states.of(query + i);
                 let a = V::splat(state.0[2]);
-                out[i] = values[line..line + D].as_mut_ptr().cast();
+                out[i] = lines[column + line..][..D].as_mut_ptr().cast();
                 for j in 0..D {
                     acc[i][j] = V::load(out[i].add(j * LANES)).mul(a);
                 }
             }
-            for (t, key) in keys.iter().enumerate() {
-                let mut values = [V::splat(0.0); D];
+            for (t, key) in values.iter().enumerate() {
+                let mut value = [V::splat(0.0); D];
                 for j in 0..D {
-                    values[j] = V::load(key.add((line + j) * LANES));
+                    value[j] = V::load(key.add((line + j) * LANES));
                 }
                 for i in 0..H {
                     let weight = V::splat(*weights[i].add(t));
                     for j in 0..D {
-                        acc[i][j] = weight.fma(values[j], acc[i][j]);
+                        acc[i][j] = weight.fma(value[j], acc[i][j]);
                     }
                 }
             }
