@@ -34,7 +34,7 @@ use crate::placement::{NodeId, Placement, Shortfall};
 
 pub use admission::NUMERICS_OF_CACHE;
 use admission::coarse;
-use failing::BackOff;
+use failing::{BackOff, Restoring};
 use moving::Moving;
 
 pub use failing::{BACK_OFF, MAX_BACK_OFF};
@@ -84,6 +84,7 @@ pub struct Membership {
     drained: BTreeSet<u64>,
     /// Nodes, by name, that have failed as destinations.
     backed_off: BTreeMap<String, BackOff>,
+    restoring: Restoring,
     /// When a node that had failed may be tried again.
     retry_at: Option<Duration>,
     /// Drains that have failed are not begun again before.
@@ -119,6 +120,7 @@ impl Membership {
             status: MigrationStatus::default(),
             drained: BTreeSet::new(),
             backed_off: BTreeMap::new(),
+            restoring: Restoring::default(),
             retry_at: None,
             rest_until: Duration::ZERO,
             loading_failure: String::new(),
@@ -414,6 +416,7 @@ impl Membership {
             self.remove(now, id, Loss::Silent);
         }
         self.judge(now);
+        self.watch_restoring();
         if self.retry_at.take_if(|at| now >= *at).is_some() {
             self.retry_at = self.next_retry(now);
             if self.shortfall.is_some() || self.has_holes() {

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use guild_scheduler::membership::{
-    Action, BACK_OFF, DrainError, Membership, MigrateError, Outcome, Phase, Registration, Report,
-    Role, Settings, Snapshot,
+    Action, BACK_OFF, DrainError, Measured, Membership, MigrateError, Outcome, Phase, Registration,
+    Report, Role, Settings, Snapshot,
 };
 use guild_scheduler::placement::{NodeId, NodeSlots, Placement};
 
@@ -517,6 +517,68 @@ fn lost_homes_that_a_node_cannot_load_are_given_to_another() {
 }
 
 #[test]
+fn a_node_that_gets_nowhere_with_lost_homes_is_left_alone_and_one_that_goes_on_is_not() {
+    let mut c = Cluster::serving(2, 0);
+    c.leave(3);
+    let (active, epoch) = (c.m.active_epoch().unwrap(), c.loading());
+    assert!(epoch > active, "the copies that are lost are made up for");
+    let holding = |c: &mut Cluster, id, epoch, resident_bytes| {
+        let report = Report {
+            epoch,
+            ready: true,
+            measured: Measured {
+                resident_bytes,
+                ..Measured::default()
+            },
+            ..Report::default()
+        };
+        c.report(id, report);
+    };
+    // Node 1 has loaded it; node 2 is slow, and then stands still.
+    for bytes in 1..20 {
+        c.now += DEADLINE / 2;
+        for (id, at, bytes) in [(1, epoch, 0), (2, active, 1000 + bytes), (4, active, 0)] {
+            holding(&mut c, id, at, bytes);
+        }
+        assert_eq!(c.loading(), epoch);
+    }
+    for _ in 0..2 {
+        assert_eq!(c.loading(), epoch);
+        c.now += DEADLINE / 2;
+        for (id, at, bytes) in [(1, epoch, 0), (2, active, 1019), (4, active, 0)] {
+            holding(&mut c, id, at, bytes);
+        }
+    }
+    // It is given nothing more, and the other all it can hold.
+    let slots = |c: &Cluster, id| {
+        let mut nodes = c.m.next().unwrap().placement.nodes().iter();
+        nodes.find(|n| n.node == id).map_or(0, |n| n.slots.len())
+    };
+    let next = c.loading();
+    assert!(next > epoch && c.m.active_epoch() == Some(active));
+    assert_eq!((slots(&c, 1), slots(&c, 2)), (12, 8));
+    assert!(!c.m.is_open(c.m.node(2).unwrap()) && c.m.is_open(c.m.node(1).unwrap()));
+
+    // The next leader leaves it alone, too.
+    let carried = serde_json::to_vec(&c.m.snapshot()).unwrap();
+    let snapshot: Snapshot = serde_json::from_slice(&carried).unwrap();
+    let mut m = Membership::new(settings(2), Duration::ZERO);
+    m.resume(Duration::ZERO, &snapshot).unwrap();
+    assert_eq!(m.snapshot(), snapshot);
+    assert!(!m.is_open(m.node(2).unwrap()));
+    m.tick(BACK_OFF);
+    assert!(m.is_open(m.node(2).unwrap()));
+
+    // When its time is over it is tried again.
+    c.now += Duration::from_millis(1);
+    c.beat(1, next);
+    c.beat(2, next);
+    assert_eq!((c.m.next(), c.m.active_epoch()), (None, Some(next)));
+    c.wait(BACK_OFF);
+    assert_eq!((slots(&c, 1), slots(&c, 2)), (12, 12));
+}
+
+#[test]
 fn a_new_leader_goes_on_with_a_migration_where_it_stands() {
     let carried = |m: &Membership| -> Snapshot {
         serde_json::from_slice(&serde_json::to_vec(&m.snapshot()).unwrap()).unwrap()
@@ -581,6 +643,7 @@ fn a_snapshot_from_before_there_were_migrations_is_gone_on_from() {
         "drained",
         "migrations",
         "migration",
+        "backed_off",
     ] {
         assert!(all.remove(field).is_some(), "{field}");
     }

@@ -1,6 +1,7 @@
 //! Nodes that cannot take what they are given: what is given up for it, and how
 //! long they are left alone.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::{Membership, Node, Role};
@@ -14,11 +15,69 @@ pub const MAX_BACK_OFF: Duration = Duration::from_secs(300);
 /// How often a node has failed as a destination, and until when it is left alone.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct BackOff {
-    failures: u32,
+    pub(super) failures: u32,
     pub(super) until: Duration,
 }
 
+impl BackOff {
+    /// After so many failures, the last of them at `now`.
+    pub(super) fn again(failures: u32, now: Duration) -> BackOff {
+        let times = 1u32 << failures.saturating_sub(1).min(16);
+        BackOff {
+            failures,
+            until: now.saturating_add(BACK_OFF.saturating_mul(times).min(MAX_BACK_OFF)),
+        }
+    }
+}
+
+/// How far those have come that make up for lost homes.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Restoring {
+    epoch: u64,
+    /// The bytes that a node has said it holds, and since when no more.
+    seen: BTreeMap<NodeId, (u64, Duration)>,
+}
+
 impl Membership {
+    /// Lost homes are being restored behind what is active: a node that has got no further for the
+    /// time of a step is left alone, and others are given what it was to hold. However much there
+    /// is to restore, a node that goes on has its time.
+    pub(super) fn watch_restoring(&mut self) {
+        let next = self.next.as_ref().filter(|next| !next.was_active);
+        let epoch = next.map(|next| next.placement.epoch());
+        let epoch = epoch.filter(|_| self.active.is_some() && self.step_epoch().is_none());
+        let Some(epoch) = epoch else {
+            return;
+        };
+        if self.restoring.epoch != epoch {
+            let seen = BTreeMap::new();
+            self.restoring = Restoring { epoch, seen };
+        }
+        let (now, limit) = (self.clock, self.settings.copy_deadline);
+        let mut late = Vec::new();
+        for id in self.gaining() {
+            let node = self.nodes.get(&id).filter(|node| node.resident < epoch);
+            let Some(node) = node else { continue };
+            let bytes = node.report.measured.resident_bytes;
+            let seen = self.restoring.seen.entry(id).or_insert((bytes, now));
+            if bytes > seen.0 {
+                *seen = (bytes, now);
+            }
+            if now.saturating_sub(seen.1) >= limit {
+                late.push(node.name.clone());
+            }
+        }
+        if late.is_empty() {
+            return;
+        }
+        late.iter().for_each(|name| self.back_off(name));
+        let (limit, late) = (limit.as_secs_f64(), late.join(", "));
+        let reason = format!("nothing more of epoch {epoch} was loaded for {limit} s ({late})");
+        self.withdraw(&reason);
+        self.plan_at = Some(now);
+        self.loading_failure = reason;
+    }
+
     /// Whether experts may come to this node: it is an expert node, is not
     /// leaving or drained, and has not failed of late.
     pub fn is_open(&self, node: &Node) -> bool {
@@ -102,9 +161,7 @@ impl Membership {
         self.backed_off
             .retain(|_, entry| clock < entry.until.saturating_add(MAX_BACK_OFF));
         let entry = self.backed_off.entry(name.to_owned()).or_default();
-        let times = 1u32 << entry.failures.min(16);
-        entry.failures = entry.failures.saturating_add(1);
-        entry.until = clock.saturating_add(BACK_OFF.saturating_mul(times).min(MAX_BACK_OFF));
+        *entry = BackOff::again(entry.failures.saturating_add(1), clock);
         let until = entry.until;
         // What it was to hold may have found no other place.
         self.retry_at = Some(self.retry_at.map_or(until, |at| at.min(until)));

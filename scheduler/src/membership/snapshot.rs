@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::failing::BackOff;
 use super::moving::{LoadingStep, Moving};
 use super::planning::placed;
 use super::{MAX_EPOCH, MAX_NODES, Membership, Node, Phase, Placed, Published, Report, Role};
@@ -41,6 +42,9 @@ pub struct Snapshot {
     migrations: u64,
     #[serde(default)]
     migration: Option<SavedMigration>,
+    /// Names of nodes that have failed as destinations, and how often.
+    #[serde(default)]
+    backed_off: Vec<(String, u32)>,
 }
 
 /// The migration under way.
@@ -142,6 +146,9 @@ impl Membership {
             drained: self.drained.iter().copied().collect(),
             migrations: self.status.migration,
             migration: self.saved_migration(),
+            backed_off: (self.backed_off.iter())
+                .map(|(name, entry)| (name.clone(), entry.failures))
+                .collect(),
         }
     }
 
@@ -200,14 +207,22 @@ impl Membership {
         self.oldest_epoch = from.oldest_epoch;
         self.withdrawn = from.withdrawn;
         self.drained = from.drained.iter().copied().collect();
-        self.backed_off.clear();
-        self.retry_at = None;
         self.clock = now;
+        self.resume_back_offs(from);
         self.resume_migration(now, from);
         self.shortfall = None;
         // What was about to be done is thought over anew; it may be nothing.
         self.plan_at = Some(now + self.settings.settle);
         Ok(())
+    }
+
+    /// Nodes that have failed are left alone for their whole time once more.
+    fn resume_back_offs(&mut self, from: &Snapshot) {
+        let entries = from.backed_off.iter().take(MAX_NODES);
+        self.backed_off = entries
+            .map(|(name, failures)| (name.clone(), BackOff::again(*failures, self.clock)))
+            .collect();
+        self.retry_at = self.next_retry(self.clock);
     }
 
     /// A step that is being loaded gets its whole time once more.
