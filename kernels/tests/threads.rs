@@ -49,6 +49,44 @@ fn callers_share_and_nest() {
 }
 
 #[test]
+fn a_panic_is_the_callers_and_the_threads_go_on() {
+    let cpu = Cpu::new(3);
+    for bad in [0, 17, 99] {
+        let done = AtomicUsize::new(0);
+        let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            cpu.par_for(100, |i| {
+                assert!(i != bad, "piece {i}");
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+        }));
+        let message = run.unwrap_err().downcast::<String>().unwrap();
+        assert_eq!(*message, format!("piece {bad}"));
+        assert!(done.into_inner() < 100);
+        let all = AtomicUsize::new(0);
+        cpu.par_for(100, |_| {
+            all.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(all.into_inner(), 100);
+    }
+}
+
+/// Threads that have gone to sleep between operations are woken by the next.
+#[test]
+fn pauses_lose_no_piece() {
+    let cpu = Cpu::new(4);
+    for pause in [0, 20, 49, 50, 51, 80, 2000] {
+        for _ in 0..50 {
+            let sum = AtomicUsize::new(0);
+            cpu.par_for(9, |i| {
+                sum.fetch_add(i, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 36);
+            std::thread::sleep(std::time::Duration::from_micros(pause));
+        }
+    }
+}
+
+#[test]
 fn the_choice_is_told() {
     let available = Isa::available();
     assert_eq!(available.last(), Some(&Isa::Portable));
