@@ -22,6 +22,7 @@ mod bench;
 mod colocated;
 mod experts;
 mod manifest;
+mod quantize;
 mod security;
 
 pub(crate) use balance::{Balance, PlannerArg};
@@ -32,6 +33,7 @@ pub(crate) use experts::{
     ExpertsRebalance, ExpertsRecord, ExpertsWatch, Leader, SplitArg,
 };
 pub(crate) use manifest::Manifest;
+pub(crate) use quantize::{Quantize, Target};
 pub(crate) use security::{Access, DoorArgs, Exposure, NodeTls};
 
 /// Serves the DeepSeek-V3 family with its experts spread over ordinary machines.
@@ -64,6 +66,8 @@ pub(crate) enum Command {
     Inspect(Inspect),
     /// Digests of a checkpoint: writes them, or holds its files against them
     Manifest(Manifest),
+    /// Writes a checkpoint in another format: int4, int8, fp8 or bf16
+    Quantize(Quantize),
     /// Writes a checkpoint of any shape with random weights
     RandomModel(RandomModel),
     /// Certificates for the nodes of a cluster, with a CA of their own
@@ -107,6 +111,11 @@ pub(crate) struct Compute {
     /// int4 may name a group, as in int4-g32
     #[arg(long, default_value_t, value_parser = Dtype::from_str, value_name = "auto|f32|bf16|fp8|int8|int4")]
     pub(crate) dtype: Dtype,
+    /// Use the experts of an int4 or int8 checkpoint where they lie in the file instead of copying them into memory:
+    /// serves at once, and their bytes are held against the manifest while they serve. The files must not be written
+    /// to meanwhile: one that is cut short ends the process
+    #[arg(long)]
+    pub(crate) mmap: bool,
     /// Threads for the arithmetic; 0: one per physical core
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1024), value_name = "N")]
     pub(crate) threads: u16,
@@ -518,6 +527,7 @@ pub(crate) struct Chat {
 #[command(after_help = format!("Examples:
   guild inspect --model models/demo --nodes 4
   guild inspect --model models/demo --reference --token-ids 0,839,30 --max-tokens 8 --json
+  guild inspect --compare models/demo /tmp/demo-int4 --prompts models/demo/prompts.txt
   guild inspect --cpu
 
 {EXIT_CODES}"))]
@@ -540,6 +550,13 @@ pub(crate) struct Inspect {
     /// Best alternatives at every place of the reference
     #[arg(long, default_value_t = 5, value_name = "K")]
     pub(crate) logprobs: u32,
+    /// How far B is from A, two checkpoints of one model in different formats: error of every weight
+    #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["model", "reference"])]
+    pub(crate) compare: Vec<PathBuf>,
+    /// Texts for --compare, one a line (a JSON string or list of token ids is taken as such): how far apart the
+    /// distributions of the next token are, at every token
+    #[arg(long, value_name = "FILE", requires = "compare")]
+    pub(crate) prompts: Option<PathBuf>,
     /// Say which instruction set this machine's arithmetic uses, and why
     #[arg(long)]
     pub(crate) cpu: bool,

@@ -15,7 +15,14 @@ use guild_model::quantize::{Begun, DEFAULT_SHARD_BYTES, Job, Written};
 use guild_model::{Checkpoint, Cpu, ModelError, compare, whole};
 use tempfile::TempDir;
 
-const TARGETS: [&str; 6] = ["int4-g32", "int4-g128", "int8-g64", "int8-g128", "fp8", "bf16"];
+const TARGETS: [&str; 6] = [
+    "int4-g32",
+    "int4-g128",
+    "int8-g64",
+    "int8-g128",
+    "fp8",
+    "bf16",
+];
 
 fn dtype(text: &str) -> Dtype {
     text.parse().unwrap()
@@ -59,7 +66,9 @@ fn a_written_checkpoint_computes_the_same_bits_as_weights_quantised_at_load() {
     for case in golden::CASES {
         let source = golden::dir(case);
         for to in TARGETS {
-            if quantize(&open(&source), to, Path::new("/proc/no")).is_err_and(|e| e.to_string().contains("already")) {
+            if quantize(&open(&source), to, Path::new("/proc/no"))
+                .is_err_and(|e| e.to_string().contains("already"))
+            {
                 continue;
             }
             let (_dir, made) = quantized(&source, to);
@@ -71,7 +80,8 @@ fn a_written_checkpoint_computes_the_same_bits_as_weights_quantised_at_load() {
                 assert_eq!(at_load.blob(), written.blob(), "{case} {to}");
                 assert_eq!(at_load.digest(), written.digest());
             }
-            let rows = |ckpt, dtype| whole::final_rows(ckpt, dtype, &cpu, &text(), &|_, _| ()).unwrap();
+            let rows =
+                |ckpt, dtype| whole::final_rows(ckpt, dtype, &cpu, &text(), &|_, _| ()).unwrap();
             let what = format!("{case} {to}");
             golden::assert_same_bits(&what, &rows(&made, Dtype::Auto), &rows(&plain, dtype(to)));
             assert!(made.verify(&|_, _| ()).faults.is_empty());
@@ -158,7 +168,11 @@ fn experts_are_mapped_only_where_something_says_what_they_must_be() {
 fn a_packed_checkpoint_says_what_it_is_and_keeps_what_lay_beside_the_weights() {
     let (dir, made) = quantized(&golden::demo(), "int4-g32");
     let out = dir.path().join("x");
-    for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+    for name in [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ] {
         assert_eq!(
             fs::read(out.join(name)).unwrap(),
             fs::read(golden::demo().join(name)).unwrap()
@@ -176,7 +190,10 @@ fn a_packed_checkpoint_says_what_it_is_and_keeps_what_lay_beside_the_weights() {
     let dtype = |name: &str| made.tensor(name).unwrap().dtype();
     assert_eq!(dtype("lm_head.weight"), Stored::U8);
     assert_eq!(dtype("model.layers.1.self_attn.o_proj.weight"), Stored::U8);
-    assert_eq!(dtype("model.layers.1.self_attn.kv_b_proj.weight"), Stored::Bf16);
+    assert_eq!(
+        dtype("model.layers.1.self_attn.kv_b_proj.weight"),
+        Stored::Bf16
+    );
     assert_eq!(dtype("model.layers.1.mlp.gate.weight"), Stored::Bf16);
     // Nothing is in it twice.
     let required = made.required().count();
@@ -198,14 +215,23 @@ fn what_makes_no_sense_is_refused_and_nothing_is_left() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("x");
     let (_packed, packed) = quantized(&golden::demo(), "int4");
-    refused(quantize(&packed, "int8", &out), &["int4 already", "made from"]);
+    refused(
+        quantize(&packed, "int8", &out),
+        &["int4 already", "made from"],
+    );
     let fp8 = open(&golden::dir("v3-fp8"));
     refused(quantize(&fp8, "fp8", &out), &["fp8 already"]);
     refused(quantize(&demo, "bf16", &out), &["bf16 already"]);
     refused(quantize(&demo, "f32", &out), &["--to", "int4"]);
-    refused(quantize(&demo, "int4", &golden::demo()), &["is the checkpoint"]);
+    refused(
+        quantize(&demo, "int4", &golden::demo()),
+        &["is the checkpoint"],
+    );
     refused(quantize(&demo, "int4", Path::new("/")), &["/"]);
-    refused(quantize(&demo, "int4", Path::new("/proc/x")), &["cannot be made"]);
+    refused(
+        quantize(&demo, "int4", Path::new("/proc/x")),
+        &["cannot be made"],
+    );
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     fs::create_dir(&out).unwrap();
     fs::write(out.join("mine"), "kept").unwrap();
@@ -263,7 +289,10 @@ fn an_interrupted_run_is_taken_up_where_it_was_and_gives_the_same_files() {
             "{begun:?}"
         );
     }
-    assert!(matches!(begun[4], Begun::Resumed { files: 1.., .. }), "{begun:?}");
+    assert!(
+        matches!(begun[4], Begun::Resumed { files: 1.., .. }),
+        "{begun:?}"
+    );
 
     let names = |dir: &Path| {
         let mut names: Vec<_> = fs::read_dir(dir)

@@ -18,11 +18,25 @@ pub(crate) fn run(args: &AttentionNode) -> Result<(), Failure> {
 
 async fn serve(args: &AttentionNode) -> Result<(), Failure> {
     let shutdown = signals()?;
-    let (place, listener) = join(Role::Attention, &args.joining, args.exposure, None).await?;
+    let (place, listener) = join(
+        Role::Attention,
+        &args.joining,
+        args.exposure,
+        args.compute,
+        None,
+    )
+    .await?;
     let experts = match args.colocated.experts {
         true => {
             let joining = beside(args)?;
-            let joined = join(Role::Expert, &joining, args.exposure, Some(&place.model)).await?;
+            let joined = join(
+                Role::Expert,
+                &joining,
+                args.exposure,
+                args.compute,
+                Some(&place.model),
+            )
+            .await?;
             let (mut experts, listener) = joined;
             experts.process = place.process.clone();
             Some((experts, listener))

@@ -17,7 +17,14 @@ pub(crate) fn run(args: &ExpertNode) -> Result<(), Failure> {
 
 async fn serve(args: &ExpertNode) -> Result<(), Failure> {
     let shutdown = signals()?;
-    let (place, listener) = join(Role::Expert, &args.joining, args.exposure, None).await?;
+    let (place, listener) = join(
+        Role::Expert,
+        &args.joining,
+        args.exposure,
+        args.compute,
+        None,
+    )
+    .await?;
     let checkpoint = &place.model;
     let cpu = cpu(args.compute.threads);
     let mut banner = Banner::new(format!("expert-node {}", place.name));

@@ -4,7 +4,6 @@ use std::io::Write as _;
 use std::path::Path;
 
 use guild_coordinator::Listeners;
-use guild_model::Checkpoint;
 use guild_node::config::{Origin, Origins};
 use guild_proto::inference::v1::generate_request::Input;
 use guild_proto::inference::v1::generate_response::Event;
@@ -50,7 +49,7 @@ pub(crate) fn run(args: &Generate, origins: &Origins) -> Result<(), Failure> {
 /// Asks a cluster of this process, on ports nobody else knows.
 async fn alone(args: &Generate, model: &Path, request: GenerateRequest) -> Result<(), Failure> {
     // Before anything is started: what is wrong with it is the answer.
-    let plan = Plan::smallest(Checkpoint::open(model)?, args.compute);
+    let plan = Plan::smallest(super::open(model, args.compute)?, args.compute);
     let listeners = Listeners {
         cluster: bind("listen", EPHEMERAL, Protection::LOOPBACK).await?,
         http: bind("http", EPHEMERAL, Protection::LOOPBACK).await?,

@@ -11,7 +11,7 @@ use guild_model::{Checkpoint, Config, Cpu, Isa};
 use guild_node::ExitKind;
 use serde::Serialize;
 
-use super::{cpu, log_tool, reference};
+use super::{compare, cpu, log_tool, reference};
 use crate::args::Inspect;
 use crate::failure::Failure;
 use crate::units;
@@ -22,6 +22,9 @@ const ROW_ELEMENT_BYTES: u64 = 4;
 pub(crate) fn run(args: &Inspect) -> Result<(), Failure> {
     log_tool(&args.common)?;
     let cpu = cpu(args.compute.threads);
+    if let [a, b] = args.compare.as_slice() {
+        return compare::run(args, a, b, &cpu);
+    }
     let Some(model) = &args.model else {
         if args.cpu {
             return describe_cpu(&cpu);

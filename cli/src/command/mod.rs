@@ -5,6 +5,7 @@ mod attention;
 mod bench;
 mod certs;
 mod chat;
+mod compare;
 mod coordinator;
 mod expert;
 mod experts;
@@ -12,6 +13,7 @@ mod generate;
 mod inspect;
 mod keys;
 mod manifest;
+mod quantize;
 mod random;
 mod reference;
 mod up;
@@ -27,7 +29,7 @@ use guild_node::tls::Role;
 use guild_node::{ExitKind, Shutdown, config, telemetry};
 use tokio::net::TcpListener;
 
-use crate::args::{Cli, Command, Common, Exposure, Joining};
+use crate::args::{Cli, Command, Common, Compute, Exposure, Joining};
 use crate::failure::Failure;
 use crate::listen::{address_of, bind};
 use crate::loading::init_log;
@@ -52,6 +54,7 @@ pub(crate) fn run() -> Result<(), Failure> {
         Command::Bench(args) => bench::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Manifest(args) => manifest::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
         Command::RandomModel(args) => random::run(&args),
         Command::Certs(args) => certs::run(&args),
         Command::Keys(args) => keys::run(&args),
@@ -104,6 +107,15 @@ fn cpu(threads: u16) -> Cpu {
     Cpu::new(usize::from(threads))
 }
 
+/// The checkpoint of a role that computes.
+fn open(model: &Path, compute: Compute) -> Result<Checkpoint, Failure> {
+    let checkpoint = Checkpoint::open(model)?;
+    if !compute.mmap {
+        return Ok(checkpoint);
+    }
+    Ok(checkpoint.with_mapped_experts()?)
+}
+
 /// What clients call the model: the name given, else the folder's.
 pub(crate) fn served_name(given: Option<&str>, model: &Path) -> String {
     if let Some(name) = given {
@@ -129,6 +141,7 @@ async fn join(
     role: Role,
     joining: &Joining,
     exposure: Exposure,
+    compute: Compute,
     model: Option<&Checkpoint>,
 ) -> Result<(Place, TcpListener), Failure> {
     let name = joining.name.as_deref();
@@ -158,7 +171,7 @@ async fn join(
     let place = Place {
         model: match model {
             Some(model) => model.clone(),
-            None => Checkpoint::open(&joining.model)?,
+            None => open(&joining.model, compute)?,
         },
         name,
         address,

@@ -17,12 +17,7 @@ const MAX_SHARD_GB: f64 = 1000.0;
 
 pub(crate) fn run(args: &RandomModel) -> Result<(), Failure> {
     log_role(&args.common)?;
-    if !(args.shard_gb > 0.0 && args.shard_gb <= MAX_SHARD_GB) {
-        return Err(Failure::usage(format!(
-            "--shard-gb: {} is not between 0 and {MAX_SHARD_GB}",
-            args.shard_gb
-        )));
-    }
+    let shard_bytes = shard_bytes(args.shard_gb)?;
     let shape = random::shape(&args.shape).ok_or_else(|| {
         Failure::usage(format!("--shape: `{}` is unknown", args.shape))
             .hint(format!("one of {}", random::NAMES.join(", ")))
@@ -48,7 +43,7 @@ pub(crate) fn run(args: &RandomModel) -> Result<(), Failure> {
         shape,
         &overrides,
         args.seed,
-        (args.shard_gb * GB) as u64,
+        shard_bytes,
         &args.out,
         &|done, total| progress.at(done, total),
     )?;
@@ -58,4 +53,14 @@ pub(crate) fn run(args: &RandomModel) -> Result<(), Failure> {
         begun.elapsed().as_secs_f32()
     );
     Ok(())
+}
+
+/// Bytes of the largest file, from `--shard-gb`.
+pub(super) fn shard_bytes(gb: f64) -> Result<u64, Failure> {
+    if gb > 0.0 && gb <= MAX_SHARD_GB {
+        return Ok((gb * GB) as u64);
+    }
+    Err(Failure::usage(format!(
+        "--shard-gb: {gb} is not between 0 and {MAX_SHARD_GB}"
+    )))
 }

@@ -27,7 +27,7 @@ async fn serve(args: &Up) -> Result<(), Failure> {
     let http = bind("http", &args.http, clients).await?;
     let grpc = bind("grpc", &args.grpc, clients).await?;
     let doors = (address_of(&http)?, address_of(&grpc)?);
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let checkpoint = super::open(&args.model, args.compute)?;
     let cluster = bind("listen", EPHEMERAL, Protection::LOOPBACK).await?;
     let cpu = cpu(args.compute.threads);
     let plan = Plan {
