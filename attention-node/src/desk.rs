@@ -3,13 +3,18 @@
 //! moment of asking, however long the step that is out may take.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use guild_scheduler::batch::{Counts, InvalidLimits, Limits, NewRequest, Refusal, Scheduler, Step};
+use guild_scheduler::batch::{
+    Counts, Expiry, InvalidLimits, Limits, NewRequest, Outcome, Refusal, Scheduler, Step,
+};
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
-use crate::sequence::{Constraint, Events, Request, Sequence};
+use crate::keys::Chain;
+use crate::sequence::{Constraint, Events, Failure, Request, Sequence};
 
 /// Readers that may hold on to events for each request that may run or wait. A reader that does
 /// not read keeps the events of its request in memory after the request has left the scheduler.
@@ -59,6 +64,10 @@ impl EngineHandle {
         request: Request,
         constraint: Option<Box<dyn Constraint>>,
     ) -> Result<Events, SubmitError> {
+        let now = self.0.opened.elapsed();
+        let drafts = self.0.drafting.load(Ordering::Relaxed);
+        let mut chain = Chain::new(request.tenant, self.0.page_tokens, drafts);
+        let keys = chain.extend(&request.prompt);
         let mut state = self.0.lock();
         if state.closed {
             return Err(SubmitError::Draining);
@@ -68,13 +77,19 @@ impl EngineHandle {
             readers: max_readers(state.scheduler.limits()),
         })?;
         let id = state.next_id;
-        state.scheduler.submit(NewRequest {
-            id,
-            prompt: request.prompt.len(),
-            max_tokens: request.max_tokens,
-        })?;
+        let asked = NewRequest {
+            priority: request.priority,
+            tenant: request.tenant,
+            deadline: request.timeout.map(|timeout| now + timeout),
+            start_by: request.max_queue.map(|longest| now + longest),
+            // Cached rows have no logits any more.
+            reuse: request.prompt_logprobs.is_none(),
+            keys,
+            ..NewRequest::new(id, request.prompt.len(), request.max_tokens)
+        };
+        state.scheduler.submit(now, asked)?;
         state.next_id += 1;
-        let (sequence, events) = Sequence::new(request, constraint, place);
+        let (sequence, events) = Sequence::new(request, constraint, chain, drafts, place);
         state.arrivals.push((id, sequence));
         drop(state);
         self.0.wake.notify_one();
@@ -84,6 +99,19 @@ impl EngineHandle {
     /// How full the engine is.
     pub fn counts(&self) -> Counts {
         self.0.lock().scheduler.counts()
+    }
+
+    /// Checks the books of the KV pages.
+    ///
+    /// # Errors
+    /// What is wrong: a defect.
+    pub fn audit(&self) -> Result<(), String> {
+        self.0.lock().scheduler.audit()
+    }
+
+    /// Forgets what the prefix cache has, but for what requests are using.
+    pub fn forget_prefixes(&self) {
+        self.0.lock().scheduler.forget();
     }
 
     /// The limits the engine was made with.
@@ -132,6 +160,9 @@ pub(crate) struct Desk {
     readers: Arc<Semaphore>,
     /// What the scheduler's time counts from.
     opened: Instant,
+    page_tokens: usize,
+    /// Whether new requests draft.
+    drafting: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -147,6 +178,7 @@ struct State {
 impl Desk {
     pub(crate) fn new(limits: Limits) -> Result<Desk, InvalidLimits> {
         let readers = Arc::new(Semaphore::new(max_readers(&limits)));
+        let (page_tokens, drafting) = (limits.page_tokens, limits.drafts > 0);
         let state = State {
             scheduler: Scheduler::new(limits)?,
             arrivals: Vec::new(),
@@ -159,6 +191,8 @@ impl Desk {
             wake: Notify::new(),
             readers,
             opened: Instant::now(),
+            page_tokens: page_tokens.max(1),
+            drafting: AtomicBool::new(drafting),
         })
     }
 
@@ -177,6 +211,14 @@ impl Desk {
             return Turn::Halted;
         }
         let step = state.scheduler.next(self.opened.elapsed());
+        for (id, expiry) in &step.expired {
+            if let Some(sequence) = sequences.remove(id) {
+                sequence.fail(match expiry {
+                    Expiry::Queue => Failure::Queue,
+                    Expiry::Deadline => Failure::Deadline,
+                });
+            }
+        }
         match step.chunks.is_empty() {
             false => Turn::Step(step),
             true if state.closed => Turn::Closed,
@@ -184,8 +226,18 @@ impl Desk {
         }
     }
 
-    pub(crate) fn commit(&self, outcomes: &[(u64, bool)]) {
-        self.lock().scheduler.commit(outcomes);
+    pub(crate) fn commit(&self, took: Duration, outcomes: &[Outcome]) {
+        self.lock().scheduler.commit(took, outcomes);
+    }
+
+    /// The step that is out has failed.
+    pub(crate) fn fail(&self) {
+        self.lock().scheduler.fail();
+    }
+
+    /// Whether new requests draft from now on; returns whether they did.
+    pub(crate) fn set_drafting(&self, drafting: bool) -> bool {
+        self.drafting.swap(drafting, Ordering::Relaxed)
     }
 
     /// Waits until somebody has submitted, closed or halted since the last turn.
@@ -202,7 +254,7 @@ impl Desk {
             state.scheduler.cancel(id);
         }
         // Should a step have been out, it is over.
-        state.scheduler.commit(&[]);
+        state.scheduler.fail();
     }
 
     /// A panic under the lock ends the engine, and with it the node; until then the state is

@@ -7,18 +7,24 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
 use guild_model::Cpu;
 use guild_model::cache::{Format, LatentCache, SeqRows};
-use guild_model::trunk::{Ffn, Trunk};
-use guild_scheduler::batch::{Chunk, InvalidLimits, Limits, Step};
+use guild_model::trunk::{Ffn, Layer, Trunk};
+use guild_scheduler::batch::{Chunk, Decoded, InvalidLimits, Limits, Outcome, Payoff, Step};
 use guild_transport::Fabric;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use crate::desk::{Desk, EngineHandle, Turn};
 use crate::exchange::{Exchange, ExchangeCounters, ExchangeFailure, Patience, Views};
 use crate::routed::RoutedRows;
 use crate::sequence::{Failure, Sequence};
+
+mod draft;
+
+pub use draft::{DraftCounters, MAX_DRAFTS};
 
 /// Rows whose logits `[rows, vocab]` are held at the same time.
 const HEAD_ROWS: usize = 32;
@@ -32,11 +38,19 @@ pub struct Engine<F> {
     desk: Arc<Desk>,
     sequences: HashMap<u64, Sequence>,
     routed: Arc<RoutedRows>,
+    /// Drafts of a sequence in a step at most.
+    drafts: usize,
+    drafted: Arc<DraftCounters>,
+    /// None: drafts are always made.
+    payoff: Option<Payoff>,
+    /// What the making of drafts took in the step that is out.
+    drafting: Duration,
 }
 
 impl<F: Fabric + 'static> Engine<F> {
     /// An engine with an empty cache of `limits.pages` pages, and the handle that feeds it.
-    /// `patience` is for expert nodes that do not answer.
+    /// `patience` is for expert nodes that do not answer. Of `limits.drafts` nothing comes where the
+    /// model has no module that drafts.
     ///
     /// # Errors
     /// [`InvalidLimits`] when the limits contradict themselves.
@@ -48,17 +62,26 @@ impl<F: Fabric + 'static> Engine<F> {
         limits: Limits,
         patience: Patience,
     ) -> Result<(Engine<F>, EngineHandle), InvalidLimits> {
+        let drafts = match trunk.mtp() {
+            Some(_) => limits.drafts.min(MAX_DRAFTS),
+            None => 0,
+        };
+        let limits = Limits { drafts, ..limits };
         let (pages, page_tokens) = (limits.pages, limits.page_tokens);
         let desk = Arc::new(Desk::new(limits)?);
-        let layers = trunk.layers().len();
+        let layers = trunk.layers().len() + usize::from(drafts > 0);
         let engine = Engine {
             cache: LatentCache::new(trunk.config(), layers, pages, page_tokens, Format::F32),
             exchange: Exchange::new(fabric, views, patience),
-            routed: Arc::new(RoutedRows::new(trunk.config())),
+            routed: Arc::new(RoutedRows::new(trunk.config(), drafts > 0)),
             trunk,
             cpu,
             desk: Arc::clone(&desk),
             sequences: HashMap::new(),
+            drafts,
+            drafted: Arc::default(),
+            payoff: None,
+            drafting: Duration::ZERO,
         };
         Ok((engine, EngineHandle::new(desk)))
     }
@@ -69,6 +92,17 @@ impl<F: Fabric + 'static> Engine<F> {
         let page_tokens = self.cache.page_tokens();
         self.cache = LatentCache::new(self.trunk.config(), layers, pages, page_tokens, format);
         self
+    }
+
+    /// The same engine, which drafts as long as that makes it faster.
+    pub fn drafting_while_it_pays(mut self) -> Engine<F> {
+        self.payoff = (self.drafts > 0).then(Payoff::new);
+        self
+    }
+
+    /// Which drafts have held.
+    pub fn draft_counters(&self) -> Arc<DraftCounters> {
+        Arc::clone(&self.drafted)
     }
 
     /// What the exchange with expert nodes has come to so far.
@@ -86,11 +120,11 @@ impl<F: Fabric + 'static> Engine<F> {
         loop {
             match self.desk.turn(&mut self.sequences) {
                 Turn::Step(step) => {
-                    let outcomes = match self.step(&step).await {
-                        Ok(outcomes) => outcomes,
+                    let began = Instant::now();
+                    match self.step(&step).await {
+                        Ok(outcomes) => self.end(&step, began.elapsed(), &outcomes),
                         Err(failure) => self.fail(&step, failure),
-                    };
-                    self.desk.commit(&outcomes);
+                    }
                 }
                 Turn::Idle => self.desk.news().await,
                 Turn::Closed => return,
@@ -101,44 +135,59 @@ impl<F: Fabric + 'static> Engine<F> {
 
     /// One step: every row of every chunk through every layer. Nothing of a request changes
     /// before all layers are through, so a step that fails leaves no half token.
-    async fn step(&mut self, step: &Step) -> Result<Vec<(u64, bool)>, ExchangeFailure> {
+    async fn step(&mut self, step: &Step) -> Result<Vec<Outcome>, ExchangeFailure> {
         let (tokens, seqs) = gather(step, &self.sequences);
-        let mut hidden = self.trunk.embed(&tokens);
-        let mut moe_layers = 0;
-        for layer in self.trunk.layers() {
-            layer.attend(&mut hidden, &seqs, &mut self.cache);
-            match layer.ffn() {
-                Ffn::Dense(ffn) => ffn.forward(&mut hidden),
-                Ffn::Moe(moe) => {
-                    let x = moe.norm(&hidden);
-                    let routes = moe.route(&x);
-                    self.routed.count(moe_layers, &routes);
-                    moe_layers += 1;
-                    let away = self.exchange.dispatch(layer.index(), &x, &routes);
-                    let shared = moe.shared(&x);
-                    let rows = away.combine().await?;
-                    moe.combine(&mut hidden, &routes, &rows, shared.as_deref());
-                }
-            }
+        let trunk = Arc::clone(&self.trunk);
+        let mut hidden = trunk.embed(&tokens);
+        for layer in trunk.layers() {
+            self.layer(layer, &mut hidden, &seqs).await?;
         }
-        self.read_out(step, &seqs, &hidden);
+        let propose = self.read_out(step, &seqs, &hidden);
+        let read_out = Instant::now();
+        self.draft(step, &seqs, &hidden, propose).await;
+        self.drafting = read_out.elapsed();
         Ok(self.settle(step))
     }
 
-    /// Head and sampling, for the rows whose logits somebody wants.
-    fn read_out(&mut self, step: &Step, seqs: &[SeqRows<'_>], hidden: &[f32]) {
+    /// Rows `hidden` `[n, hidden]` through one layer, in place.
+    async fn layer(
+        &mut self,
+        layer: &Layer,
+        hidden: &mut [f32],
+        seqs: &[SeqRows<'_>],
+    ) -> Result<(), ExchangeFailure> {
+        layer.attend(hidden, seqs, &mut self.cache);
+        match layer.ffn() {
+            Ffn::Dense(ffn) => ffn.forward(hidden),
+            Ffn::Moe(moe) => {
+                let x = moe.norm(hidden);
+                let routes = moe.route(&x);
+                self.routed.count(layer.index(), &routes);
+                let away = self.exchange.dispatch(layer.index(), &x, &routes);
+                let shared = moe.shared(&x);
+                let rows = away.combine().await?;
+                moe.combine(hidden, &routes, &rows, shared.as_deref());
+            }
+        }
+        Ok(())
+    }
+
+    /// Head and sampling, for the rows whose logits somebody wants. True when drafts are to be made
+    /// of what has come out.
+    fn read_out(&mut self, step: &Step, seqs: &[SeqRows<'_>], hidden: &[f32]) -> bool {
         let config = self.trunk.config();
         let (width, vocab) = (config.hidden_size, config.vocab_size);
         // (request, position, row in the batch), in the order of the batch.
         let mut wanted = Vec::new();
         for (chunk, seq) in step.chunks.iter().zip(seqs) {
-            let Some(sequence) = self.sequences.get(&chunk.id) else {
+            let Some(sequence) = self.sequences.get_mut(&chunk.id) else {
                 continue;
             };
+            sequence.begin(chunk.cached);
             for (at, row) in seq.rows.clone().enumerate() {
                 let position = chunk.start + at;
-                let last = at + 1 == chunk.len;
-                if sequence.scores_prompt(position) || (last && chunk.sample) {
+                let samples = chunk.sample && at + 1 >= chunk.len;
+                if sequence.scores_prompt(position) || samples {
                     wanted.push((chunk.id, position, row));
                 }
             }
@@ -155,23 +204,62 @@ impl<F: Fabric + 'static> Engine<F> {
                 }
             }
         }
+        for chunk in &step.chunks {
+            if let Some(sequence) = self.sequences.get_mut(&chunk.id) {
+                let held = sequence.check_drafts(chunk.drafts);
+                self.drafted.count(chunk.drafts, held);
+            }
+        }
+        let decoding = step.chunks.iter().filter(|chunk| chunk.sample).count();
+        let measures = |payoff: &Payoff| payoff.measures_plain(decoding);
+        self.drafts > 0 && !self.payoff.as_ref().is_some_and(measures)
     }
 
     /// What came of each request of a step that went through; those that ended leave.
-    fn settle(&mut self, step: &Step) -> Vec<(u64, bool)> {
+    fn settle(&mut self, step: &Step) -> Vec<Outcome> {
         let settle = |chunk: &Chunk| {
-            let sequence = self.sequences.get_mut(&chunk.id);
-            let finished = sequence.is_none_or(|s| s.settle(chunk.start + chunk.len));
-            if finished {
+            let sequence = self.sequences.get_mut(&chunk.id)?;
+            let outcome = sequence.settle(chunk.id, chunk.start + chunk.len);
+            if outcome.finished {
                 self.sequences.remove(&chunk.id);
             }
-            (chunk.id, finished)
+            Some(outcome)
         };
-        step.chunks.iter().map(settle).collect()
+        step.chunks.iter().filter_map(settle).collect()
+    }
+
+    /// Tells the scheduler what came of a step, and learns whether drafts pay.
+    fn end(&mut self, step: &Step, took: Duration, outcomes: &[Outcome]) {
+        self.desk.commit(took, outcomes);
+        let Some(payoff) = &mut self.payoff else {
+            return;
+        };
+        // A step that only decodes: what prompts cost says nothing about drafts.
+        if step
+            .chunks
+            .iter()
+            .all(|chunk| chunk.sample && chunk.len == 1)
+        {
+            payoff.observe(Decoded {
+                requests: step.chunks.len(),
+                tokens: outcomes.iter().map(|outcome| outcome.tokens).sum(),
+                drafts: step.chunks.iter().map(|chunk| chunk.drafts).sum(),
+                took,
+                drafting: self.drafting,
+            });
+            let pays = payoff.pays(step.chunks.len());
+            if self.desk.set_drafting(pays) != pays {
+                tracing::info!(requests = step.chunks.len(), pays, "drafting");
+            }
+            if !pays {
+                let sequences = self.sequences.values_mut();
+                sequences.for_each(Sequence::stop_drafting);
+            }
+        }
     }
 
     /// Fails every request of a step that did not go through.
-    fn fail(&mut self, step: &Step, failure: ExchangeFailure) -> Vec<(u64, bool)> {
+    fn fail(&mut self, step: &Step, failure: ExchangeFailure) {
         tracing::error!(requests = step.chunks.len(), "step failed: {failure}");
         let failure = Failure::Exchange(failure);
         for chunk in &step.chunks {
@@ -179,7 +267,7 @@ impl<F: Fabric + 'static> Engine<F> {
                 sequence.fail(failure.clone());
             }
         }
-        step.chunks.iter().map(|chunk| (chunk.id, true)).collect()
+        self.desk.fail();
     }
 
     fn fail_all(&mut self) {
@@ -232,6 +320,7 @@ fn gather<'a>(step: &'a Step, sequences: &HashMap<u64, Sequence>) -> (Vec<u32>, 
         let first = tokens.len();
         if let Some(sequence) = sequences.get(&chunk.id) {
             tokens.extend_from_slice(sequence.tokens(chunk.start, chunk.len));
+            tokens.extend_from_slice(sequence.drafted(chunk.drafts));
         }
         seqs.push(SeqRows {
             rows: first..tokens.len(),

@@ -4,18 +4,22 @@
 //! gets rows to their experts and back, [`service`] is the door to it, and [`run`] is the whole
 //! node: it loads the trunk, joins the cluster, follows the placement and drains. It uses
 //! `model` for arithmetic, `scheduler` for decisions, `transport` for rows, `node` for the host
-//! and `proto` for the wire. It must not know a tokenizer, nor where an expert runs beyond a
-//! (node, slot) of the present placement.
+//! and `proto` for the wire. It must not know where an expert runs beyond a
+//! (node, slot) of the present placement, nor of a tokenizer more than what each token stands for,
+//! which [`constraint`] needs.
 
+pub mod constraint;
 mod desk;
 pub mod engine;
 pub mod exchange;
+mod keys;
 mod live;
 mod memory;
 mod peers;
 mod routed;
 pub mod sequence;
 pub mod service;
+mod speculate;
 pub mod view;
 
 use std::time::Duration;
@@ -36,6 +40,7 @@ pub use exchange::Patience;
 pub use live::run;
 pub use memory::KvMemory;
 pub use routed::RoutedRows;
+pub use speculate::Speculate;
 
 /// What an attention node is told.
 #[derive(Clone, Debug)]
@@ -72,8 +77,19 @@ pub struct AttentionNodeConfig {
     pub max_running: usize,
     /// Requests that wait for that; one more is refused.
     pub max_waiting: usize,
-    /// Rows of a step, prefill and decode together.
+    /// Prompt tokens that wait together; further requests are refused. None: any number.
+    pub max_waiting_tokens: Option<usize>,
+    /// Requests that are expected to wait longer are refused at once; None: however long.
+    pub max_wait: Option<Duration>,
+    /// Rows of a step, prefill, decode and drafts together.
     pub max_step_tokens: usize,
+    /// What a step should take at most while tokens are generated: prompts are cut so; None: as long
+    /// as `max_step_tokens` rows take.
+    pub itl_target: Option<Duration>,
+    /// Whether pages of the KV cache are kept for prompts that begin the same way.
+    pub prefix_cache: bool,
+    /// Whether tokens are drafted.
+    pub speculate: Speculate,
     /// Positions of a request, prompt and output together; None: what the model was made for.
     pub max_context: Option<usize>,
     /// How long expert nodes are waited for.
@@ -91,6 +107,10 @@ impl AttentionNodeConfig {
     pub const MAX_WAITING: usize = 256;
     /// Rows of a step, by default.
     pub const MAX_STEP_TOKENS: usize = 512;
+    /// Requests that would wait longer than this are refused, by default.
+    pub const MAX_WAIT: Duration = Duration::from_secs(60);
+    /// What a step should take at most while tokens are generated, by default.
+    pub const ITL_TARGET: Duration = Duration::from_millis(250);
     /// Drain limit, by default.
     pub const DRAIN: Duration = Duration::from_secs(30);
 
@@ -122,7 +142,12 @@ impl AttentionNodeConfig {
             page_tokens: Self::PAGE_TOKENS,
             max_running: Self::MAX_RUNNING,
             max_waiting: Self::MAX_WAITING,
+            max_waiting_tokens: None,
+            max_wait: Some(Self::MAX_WAIT),
             max_step_tokens: Self::MAX_STEP_TOKENS,
+            itl_target: Some(Self::ITL_TARGET),
+            prefix_cache: true,
+            speculate: Speculate::default(),
             max_context: None,
             patience: Patience::default(),
             drain: Self::DRAIN,
@@ -144,14 +169,28 @@ impl AttentionNodeConfig {
         }
     }
 
+    /// Drafts after each token, at most: none where the model has no module that makes them.
+    fn drafts(&self, model: &Config) -> usize {
+        match model.num_nextn_predict_layers {
+            0 => 0,
+            _ => self.speculate.drafts(),
+        }
+    }
+
     /// What the scheduler may hand out on this host, now.
     fn limits(&self, model: &Config) -> Result<Limits, Error> {
         let step = max_step_tokens(model.hidden_size, model.num_experts_per_tok.max(1));
         let longest = model.max_position_embeddings;
         let max_context = self.max_context.map_or(longest, |asked| asked.min(longest));
+        let drafts = self.drafts(model);
         let limits = Limits {
             max_running: self.max_running,
             max_waiting: self.max_waiting,
+            max_waiting_tokens: self.max_waiting_tokens.unwrap_or(usize::MAX),
+            max_wait: self.max_wait,
+            itl_target: self.itl_target,
+            drafts,
+            prefix_cache: self.prefix_cache,
             // The rows of a step travel in one message, and come back in one.
             max_step_tokens: self.max_step_tokens.min(step),
             page_tokens: self.page_tokens,
@@ -165,6 +204,7 @@ impl AttentionNodeConfig {
             memory,
             model,
             self.kv_format(),
+            model.num_hidden_layers + usize::from(drafts > 0),
             self.page_tokens,
             self.max_running,
             max_context,

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{FuturesUnordered, StreamExt};
+use guild_model::text::Text;
 use guild_model::trunk::Trunk;
 use guild_model::{Checkpoint, Config, Cpu};
 use guild_node::Shutdown;
@@ -29,7 +30,7 @@ use crate::desk::EngineHandle;
 use crate::engine::Engine;
 use crate::service::{Inference, Phase};
 use crate::view::View;
-use crate::{AttentionNodeConfig, Error};
+use crate::{AttentionNodeConfig, Error, Speculate};
 
 /// How often the coordinator is told how busy this node is.
 const LOAD_EVERY: Duration = Duration::from_millis(200);
@@ -59,7 +60,10 @@ pub async fn run(
     cfg.limits(&model)?;
 
     let (phase, phases) = watch::channel(Phase::Waiting("it is starting".to_owned()));
-    let service = Inference::new(Arc::clone(&model), &cfg.model_name, phases);
+    let (dir, config) = (checkpoint.dir().to_owned(), Arc::clone(&model));
+    let load_text = move || Text::load(&dir, &config).map_err(|e| e.to_string());
+    let service =
+        Inference::new(Arc::clone(&model), &cfg.model_name, phases).with_text(Arc::new(load_text));
     let coordinators_only = cfg.tls.as_ref().map(|tls| tls.acceptor(Role::COORDINATING));
     let server = Server::new()
         .await
@@ -176,6 +180,11 @@ impl Node {
             self.cfg.patience,
         )?;
         let engine = engine.caching(self.cfg.kv_format());
+        let engine = match self.cfg.speculate {
+            Speculate::Auto => engine.drafting_while_it_pays(),
+            Speculate::Off | Speculate::Drafts(_) => engine,
+        };
+        let drafted = engine.draft_counters();
         member.count_routed(engine.routed_rows());
         let exchanged = engine.exchange_counters();
         let ended = engine.spawn(&self.cfg.name);
@@ -220,6 +229,7 @@ impl Node {
             never = follow => never,
         };
         exchanged.log();
+        drafted.log();
         outcome
     }
 
@@ -280,7 +290,9 @@ impl Node {
             }
         };
         let experts = self.model.n_routed_experts as u32;
-        for layer in self.model.moe_layers() {
+        // A draft module's experts are needed by those who draft.
+        let layers = self.model.num_hidden_layers + usize::from(self.cfg.drafts(&self.model) > 0);
+        for layer in self.model.expert_layers().take_while(|&l| l < layers) {
             if let Some(expert) = view.first_homeless(layer as u32, experts) {
                 tracing::error!(
                     epoch = view.epoch(),

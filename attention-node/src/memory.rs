@@ -38,17 +38,20 @@ impl std::str::FromStr for KvMemory {
     }
 }
 
-/// Pages that `memory` pays for, never more than `running` requests of `context` positions can
+/// Pages of `layers` layers that `memory` pays for, never more than `running` requests of `context` positions can
 /// hold; at least one page in the automatic case. 0: not even one page was paid for.
 pub(crate) fn pages(
     memory: KvMemory,
     config: &Config,
     format: Format,
+    layers: usize,
     page_tokens: usize,
     running: usize,
     context: usize,
 ) -> usize {
-    let page_bytes = (LatentCache::bytes_per_token(config, format) * page_tokens) as u64;
+    let layer_bytes =
+        LatentCache::bytes_per_token(config, format) / config.num_hidden_layers.max(1);
+    let page_bytes = (layer_bytes * layers * page_tokens) as u64;
     let useful = context.div_ceil(page_tokens).saturating_mul(running);
     let budget = match memory {
         KvMemory::Bytes(bytes) => bytes,

@@ -19,9 +19,11 @@ pub struct RoutedRows {
 }
 
 impl RoutedRows {
-    /// All zero, for the MoE layers of the main model.
-    pub(crate) fn new(model: &Config) -> RoutedRows {
-        let layers: Vec<u32> = model.moe_layers().map(|layer| layer as u32).collect();
+    /// All zero, for the MoE layers of the main model, and for that of the draft module if it is used.
+    pub(crate) fn new(model: &Config, drafting: bool) -> RoutedRows {
+        let layers = model.num_hidden_layers + usize::from(drafting);
+        let layers = model.expert_layers().filter(|&layer| layer < layers);
+        let layers: Vec<u32> = layers.map(|layer| layer as u32).collect();
         let experts = model.n_routed_experts;
         RoutedRows {
             rows: (0..layers.len() * experts)
@@ -32,8 +34,11 @@ impl RoutedRows {
         }
     }
 
-    /// Counts what the gate of MoE layer number `at` (dense layers left out) has chosen.
-    pub(crate) fn count(&self, at: usize, routes: &Routes) {
+    /// Counts what the gate of a layer has chosen.
+    pub(crate) fn count(&self, layer: usize, routes: &Routes) {
+        let Ok(at) = self.layers.binary_search(&(layer as u32)) else {
+            return;
+        };
         let first = at * self.experts;
         let Some(layer) = self.rows.get(first..first + self.experts) else {
             return;

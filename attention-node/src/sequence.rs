@@ -1,11 +1,15 @@
 //! One request inside the engine: its tokens, what it asked for, and what a row of logits makes
 //! of it. Secret: when a request ends and what its reader is told, in which order.
 
+use std::time::Duration;
+
 use guild_model::Cpu;
 use guild_model::sampler::{self, Sampled, Sampling, Seen, Shaping};
+use guild_scheduler::batch::Outcome;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::exchange::ExchangeFailure;
+use crate::keys::Chain;
 
 /// Alternatives beside a token's own log-probability that one request may ask for.
 pub const MAX_TOP_LOGPROBS: usize = 128;
@@ -31,6 +35,14 @@ pub struct Request {
     pub logprobs: Option<usize>,
     /// The same beside each prompt token from the second on.
     pub prompt_logprobs: Option<usize>,
+    /// Lower is served first.
+    pub priority: i32,
+    /// Who asks: tenants share fairly, and nothing of their prompts with each other.
+    pub tenant: u64,
+    /// After this its result is worth nothing; None: always worth something.
+    pub timeout: Option<Duration>,
+    /// How long it may wait to be admitted; None: however long.
+    pub max_queue: Option<Duration>,
 }
 
 /// What a grammar or a schema lets a request say next. It is asked in the order of the output:
@@ -69,9 +81,26 @@ pub enum Failure {
     /// The node goes down and its drain limit has passed.
     #[error("the attention node is shutting down")]
     ShuttingDown,
+    /// It was not admitted within the time that it gave.
+    #[error("the request has waited for its first row for as long as it allowed")]
+    Queue,
+    /// Its time is over.
+    #[error("the request has taken longer than its timeout")]
+    Deadline,
     /// What constrains the output cannot go on.
     #[error("the output cannot be constrained any further: {0}")]
     Constraint(String),
+}
+
+/// What a request took beside its tokens; it depends on what else happened here.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Spent {
+    /// Of the prompt's tokens those that the prefix cache had.
+    pub cached: usize,
+    /// Drafts that were tried, by their place.
+    pub drafted: Vec<u32>,
+    /// Drafts that held, by their place.
+    pub held: Vec<u32>,
 }
 
 /// What the reader of a request is told, in this order: one `Prompt`, a `Token` for each
@@ -89,6 +118,8 @@ pub enum Event {
         token: u32,
         /// Its log-probability and the alternatives, when asked for.
         logprobs: Option<Sampled>,
+        /// Of the prompt's tokens those that the prefix cache had.
+        cached: usize,
     },
     /// The output is complete.
     Finished {
@@ -96,6 +127,8 @@ pub enum Event {
         reason: Finish,
         /// Tokens of the output.
         generated: usize,
+        /// What it took.
+        spent: Spent,
     },
     /// There will be no more.
     Failed(Failure),
@@ -137,8 +170,19 @@ pub(crate) struct Sequence {
     /// What penalties count; nothing where there are none.
     seen: Seen,
     prompt_logprobs: Vec<Sampled>,
+    prompt_told: bool,
+    /// Tokens there were when the step that is out began.
+    base: usize,
+    /// Guesses at the tokens that come next.
+    drafted: Vec<u32>,
+    /// Whether the draft module's latents are in its pages.
+    drafts: bool,
+    keys: Chain,
+    spent: Spent,
     events: mpsc::Sender<Event>,
     finished: bool,
+    /// Why it has finished, until its reader is told.
+    reason: Option<Finish>,
 }
 
 impl Sequence {
@@ -147,6 +191,8 @@ impl Sequence {
     pub(crate) fn new(
         request: Request,
         constraint: Option<Box<dyn Constraint>>,
+        keys: Chain,
+        drafts: bool,
         place: OwnedSemaphorePermit,
     ) -> (Sequence, Events) {
         let (events, reader) = mpsc::channel(request.max_tokens + 2);
@@ -157,19 +203,24 @@ impl Sequence {
             ),
             false => Seen::default(),
         };
-        let sequence = Sequence {
+        let mut sequence = Sequence {
             tokens: request.prompt.clone(),
             seen,
             prompt_logprobs: Vec::new(),
+            prompt_told: false,
+            base: request.prompt.len(),
+            drafted: Vec::new(),
+            drafts,
+            keys,
+            spent: Spent::default(),
             request,
             constraint,
             events,
             finished: false,
+            reason: None,
         };
         if sequence.request.prompt_logprobs.is_none() {
-            sequence.tell(Event::Prompt {
-                logprobs: Vec::new(),
-            });
+            sequence.tell_prompt();
         }
         let _place = place;
         (sequence, Events { reader, _place })
@@ -185,31 +236,132 @@ impl Sequence {
         &self.tokens[start..start + len]
     }
 
-    /// Whether the logits of the row at `position` say something about the prompt.
+    /// Tokens so far.
+    pub(crate) fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// The first `n` drafted tokens.
+    pub(crate) fn drafted(&self, n: usize) -> &[u32] {
+        &self.drafted[..n]
+    }
+
+    /// Whether the draft module's latents are to be kept for it.
+    pub(crate) fn drafts(&self) -> bool {
+        self.drafts
+    }
+
+    /// There is a gap in them now: no more drafts, and nobody else may have its pages.
+    pub(crate) fn stop_drafting(&mut self) {
+        self.drafts = false;
+        self.drafted.clear();
+    }
+
+    /// Whether a draft could be tried in the next step.
+    pub(crate) fn may_draft(&self) -> bool {
+        self.wants_drafts(1)
+    }
+
+    /// Whether there are less than `most` drafts, and than there are tokens to come after the next.
+    pub(crate) fn wants_drafts(&self, most: usize) -> bool {
+        let to_come = self.request.max_tokens.saturating_sub(self.generated() + 1);
+        self.drafts && !self.finished && self.drafted.len() < most.min(to_come)
+    }
+
+    /// Guesses one more token, from the draft module's logits `[vocab]`, by the number that its own draw
+    /// will be by.
+    pub(crate) fn draft(&mut self, cpu: &Cpu, logits: &[f32]) -> u32 {
+        let position = (self.tokens.len() + self.drafted.len()) as u64;
+        let Request {
+            sampling, shaping, ..
+        } = &self.request;
+        let token = match shaping.is_neutral() {
+            true => sampler::sample(cpu, logits, sampling, position, 0).token,
+            false => {
+                let mut shaped = logits.to_vec();
+                shaping.apply(&mut shaped, &self.seen);
+                sampler::sample(cpu, &shaped, sampling, position, 0).token
+            }
+        };
+        self.drafted.push(token);
+        token
+    }
+
+    /// A step begins to be read out; `cached` tokens of the prompt were known before it came.
+    pub(crate) fn begin(&mut self, cached: usize) {
+        self.base = self.tokens.len();
+        self.spent.cached = cached.min(self.request.prompt.len());
+    }
+
+    /// All logits of a step have been observed: counts which drafts held. Returns how many.
+    pub(crate) fn check_drafts(&mut self, tried: usize) -> usize {
+        let held = self.gained().saturating_sub(1).min(tried);
+        let Spent {
+            drafted, held: all, ..
+        } = &mut self.spent;
+        for (count, n) in [(drafted, tried), (all, held)] {
+            count.resize(count.len().max(n), 0);
+            count.iter_mut().take(n).for_each(|place| *place += 1);
+        }
+        self.drafted.clear();
+        held
+    }
+
+    fn gained(&self) -> usize {
+        self.tokens.len() - self.base
+    }
+
+    /// Whether the logits of the row at `position` say something about the prompt that is not known:
+    /// a request that was preempted runs rows again.
     pub(crate) fn scores_prompt(&self, position: usize) -> bool {
-        self.request.prompt_logprobs.is_some() && position + 1 < self.request.prompt.len()
+        let scored = self.prompt_logprobs.len();
+        let wanted = self.request.prompt_logprobs.is_some() && !self.prompt_told;
+        wanted && position >= scored && position + 1 < self.request.prompt.len()
     }
 
     /// Takes the logits `[vocab]` of the row at `position`: of a prompt row for which
-    /// [`Sequence::scores_prompt`] holds, or of the last row there is.
+    /// [`Sequence::scores_prompt`] holds, or of the last row there is, then of drafts behind it in their
+    /// order. Those behind a draft that did not hold say nothing.
     pub(crate) fn observe(&mut self, cpu: &Cpu, position: usize, logits: &[f32]) {
         if position + 1 < self.request.prompt.len() {
             let top = self.request.prompt_logprobs.unwrap_or(0);
             let scored = sampler::logprobs_of(cpu, logits, self.tokens[position + 1], top);
             self.prompt_logprobs.push(scored);
-        } else {
+        } else if self.is_next(position) {
             self.extend(cpu, logits);
         }
     }
 
-    /// Called when the step that computed positions up to `end` is through. True when the
-    /// request has ended.
-    pub(crate) fn settle(&mut self, end: usize) -> bool {
+    /// Whether the row at `position` yields the next token: the last one known, or a draft that held.
+    fn is_next(&self, position: usize) -> bool {
+        let held = match (position + 1).checked_sub(self.base + 1) {
+            None => true,
+            Some(place) => self.drafted.get(place) == self.tokens.get(position),
+        };
+        !self.finished && position + 1 == self.tokens.len() && held
+    }
+
+    /// Called when the step that computed positions up to `end` is through: what it came to.
+    pub(crate) fn settle(&mut self, id: u64, end: usize) -> Outcome {
         if self.request.max_tokens == 0 && end >= self.request.prompt.len() {
             self.tell_prompt();
             self.finish(Finish::Length);
         }
-        self.finished
+        if let Some(reason) = self.reason.take() {
+            self.tell(Event::Finished {
+                reason,
+                generated: self.generated(),
+                spent: self.spent.clone(),
+            });
+        }
+        Outcome {
+            id,
+            tokens: self.gained(),
+            drafts: self.drafted.len(),
+            finished: self.finished,
+            keys: self.keys.extend(&self.tokens),
+            private: self.keys.is_drafting() && !self.drafts,
+        }
     }
 
     fn extend(&mut self, cpu: &Cpu, logits: &[f32]) {
@@ -231,6 +383,7 @@ impl Sequence {
         self.tell(Event::Token {
             token,
             logprobs: self.request.logprobs.is_some().then_some(sampled),
+            cached: self.spent.cached,
         });
         if self.request.stop_tokens.contains(&token) {
             self.finish(Finish::Stop(token));
@@ -245,7 +398,8 @@ impl Sequence {
 
     /// The prompt's event is held back until its log-probabilities are there.
     fn tell_prompt(&mut self) {
-        if self.request.prompt_logprobs.is_some() {
+        if !self.prompt_told {
+            self.prompt_told = true;
             let logprobs = std::mem::take(&mut self.prompt_logprobs);
             self.tell(Event::Prompt { logprobs });
         }
@@ -253,10 +407,7 @@ impl Sequence {
 
     fn finish(&mut self, reason: Finish) {
         self.finished = true;
-        self.tell(Event::Finished {
-            reason,
-            generated: self.generated(),
-        });
+        self.reason = Some(reason);
     }
 
     /// Ends it without a result.
@@ -286,8 +437,14 @@ impl Sequence {
         if let Some(constraint) = &mut self.constraint {
             constraint.mask(&mut shaped)?;
         }
-        for &token in stop_tokens.iter().filter(|_| masks) {
-            shaped[token as usize] = f32::NEG_INFINITY;
+        // A constrained output that is complete ends, however short it is.
+        let may_go_on = |(token, &logit): (usize, &f32)| {
+            logit > f32::NEG_INFINITY && !stop_tokens.contains(&(token as u32))
+        };
+        if masks && (self.constraint.is_none() || (0..).zip(&shaped).any(may_go_on)) {
+            for &token in stop_tokens {
+                shaped[token as usize] = f32::NEG_INFINITY;
+            }
         }
         let token = sampler::sample(cpu, &shaped, sampling, position, 0).token;
         if let Some(constraint) = &mut self.constraint {

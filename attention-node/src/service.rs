@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use tonic::codegen::BoxStream;
 use tonic::{Code, Request as Call, Response, Status};
 
+use crate::constraint::{Constraints, LoadText};
 use crate::desk::{EngineHandle, SubmitError};
 use crate::exchange::ExchangeFailure;
 use crate::sequence::{Event, Events, Failure, Finish, MAX_TOP_LOGPROBS, Request};
@@ -54,16 +55,27 @@ pub struct Inference {
     model: String,
     phase: watch::Receiver<Phase>,
     next_request: AtomicU64,
+    constraints: Constraints,
 }
 
 impl Inference {
     /// A service for the model that `config` describes and that clients call `model`.
     pub fn new(config: Arc<Config>, model: &str, phase: watch::Receiver<Phase>) -> Inference {
         Inference {
+            constraints: Constraints::new(Arc::clone(&config), Arc::new(|| Ok(None))),
             config,
             model: model.to_owned(),
             phase,
             next_request: AtomicU64::new(1),
+        }
+    }
+
+    /// The same with a tokenizer to constrain outputs by; `load` is called once, when needed.
+    pub fn with_text(self, load: LoadText) -> Inference {
+        let constraints = Constraints::new(Arc::clone(&self.config), load);
+        Inference {
+            constraints,
+            ..self
         }
     }
 
@@ -107,7 +119,16 @@ impl wire::inference_server::Inference for Inference {
             ),
         };
         let prompt = request.prompt.clone();
-        let events = engine.submit(request).map_err(refused)?;
+        let asked = call.sampling.as_ref().and_then(|s| s.constraint.as_ref());
+        let constraint = match asked {
+            Some(asked) => {
+                let said = prompt.len().saturating_sub(call.output_tokens as usize);
+                Some(self.constraints.prepare(asked, &prompt[said..]).await?)
+            }
+            None => None,
+        };
+        let events = engine.submit_constrained(request, constraint);
+        let events = events.map_err(refused)?;
         Ok(Response::new(replies(events, request_id, prompt).boxed()))
     }
 
@@ -158,15 +179,31 @@ fn replies(
                     logprobs,
                 })
             }
-            Some(Event::Token { token, logprobs }) => WireEvent::Chunk(wire::Chunk {
+            Some(Event::Token {
+                token,
+                logprobs,
+                cached,
+            }) => WireEvent::Chunk(wire::Chunk {
                 token_ids: vec![token],
                 text: String::new(),
                 logprobs: logprobs.into_iter().map(logprobs_wire).collect(),
-                cached_tokens: 0,
+                cached_tokens: cached as u32,
             }),
-            Some(Event::Finished { reason, generated }) => {
-                WireEvent::Complete(complete(reason, usage, generated as u32))
-            }
+            Some(Event::Finished {
+                reason,
+                generated,
+                spent,
+            }) => WireEvent::Complete(complete(
+                reason,
+                wire::Usage {
+                    prompt_tokens: usage,
+                    completion_tokens: generated as u32,
+                    cached_tokens: spent.cached as u32,
+                    drafted_tokens: spent.drafted,
+                    accepted_tokens: spent.held,
+                    ..wire::Usage::default()
+                },
+            )),
             Some(Event::Failed(failure)) => return Err(failed(&failure)),
             None => {
                 let message = "the engine of the attention node has stopped";
@@ -187,7 +224,7 @@ fn logprobs_wire(of: Sampled) -> wire::TokenLogprobs {
     }
 }
 
-fn complete(reason: Finish, prompt_tokens: u32, completion_tokens: u32) -> wire::Complete {
+fn complete(reason: Finish, usage: wire::Usage) -> wire::Complete {
     let (finish_reason, matched_stop) = match reason {
         Finish::Stop(token) => (
             wire::FinishReason::Stop,
@@ -198,11 +235,7 @@ fn complete(reason: Finish, prompt_tokens: u32, completion_tokens: u32) -> wire:
     wire::Complete {
         finish_reason: finish_reason.into(),
         matched_stop,
-        usage: Some(wire::Usage {
-            prompt_tokens,
-            completion_tokens,
-            ..wire::Usage::default()
-        }),
+        usage: Some(usage),
     }
 }
 
@@ -288,6 +321,10 @@ fn check(
             );
         }
     }
+    if sampling.constraint.is_some() && sampling.ignore_eos {
+        let text = "a constrained output ends by EOS; leave one of them out";
+        return invalid("sampling.ignore_eos", text.to_owned());
+    }
     let max_tokens = output_room(limits, prompt.len(), sampling.max_tokens)?;
     let min_tokens = sampling.min_tokens.unwrap_or(0) as usize;
     if min_tokens > max_tokens {
@@ -315,7 +352,15 @@ fn check(
         min_tokens,
         logprobs: sampling.logprobs.map(|n| n as usize),
         prompt_logprobs: sampling.prompt_logprobs.map(|n| n as usize),
+        priority: call.priority,
+        tenant: call.tenant,
+        timeout: call.timeout_ms.map(milliseconds),
+        max_queue: call.max_queue_ms.map(milliseconds),
     })
+}
+
+fn milliseconds(n: u32) -> Duration {
+    Duration::from_millis(n.into())
 }
 
 /// Bias and penalties, or which of them makes no sense.
@@ -389,6 +434,14 @@ fn refused(error: SubmitError) -> Status {
             format!("{waiting} requests wait already"),
             retry_after,
         ),
+        SubmitError::Refused(Refusal::TooLate {
+            expected,
+            retry_after,
+        }) => status::exhausted(
+            "QUEUE_TOO_LONG",
+            format!("about {expected:?} of waiting are ahead"),
+            retry_after,
+        ),
         SubmitError::Refused(Refusal::Invalid(invalid)) => {
             status::invalid("token_ids", invalid.to_string())
         }
@@ -407,6 +460,10 @@ fn draining() -> Status {
 fn failed(failure: &Failure) -> Status {
     match failure {
         Failure::ShuttingDown => draining(),
+        Failure::Queue => status::exhausted("QUEUE_TIMEOUT", failure.to_string(), RETRY_NOT_READY),
+        Failure::Deadline => {
+            status::with_reason(Code::DeadlineExceeded, "TIMEOUT", failure.to_string(), [])
+        }
         Failure::Constraint(_) => status::with_reason(
             Code::FailedPrecondition,
             "CONSTRAINT_FAILED",

@@ -69,6 +69,7 @@ async fn mixed(model: &'static Model, requests: &[Request], expected: &[Vec<Stri
         page_tokens,
         pages: 64usize.div_ceil(page_tokens) * random.one_of(&[1, 3, 16]),
         max_context: 64,
+        ..Limits::default()
     };
     let placement = model.deal(1 + seed, 1, 1 + random.below(5) as u32, seed);
     let rig = Rig::with(model, limits, placement, DEADLINE);
@@ -161,6 +162,16 @@ async fn the_demo_model_continues_as_the_independent_reference_does() {
     }
 }
 
+/// How a request that was not failed has ended.
+fn ended(events: &[Event]) -> (Finish, usize) {
+    match events.last() {
+        Some(Event::Finished {
+            reason, generated, ..
+        }) => (*reason, *generated),
+        other => panic!("{other:?}"),
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_come_in_order_and_say_how_it_ended() {
     let rig = Rig::new(Model::v3_basic());
@@ -174,11 +185,8 @@ async fn events_come_in_order_and_say_how_it_ended() {
     };
     assert_eq!(logprobs.iter().map(|l| l.token).collect::<Vec<_>>(), [6, 7]);
     assert_eq!(tokens(&events).len(), 4);
-    let finished = Event::Finished {
-        reason: Finish::Length,
-        generated: 4,
-    };
-    assert_eq!(events[5..], [finished]);
+    assert_eq!(events.len(), 6);
+    assert_eq!(ended(&events), (Finish::Length, 4));
 
     // The same request, stopped by its own second token.
     let output = tokens(&events);
@@ -190,11 +198,7 @@ async fn events_come_in_order_and_say_how_it_ended() {
     let events = rig.run(&stopped).await;
     let length = output.iter().position(|&token| token == stop).unwrap() + 1;
     assert_eq!(tokens(&events), output[..length]);
-    let finished = Event::Finished {
-        reason: Finish::Stop(stop),
-        generated: length,
-    };
-    assert_eq!(*events.last().unwrap(), finished);
+    assert_eq!(ended(&events), (Finish::Stop(stop), length));
 
     // Masked out before min_tokens.
     let later = Request {
@@ -212,13 +216,7 @@ async fn events_come_in_order_and_say_how_it_ended() {
     };
     let events = rig.run(&only).await;
     assert_eq!(events.len(), 2);
-    assert_eq!(
-        events[1],
-        Event::Finished {
-            reason: Finish::Length,
-            generated: 0
-        }
-    );
+    assert_eq!(ended(&events), (Finish::Length, 0));
     rig.settle().await;
 }
 

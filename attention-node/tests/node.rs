@@ -82,24 +82,6 @@ impl Cluster for Coordinator {
             placements.filter_map(|p| async { p.map(Ok) }).boxed(),
         ))
     }
-
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        Ok(Response::new(StatusResponse::default()))
-    }
-
-    async fn report_load(
-        &self,
-        _: Request<ReportLoadRequest>,
-    ) -> Result<Response<ReportLoadResponse>, Status> {
-        Err(Status::unimplemented("not in this test"))
-    }
-
-    async fn expert_load(
-        &self,
-        _: Request<ExpertLoadRequest>,
-    ) -> Result<Response<ExpertLoadResponse>, Status> {
-        Err(Status::unimplemented("not in this test"))
-    }
 }
 
 /// Publishes `homes` in the given state.

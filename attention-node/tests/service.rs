@@ -103,7 +103,7 @@ async fn a_request_is_answered_with_prompt_chunks_and_complete() {
         );
         assert_eq!(logprobs.top[0].logprob, logprobs.logprob);
     }
-    let usage = end.usage.unwrap();
+    let usage = end.usage.as_ref().unwrap();
     assert_eq!((usage.prompt_tokens, usage.completion_tokens), (3, 3));
     assert_eq!(
         (end.finish_reason(), end.matched_stop.is_none()),
@@ -199,7 +199,7 @@ async fn where_kv_memory_ends_before_the_context_so_does_the_output() {
             panic!("{events:?}")
         };
         assert_eq!(end.finish_reason(), FinishReason::Length);
-        assert_eq!(end.usage.unwrap().completion_tokens, 29);
+        assert_eq!(end.usage.as_ref().unwrap().completion_tokens, 29);
     }
     let full = generate(&service, call(vec![1; 32], max(0))).await.unwrap();
     assert!(matches!(full.last(), Some(Event::Complete(_))));

@@ -13,6 +13,7 @@ pub mod config;
 pub mod error;
 pub mod expert;
 pub mod gate;
+pub mod grammar;
 pub mod mla;
 pub mod mtp;
 pub mod quantize;

@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use hf_chat_template::{ChatTemplate, Message, RenderInput, TokenizerConfig};
+use hf_chat_template::{ChatTemplate, ChatTemplateField, RenderInput, TokenizerConfig};
 use serde_json::{Map, Value};
 use tokenizers::{DecoderWrapper, NormalizerWrapper, Tokenizer};
 
@@ -59,6 +59,8 @@ pub struct Text {
     before: Option<u32>,
     after: Option<u32>,
     template: Option<ChatTemplate>,
+    /// The template's source without white space, to look into.
+    template_source: String,
 }
 
 impl std::fmt::Debug for Text {
@@ -100,7 +102,7 @@ impl Text {
             })?,
             None => TokenizerConfig::default(),
         };
-        let template = template(dir, &settings)?;
+        let (template, template_source) = template(dir, &settings)?.unzip();
 
         let bytes = bytes::TokenBytes::new(&tokenizer, config.vocab_size);
         let mut text = Text {
@@ -110,6 +112,7 @@ impl Text {
             before: None,
             after: None,
             template,
+            template_source: template_source.unwrap_or_default(),
         };
         text.add_configured_tokens(&settings)?;
         Ok(Some(Arc::new(text)))
@@ -216,18 +219,41 @@ impl Text {
         (self.bytes.is_byte_level() && !normalizes && !strips).then(|| self.bytes.longest())
     }
 
+    /// Whether each token stands for some bytes, and a text for those of its tokens.
+    pub fn is_byte_level(&self) -> bool {
+        self.bytes.is_byte_level()
+    }
+
+    /// The file that the tokenizer was read from.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The token that is written so, if there is one.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
     /// Whether the checkpoint has a chat template.
     pub fn has_template(&self) -> bool {
         self.template.is_some()
     }
 
+    /// Whether these words stand in the chat template's source, white space
+    /// aside: families are told apart by it.
+    pub fn template_mentions(&self, words: &str) -> bool {
+        self.template_source.contains(words)
+    }
+
     /// Renders a conversation with the checkpoint's template.
     ///
-    /// `messages` are objects with `role` and `content`, as in the OpenAI API;
-    /// `variables` are further names that the template may read.
+    /// `messages` are objects with `role` and `content`, as in the OpenAI API,
+    /// and `tools` those of its `tools`; `variables` are further names that the
+    /// template may read.
     pub fn chat(
         &self,
         messages: &[Value],
+        tools: &[Value],
         add_generation_prompt: bool,
         variables: &Map<String, Value>,
     ) -> Result<String, ModelError> {
@@ -246,17 +272,13 @@ impl Text {
                 "variable `{name}` is set by the server and cannot be given"
             )));
         }
-        let messages: Vec<Message> = messages
-            .iter()
-            .enumerate()
-            .map(|(i, m)| {
-                serde_json::from_value(m.clone()).map_err(|e| refuse(format!("message {i}: {e}")))
-            })
-            .collect::<Result<_, _>>()?;
+        // As they came: what is null must be null to the template, and not absent.
+        let mut extra = variables.clone();
+        extra.insert("messages".to_owned(), messages.into());
         let input = RenderInput {
-            messages,
+            tools: tools.to_vec(),
             add_generation_prompt,
-            extra: variables.clone(),
+            extra,
             ..RenderInput::default()
         };
         let rendered = template.render(&input).map_err(|e| refuse(e.to_string()))?;
@@ -295,21 +317,35 @@ fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, ModelError> {
         .map_err(|e| ModelError::file(path, e))
 }
 
-/// The chat template: a file of its own goes before the one in the tokenizer's
-/// configuration, as in the reference implementation.
-fn template(dir: &Path, settings: &TokenizerConfig) -> Result<Option<ChatTemplate>, ModelError> {
+/// The chat template, and its source without white space: a file of its own
+/// goes before the one in the tokenizer's configuration, as in the reference
+/// implementation.
+fn template(
+    dir: &Path,
+    settings: &TokenizerConfig,
+) -> Result<Option<(ChatTemplate, String)>, ModelError> {
     let path = dir.join(TEMPLATE);
-    let compiled = match read(&path, MAX_TEMPLATE_BYTES)? {
-        Some(source) => {
+    let (compiled, source) = match (read(&path, MAX_TEMPLATE_BYTES)?, &settings.chat_template) {
+        (Some(source), _) => {
             let source = String::from_utf8(source).map_err(|e| ModelError::file(&path, e))?;
-            ChatTemplate::from_template_and_config(&source, settings)
+            (
+                ChatTemplate::from_template_and_config(&source, settings),
+                source,
+            )
         }
-        None if settings.chat_template.is_some() => ChatTemplate::from_tokenizer_config(settings),
-        None => return Ok(None),
+        (None, Some(field)) => {
+            let source = match field {
+                ChatTemplateField::Single(source) => source.clone(),
+                ChatTemplateField::Named(all) => all.iter().map(|t| t.template.as_str()).collect(),
+            };
+            (ChatTemplate::from_tokenizer_config(settings), source)
+        }
+        (None, None) => return Ok(None),
     };
-    compiled.map(Some).map_err(|e| ModelError::Template {
+    let compiled = compiled.map_err(|e| ModelError::Template {
         reason: format!("of {}: {e}", dir.display()),
-    })
+    })?;
+    Ok(Some((compiled, source.split_whitespace().collect())))
 }
 
 /// Whether decoding is the concatenation of the tokens' bytes.

@@ -175,7 +175,7 @@ fn the_template_of_the_checkpoint_renders() {
         json!({"role": "assistant", "content": "ay"}),
         json!({"role": "user", "content": "go"}),
     ];
-    let rendered = text.chat(&messages, true, &Map::new()).unwrap();
+    let rendered = text.chat(&messages, &[], true, &Map::new()).unwrap();
     assert_eq!(
         rendered,
         "<|bos|><|user|>hi<|assistant|>ay<|eos|><|user|>go<|assistant|>"
@@ -183,7 +183,7 @@ fn the_template_of_the_checkpoint_renders() {
     assert_eq!(text.encode_plain(&rendered).unwrap()[..2], [0, 3]);
     assert!(
         !text
-            .chat(&messages, false, &Map::new())
+            .chat(&messages, &[], false, &Map::new())
             .unwrap()
             .ends_with("<|assistant|>")
     );
@@ -202,7 +202,7 @@ fn a_client_cannot_set_what_the_server_gives_the_template() {
         let mut variables = Map::new();
         variables.insert(name.into(), Value::from("x"));
         let error = text
-            .chat(&messages, true, &variables)
+            .chat(&messages, &[], true, &variables)
             .unwrap_err()
             .to_string();
         assert!(error.contains(name), "{error}");
@@ -220,6 +220,7 @@ fn refusals_of_a_template_are_errors_with_its_words() {
     let error = text
         .chat(
             &[json!({"role": "user", "content": "hi"})],
+            &[],
             true,
             &Map::new(),
         )
@@ -234,6 +235,7 @@ fn refusals_of_a_template_are_errors_with_its_words() {
     assert!(
         none.chat(
             &[json!({"role": "user", "content": "hi"})],
+            &[],
             true,
             &Map::new()
         )
@@ -250,6 +252,7 @@ fn a_template_that_explodes_is_stopped_at_the_limit() {
     let error = text
         .chat(
             &[json!({"role": "user", "content": "x".repeat(500)})],
+            &[],
             true,
             &Map::new(),
         )
@@ -266,11 +269,27 @@ fn a_template_file_goes_before_the_configuration() {
     ])
     .unwrap()
     .unwrap();
-    assert_eq!(
-        text.chat(&[json!({"role": "user", "content": ""})], true, &Map::new())
-            .unwrap(),
-        "<|bos|>new"
+    let rendered = text.chat(
+        &[json!({"role": "user", "content": ""})],
+        &[],
+        true,
+        &Map::new(),
     );
+    assert_eq!(rendered.unwrap(), "<|bos|>new");
+    assert!(text.template_mentions("{{bos_token}}new") && !text.template_mentions("old"));
+}
+
+#[test]
+fn a_template_sees_the_tools() {
+    let text = load(&[(
+        "chat_template.jinja",
+        "{% for t in tools %}{{ t.function.name }}: {{ t.function.parameters | tojson }}{% endfor %}",
+    )])
+    .unwrap()
+    .unwrap();
+    let tool = json!({"type": "function", "function": {"name": "f", "parameters": {"a": 1}}});
+    let rendered = text.chat(&[], &[tool], true, &Map::new()).unwrap();
+    assert_eq!(rendered, "f: {\"a\": 1}");
 }
 
 #[test]

@@ -1,261 +1,55 @@
 //! Continuous batching: who gets rows of the next step, and which KV pages.
 //!
-//! Secret: the policy. First come, first served; decode rows before prefill rows; prompts are
-//! cut into chunks that fill what the decode rows left of the step's token budget; a request is
-//! admitted only when pages for its whole life (prompt and output) are free, so nothing is ever
-//! preempted. The page allocator lives in here, because admission is a decision about pages.
+//! Secret: the policy. Every decoding request gets its row in every step; what the drafts and the
+//! time that a step may take leave of it goes to prompts, cut into chunks. Requests are admitted by
+//! priority, fairly among tenants and then in order of arrival, when there are pages for their prompt
+//! and some to spare; when pages run out the last one in the order is preempted: it gives its pages
+//! back, keeps its tokens and is computed anew, first of those that wait. Full pages are known by the
+//! key of their contents and shared with whoever begins the same way.
 //!
 //! The engine turns the wheel: [`Scheduler::next`] says what to run, the engine runs it, and
-//! [`Scheduler::commit`] says what came of it. Between the two any number of
-//! [`Scheduler::submit`] and [`Scheduler::cancel`] may happen. This module must not know what a
-//! token, a layer or a client is: it counts.
+//! [`Scheduler::commit`] says what came of it, or [`Scheduler::fail`] that nothing did. Between the two
+//! any number of [`Scheduler::submit`] and [`Scheduler::cancel`] may happen. This module must not know
+//! what a token, a layer or a client is: it counts.
 
-use std::collections::VecDeque;
-use std::sync::Arc;
+mod limits;
+mod pace;
+mod pages;
+mod payoff;
+mod queue;
+mod request;
+
+use std::collections::HashMap;
 use std::time::Duration;
 
-/// Retry hint before anything is known about the pace of admissions.
-pub const RETRY_FIRST: Duration = Duration::from_secs(1);
-/// The shortest retry hint given to a refused client.
-pub const RETRY_MIN: Duration = Duration::from_millis(100);
-/// The longest retry hint given to a refused client.
-pub const RETRY_MAX: Duration = Duration::from_secs(30);
+pub use limits::{Invalid, InvalidLimits, Limits, Refusal};
+pub use pace::{PREFILL_FIRST, PREFILL_FLOOR, RETRY_FIRST, RETRY_MAX, RETRY_MIN};
+pub use payoff::{Decoded, PLAIN_EVERY, Payoff, REST_FIRST, REST_MAX, SAMPLES};
+pub use queue::MAX_IDLE_TENANTS;
+pub use request::{Chunk, Counts, Expiry, NewRequest, Outcome, Step};
 
-/// What one scheduler may hand out. All counts, no bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limits {
-    /// Requests that hold pages at the same time.
-    pub max_running: usize,
-    /// Requests that wait for admission; one more is refused.
-    pub max_waiting: usize,
-    /// Rows of one step, prefill and decode together.
-    pub max_step_tokens: usize,
-    /// Positions of one KV page.
-    pub page_tokens: usize,
-    /// KV pages in all.
-    pub pages: usize,
-    /// Positions of one request, prompt and output together.
-    pub max_context: usize,
-}
+use pace::{Admissions, StepCost};
+use pages::Pages;
+use queue::{Shares, Turn};
+use request::Live;
 
-impl Limits {
-    /// Checks that the limits can serve anything at all.
-    ///
-    /// # Errors
-    /// Names the limit that is zero, too large for a page number, or that would let a decode
-    /// row wait behind others (`max_step_tokens` below `max_running`).
-    pub fn validate(&self) -> Result<(), InvalidLimits> {
-        let positive = [
-            ("max_running", self.max_running),
-            ("max_waiting", self.max_waiting),
-            ("max_step_tokens", self.max_step_tokens),
-            ("page_tokens", self.page_tokens),
-            ("pages", self.pages),
-            ("max_context", self.max_context),
-        ];
-        for (limit, value) in positive {
-            if value == 0 {
-                return Err(InvalidLimits::Zero { limit });
-            }
-        }
-        if u32::try_from(self.pages).is_err() {
-            return Err(InvalidLimits::TooManyPages { pages: self.pages });
-        }
-        if self.max_step_tokens < self.max_running {
-            return Err(InvalidLimits::StepTooSmall {
-                max_step_tokens: self.max_step_tokens,
-                max_running: self.max_running,
-            });
-        }
-        Ok(())
-    }
+/// Of all pages one in so many is the most that is kept for requests that decode when another is
+/// admitted.
+const RESERVE_SHARE: usize = 8;
 
-    /// The most positions (prompt and output) that one request can ever be given.
-    pub fn longest_request(&self) -> usize {
-        self.max_context
-            .min(self.pages.saturating_mul(self.page_tokens))
-    }
-
-    fn pages_for(&self, positions: usize) -> usize {
-        positions.div_ceil(self.page_tokens)
-    }
-}
-
-/// Limits that contradict themselves.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidLimits {
-    /// A limit of zero serves nothing.
-    #[error("{limit} is 0; it must be at least 1")]
-    Zero {
-        /// Name of the limit.
-        limit: &'static str,
-    },
-    /// Page numbers are 32 bits wide.
-    #[error(
-        "pages is {pages}, more than a 32-bit page number can name; use larger pages or less KV memory"
-    )]
-    TooManyPages {
-        /// The number asked for.
-        pages: usize,
-    },
-    /// Decode rows would have to wait for each other.
-    #[error(
-        "max_step_tokens is {max_step_tokens}, less than max_running {max_running}: raise the first or lower the second"
-    )]
-    StepTooSmall {
-        /// Rows of a step.
-        max_step_tokens: usize,
-        /// Requests that may each need a decode row in it.
-        max_running: usize,
-    },
-}
-
-/// A request as the scheduler sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct NewRequest {
-    /// Chosen by the caller, unique among the requests that are running or waiting.
-    pub id: u64,
-    /// Tokens of the prompt, at least 1.
-    pub prompt: usize,
-    /// The most tokens to generate. 0 runs the prompt only.
-    pub max_tokens: usize,
-}
-
-/// Why a request was not taken.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// Nothing is wrong with the request: try again later.
-    #[error("the queue is full ({waiting} requests wait); retry in {retry_after:?}")]
-    Overloaded {
-        /// Requests waiting now.
-        waiting: usize,
-        /// When a place is likely to be free: the mean time between two admissions lately.
-        retry_after: Duration,
-    },
-    /// The request can never run here.
-    #[error("{0}")]
-    Invalid(Invalid),
-}
-
-/// What makes a request impossible to run.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Invalid {
-    /// There is no row to compute.
-    #[error("the prompt is empty")]
-    EmptyPrompt,
-    /// Prompt and output do not fit the model's context.
-    #[error(
-        "{prompt} prompt tokens and {max_tokens} output tokens exceed the context of {max_context}"
-    )]
-    TooLong {
-        /// Tokens of the prompt.
-        prompt: usize,
-        /// Output tokens asked for.
-        max_tokens: usize,
-        /// The limit.
-        max_context: usize,
-    },
-    /// Prompt and output do not fit the KV memory of this node, even when it is empty.
-    #[error(
-        "{needed} KV pages are needed, this node has {pages} in all: shorten the request or give the node more KV memory"
-    )]
-    TooLarge {
-        /// Pages for prompt and output.
-        needed: usize,
-        /// Pages of the node.
-        pages: usize,
-    },
-    /// The identifier is in use.
-    #[error("request {id} is already here")]
-    Duplicate {
-        /// The identifier.
-        id: u64,
-    },
-}
-
-/// Rows of one request in a step: positions `start..start + len`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Chunk {
-    /// The request.
-    pub id: u64,
-    /// Position of the first row.
-    pub start: usize,
-    /// Number of rows, at least 1.
-    pub len: usize,
-    /// Page table of the request: position `p` lives in `pages[p / page_tokens]`.
-    pub pages: Arc<[u32]>,
-    /// Whether the last row yields a token.
-    pub sample: bool,
-}
-
-/// The work of one step. Decode rows come first, then prefill chunks, each in order of arrival.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Step {
-    /// At most one chunk a request. Empty when there is nothing to do.
-    pub chunks: Vec<Chunk>,
-}
-
-impl Step {
-    /// Rows of all chunks together.
-    pub fn rows(&self) -> usize {
-        self.chunks.iter().map(|chunk| chunk.len).sum()
-    }
-}
-
-/// How full a scheduler is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// Requests that hold pages.
-    pub running: usize,
-    /// Requests that wait for admission.
-    pub waiting: usize,
-    /// Pages that no request holds.
-    pub free_pages: usize,
-}
-
-/// A running request. `computed` positions are in the cache, `pending` more are in the step
-/// that is out; a request decodes when `computed >= prompt`.
-#[derive(Debug)]
-struct Running {
-    request: NewRequest,
-    pages: Arc<[u32]>,
-    computed: usize,
-    pending: usize,
-    generated: usize,
-    cancelled: bool,
-}
-
-impl Running {
-    fn is_decoding(&self) -> bool {
-        self.computed >= self.request.prompt
-    }
-
-    /// Whether `len` more rows end in one that yields a token.
-    fn samples(&self, len: usize) -> bool {
-        self.computed + len >= self.request.prompt && self.request.max_tokens > 0
-    }
-
-    fn chunk(&mut self, len: usize) -> Chunk {
-        self.pending = len;
-        Chunk {
-            id: self.request.id,
-            start: self.computed,
-            len,
-            pages: Arc::clone(&self.pages),
-            sample: self.samples(len),
-        }
-    }
-}
-
-/// Queue, running set and page allocator of one engine.
+/// Queue, running set and pages of one engine.
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
-    waiting: VecDeque<NewRequest>,
-    /// In order of admission, which is the order of arrival.
-    running: Vec<Running>,
-    free: Vec<u32>,
-    pace: Pace,
+    waiting: Vec<Live>,
+    /// By priority, then by arrival: the last one is the first to be preempted.
+    running: Vec<Live>,
+    pages: Pages,
+    shares: Shares,
+    admissions: Admissions,
+    cost: StepCost,
+    arrivals: u64,
+    preemptions: u64,
 }
 
 impl Scheduler {
@@ -265,14 +59,16 @@ impl Scheduler {
     /// [`InvalidLimits`] when the limits contradict themselves.
     pub fn new(limits: Limits) -> Result<Self, InvalidLimits> {
         limits.validate()?;
-        // Popped from the end: low page numbers are handed out first.
-        let free = (0..limits.pages as u32).rev().collect();
         Ok(Self {
+            pages: Pages::new(limits.pages),
             limits,
-            waiting: VecDeque::new(),
+            waiting: Vec::new(),
             running: Vec::new(),
-            free,
-            pace: Pace::default(),
+            shares: Shares::default(),
+            admissions: Admissions::default(),
+            cost: StepCost::default(),
+            arrivals: 0,
+            preemptions: 0,
         })
     }
 
@@ -285,92 +81,127 @@ impl Scheduler {
     ///
     /// # Errors
     /// [`Refusal::Invalid`] when it can never run here, [`Refusal::Overloaded`] when the queue
-    /// is full. A refused request leaves no trace.
-    pub fn submit(&mut self, request: NewRequest) -> Result<(), Refusal> {
-        self.check(&request).map_err(Refusal::Invalid)?;
-        if self.waiting.len() >= self.limits.max_waiting {
-            return Err(Refusal::Overloaded {
-                waiting: self.waiting.len(),
-                retry_after: self.pace.hint(),
-            });
+    /// is full, [`Refusal::TooLate`] when it would wait for too long. A refused request leaves no
+    /// trace.
+    pub fn submit(&mut self, now: Duration, mut request: NewRequest) -> Result<(), Refusal> {
+        let checked = self.limits.check(request.prompt, request.max_tokens);
+        checked.map_err(Refusal::Invalid)?;
+        if self.contains(request.id) {
+            return Err(Refusal::Invalid(Invalid::Duplicate { id: request.id }));
         }
-        self.waiting.push_back(request);
+        self.check_room(now, &request)?;
+        if !self.limits.prefix_cache {
+            request.keys.clear();
+        }
+        self.shares.enter(request.tenant);
+        self.waiting.push(Live::new(request, self.arrivals));
+        self.arrivals += 1;
         Ok(())
     }
 
-    /// Forgets a request, wherever it is; its pages are free again at once, or at the commit
+    /// Forgets a request, wherever it is; its pages are given back at once, or at the commit
     /// of the step that is out when it takes part in that. False when it is not here.
     pub fn cancel(&mut self, id: u64) -> bool {
-        if let Some(at) = self.waiting.iter().position(|request| request.id == id) {
-            self.waiting.remove(at);
+        if let Some(at) = self.waiting.iter().position(|live| live.request.id == id) {
+            let gone = self.waiting.remove(at);
+            self.shares.leave(gone.request.tenant);
             return true;
         }
         let Some(at) = self.running.iter().position(|r| r.request.id == id) else {
             return false;
         };
-        if self.running[at].pending > 0 {
-            self.running[at].cancelled = true;
+        if self.running[at].pending.is_some() {
+            self.running[at].leaves = true;
         } else {
-            let gone = self.running.remove(at);
-            self.free.extend(gone.pages.iter().rev());
+            self.release(at);
         }
         true
     }
 
-    /// The next step: one row for every decoding request, then as much prefill as the token
-    /// budget allows, in order of arrival, admitting from the queue's head while rows and pages
-    /// last. The head is never overtaken. Called again without a commit, the step that was out
-    /// counts as never run.
+    /// The next step: one row for every decoding request, with the drafts that there is room for,
+    /// then as much prefill as tokens and time allow, admitting from the queue while rows and pages
+    /// last. Whoever is next in the queue is never overtaken. Called again without a commit, the step
+    /// that was out counts as never run.
     pub fn next(&mut self, now: Duration) -> Step {
-        for request in &mut self.running {
-            request.pending = 0;
+        for live in &mut self.running {
+            live.pending = None;
         }
-        self.release(|request| request.cancelled);
+        self.release_leaving();
+        let expired = self.expire(now);
+        let preempted = self.make_room();
 
+        let mut left = self.limits.max_step_tokens;
         let mut chunks = Vec::new();
-        for request in self.running.iter_mut().filter(|r| r.is_decoding()) {
-            chunks.push(request.chunk(1));
+        let decoding = self
+            .running
+            .iter()
+            .filter(|live| live.is_decoding())
+            .count();
+        // The others need a row each for the prompts to go on at all.
+        let others = self.running.len() - decoding + usize::from(!self.waiting.is_empty());
+        let mut spare = (left - decoding).saturating_sub(others);
+        for live in self.running.iter_mut().filter(|live| live.is_decoding()) {
+            let drafts = live.draft_room(&self.limits, &mut self.pages, spare);
+            spare -= drafts;
+            left -= 1 + drafts;
+            chunks.push(live.chunk(1, drafts));
         }
-        // At least one row is left for every request that still prefills: there are at most
-        // `max_running` requests and no fewer rows than that.
-        let mut budget = self.limits.max_step_tokens - chunks.len();
-        for request in self.running.iter_mut().filter(|r| !r.is_decoding()) {
-            let len = budget.min(request.request.prompt - request.computed);
+        if let Some(target) = self.limits.itl_target.filter(|_| decoding > 0) {
+            left = left.min(self.cost.prefill_rows(target));
+        }
+        for live in self.running.iter_mut().filter(|live| !live.is_decoding()) {
+            let len = left.min(live.unknown());
             if len == 0 {
                 break;
             }
-            budget -= len;
-            chunks.push(request.chunk(len));
+            left -= len;
+            chunks.push(live.chunk(len, 0));
         }
-        while budget > 0 && self.admit(now) {
-            let Some(request) = self.running.last_mut() else {
-                break;
-            };
-            let len = budget.min(request.request.prompt);
-            budget -= len;
-            chunks.push(request.chunk(len));
+        // Whoever was preempted in this very step would take its pages back.
+        while left > 0 && !preempted {
+            let Some(at) = self.admit(now) else { break };
+            let live = &mut self.running[at];
+            let len = left.min(live.unknown());
+            left -= len;
+            chunks.push(live.chunk(len, 0));
         }
-        Step { chunks }
+        Step { chunks, expired }
     }
 
-    /// Ends the step that is out. `outcomes` names its requests; `finished` frees the request
-    /// (stopped or failed). A request that has generated `max_tokens` finishes by itself, one
-    /// that was cancelled meanwhile leaves now, one that is not named goes on.
-    pub fn commit(&mut self, outcomes: &[(u64, bool)]) {
-        for request in &mut self.running {
-            if request.pending > 0 {
-                let sampled = request.samples(request.pending);
-                request.generated += usize::from(sampled);
-                request.computed += request.pending;
-                request.pending = 0;
+    /// Ends the step that is out, which took so long. `outcomes` are those of its requests; one that is
+    /// not named has sampled one token if it could. A request that has generated `max_tokens`
+    /// finishes by itself, one that was cancelled meanwhile leaves now. What was computed is known
+    /// to others from now on.
+    pub fn commit(&mut self, took: Duration, outcomes: &[Outcome]) {
+        let by_id: HashMap<u64, &Outcome> = outcomes.iter().map(|o| (o.id, o)).collect();
+        let (mut decode, mut prefill) = (0, 0);
+        for live in &mut self.running {
+            let Some(pending) = live.pending.take() else {
+                continue;
+            };
+            match live.is_decoding() {
+                true => decode += pending.len + pending.drafts,
+                false => prefill += pending.len,
             }
-            let spent = request.is_decoding() && request.generated >= request.request.max_tokens;
-            let stopped = outcomes
-                .iter()
-                .any(|&(id, finished)| finished && id == request.request.id);
-            request.cancelled |= spent || stopped;
+            let before = live.generated;
+            live.settle(pending, by_id.get(&live.request.id).copied());
+            self.shares
+                .serve(live.request.tenant, live.generated - before);
+            if self.limits.prefix_cache {
+                live.publish(&self.limits, &mut self.pages);
+            }
         }
-        self.release(|request| request.cancelled);
+        self.cost.observe(took, decode, prefill);
+        self.release_leaving();
+    }
+
+    /// The step that is out did not go through: its requests leave, and nobody hears of what they
+    /// wrote in it.
+    pub fn fail(&mut self) {
+        for live in &mut self.running {
+            live.leaves |= live.pending.take().is_some();
+        }
+        self.release_leaving();
     }
 
     /// Whether nobody runs and nobody waits.
@@ -380,7 +211,8 @@ impl Scheduler {
 
     /// Whether the request waits or runs.
     pub fn contains(&self, id: u64) -> bool {
-        self.running.iter().any(|r| r.request.id == id) || self.waiting.iter().any(|r| r.id == id)
+        let mut all = self.running.iter().chain(&self.waiting);
+        all.any(|live| live.request.id == id)
     }
 
     /// How full it is.
@@ -388,94 +220,170 @@ impl Scheduler {
         Counts {
             running: self.running.len(),
             waiting: self.waiting.len(),
-            free_pages: self.free.len(),
+            free_pages: self.pages.available(),
+            cached_pages: self.pages.cached(),
+            preemptions: self.preemptions,
         }
     }
 
-    fn check(&self, request: &NewRequest) -> Result<(), Invalid> {
-        let &NewRequest {
-            id,
-            prompt,
-            max_tokens,
-        } = request;
-        if prompt == 0 {
-            return Err(Invalid::EmptyPrompt);
-        }
-        let positions = prompt.saturating_add(max_tokens);
-        if positions > self.limits.max_context {
-            return Err(Invalid::TooLong {
-                prompt,
-                max_tokens,
-                max_context: self.limits.max_context,
-            });
-        }
-        let needed = self.limits.pages_for(positions);
-        if needed > self.limits.pages {
-            return Err(Invalid::TooLarge {
-                needed,
-                pages: self.limits.pages,
-            });
-        }
-        if self.contains(id) {
-            return Err(Invalid::Duplicate { id });
-        }
-        Ok(())
+    /// Tokens that a tenant was served, by which the queue is ordered.
+    pub fn served(&self, tenant: u64) -> u64 {
+        self.shares.served(tenant)
     }
 
-    /// Moves the queue's head into the running set if its pages are free.
-    fn admit(&mut self, now: Duration) -> bool {
-        let Some(&request) = self.waiting.front() else {
-            return false;
-        };
-        let needed = self.limits.pages_for(request.prompt + request.max_tokens);
-        if self.running.len() >= self.limits.max_running || needed > self.free.len() {
-            return false;
-        }
-        self.waiting.pop_front();
-        let pages = self.free.split_off(self.free.len() - needed);
-        self.running.push(Running {
-            request,
-            pages: pages.into_iter().rev().collect(),
-            computed: 0,
-            pending: 0,
-            generated: 0,
-            cancelled: false,
-        });
-        self.pace.admitted(now, !self.waiting.is_empty());
-        true
+    /// Forgets the contents of all pages that no request holds.
+    pub fn forget(&mut self) {
+        self.pages.forget();
     }
 
-    fn release(&mut self, leaves: impl Fn(&Running) -> bool) {
-        let free = &mut self.free;
-        self.running.retain(|request| {
-            let stays = !leaves(request);
-            if !stays {
-                free.extend(request.pages.iter().rev());
+    /// Checks the books: every page has as many holders as tables that name it, is held, free or
+    /// cached, and nobody shares a page that is still written.
+    ///
+    /// # Errors
+    /// What is wrong first: a defect of this module.
+    pub fn audit(&self) -> Result<(), String> {
+        let tables = self.running.iter().map(|live| &live.pages[..]);
+        self.pages.audit(tables)?;
+        for live in &self.running {
+            let id = live.request.id;
+            let written = live.computed / self.limits.page_tokens;
+            let shared = live.pages.iter().skip(written);
+            if let Some(page) = shared.copied().find(|&page| !self.pages.is_private(page)) {
+                return Err(format!(
+                    "request {id} writes to page {page}, which is shared"
+                ));
             }
-            stays
-        });
-    }
-}
-
-/// How fast places in the queue become free: a moving mean of the time between admissions,
-/// over the stretches in which somebody waited.
-#[derive(Debug, Default)]
-struct Pace {
-    /// The last admission, if it left somebody waiting.
-    last: Option<Duration>,
-    gap: Option<Duration>,
-}
-
-impl Pace {
-    fn admitted(&mut self, now: Duration, still_waiting: bool) {
-        if let Some(last) = self.last {
-            let gap = now.saturating_sub(last);
-            self.gap = Some(self.gap.map_or(gap, |mean| (mean * 7 + gap) / 8));
+            let reaches = live.pages.len() * self.limits.page_tokens;
+            if reaches < live.computed {
+                return Err(format!("request {id} has computed more than {reaches}"));
+            }
         }
-        self.last = still_waiting.then_some(now);
+        let waiting = self.waiting.iter();
+        match waiting.map(|live| live.pages.len()).find(|&held| held > 0) {
+            Some(held) => Err(format!("a request that waits holds {held} pages")),
+            None => Ok(()),
+        }
     }
 
-    fn hint(&self) -> Duration {
-        self.gap.unwrap_or(RETRY_FIRST).clamp(RETRY_MIN, RETRY_MAX)
+    /// Whether the queue takes one more, and soon enough.
+    fn check_room(&self, now: Duration, request: &NewRequest) -> Result<(), Refusal> {
+        let retry_after = self.admissions.hint();
+        let waiting = self.waiting.len();
+        let tokens: usize = self.waiting.iter().map(Live::known).sum();
+        let over = tokens.saturating_add(request.prompt) > self.limits.max_waiting_tokens;
+        if waiting >= self.limits.max_waiting || (over && waiting > 0) {
+            return Err(Refusal::Overloaded {
+                waiting,
+                retry_after,
+            });
+        }
+        let before = |live: &&Live| live.request.priority <= request.priority;
+        let ahead = self.waiting.iter().filter(before).count();
+        let Some(expected) = self.admissions.wait(ahead).filter(|_| ahead > 0) else {
+            return Ok(());
+        };
+        let until = [request.start_by, request.deadline].into_iter().flatten();
+        let own = until.map(|until| until.saturating_sub(now)).min();
+        let allowed = [own, self.limits.max_wait].into_iter().flatten().min();
+        match allowed.filter(|&allowed| expected > allowed) {
+            Some(allowed) => Err(Refusal::TooLate {
+                expected,
+                retry_after: retry_after.max((expected - allowed).min(RETRY_MAX)),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Lets go of those whose time is over.
+    fn expire(&mut self, now: Duration) -> Vec<(u64, Expiry)> {
+        let mut expired = Vec::new();
+        for live in &mut self.running {
+            if let Some(expiry) = live.expiry(now) {
+                live.leaves = true;
+                expired.push((live.request.id, expiry));
+            }
+        }
+        self.release_leaving();
+        let shares = &mut self.shares;
+        self.waiting.retain(|live| {
+            let expiry = live.expiry(now);
+            if let Some(expiry) = expiry {
+                expired.push((live.request.id, expiry));
+                shares.leave(live.request.tenant);
+            }
+            expiry.is_none()
+        });
+        expired
+    }
+
+    /// Sees to it that every decoding request has a page for its next row; preempts the last in the
+    /// order where there are none. True when somebody was. The first in the order always goes on: what
+    /// fits the node alone was checked when it came.
+    fn make_room(&mut self) -> bool {
+        let before = self.preemptions;
+        let mut at = 0;
+        while at < self.running.len() {
+            let live = &mut self.running[at];
+            if !live.is_decoding() || live.grow(&self.limits, &mut self.pages, live.known()) {
+                at += 1;
+                continue;
+            }
+            // Itself perhaps: then there is nobody left to look at.
+            if let Some(mut last) = self.running.pop() {
+                self.pages.release(&last.pages);
+                last.rewind();
+                self.waiting.push(last);
+                self.preemptions += 1;
+            }
+        }
+        self.preemptions > before
+    }
+
+    /// Moves whoever is next into the running set if there are pages for all its tokens, and says
+    /// where it stands there.
+    fn admit(&mut self, now: Duration) -> Option<usize> {
+        if self.running.len() >= self.limits.max_running {
+            return None;
+        }
+        let turn = |live: &Live| Turn {
+            priority: live.request.priority,
+            fresh: live.cached.is_none(),
+            served: match live.cached {
+                None => self.shares.served(live.request.tenant),
+                Some(_) => 0,
+            },
+            arrival: live.arrival,
+        };
+        let next = (0..self.waiting.len()).min_by_key(|&at| turn(&self.waiting[at]))?;
+        let reserve = match self.running.len() {
+            0 => 0,
+            running => (running + 1).min(self.limits.pages / RESERVE_SHARE),
+        };
+        let live = &mut self.waiting[next];
+        let fresh = live.cached.is_none();
+        if !live.take_pages(&self.limits, &mut self.pages, reserve) {
+            return None;
+        }
+        let live = self.waiting.remove(next);
+        // Being computed twice is nothing that a tenant was served.
+        let served = if fresh { live.unknown() } else { 0 };
+        self.shares.serve(live.request.tenant, served);
+        self.admissions.admitted(now, !self.waiting.is_empty());
+        let order = |live: &Live| (live.request.priority, live.arrival);
+        let at = self.running.partition_point(|r| order(r) < order(&live));
+        self.running.insert(at, live);
+        Some(at)
+    }
+
+    fn release(&mut self, at: usize) {
+        let gone = self.running.remove(at);
+        self.pages.release(&gone.pages);
+        self.shares.leave(gone.request.tenant);
+    }
+
+    fn release_leaving(&mut self) {
+        while let Some(at) = self.running.iter().position(|live| live.leaves) {
+            self.release(at);
+        }
     }
 }

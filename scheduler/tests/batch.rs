@@ -1,13 +1,12 @@
-//! Continuous batching: single decisions by example, invariants over random schedules.
+//! Continuous batching: single decisions by example.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use guild_scheduler::batch::{
-    Counts, Invalid, InvalidLimits, Limits, NewRequest, RETRY_FIRST, Refusal, Scheduler, Step,
+    Counts, Decoded, Expiry, Invalid, InvalidLimits, Limits, NewRequest, Outcome, PREFILL_FLOOR,
+    Payoff, REST_FIRST, RETRY_FIRST, Refusal, Scheduler, Step,
 };
-use proptest::prelude::*;
 
 const NOW: Duration = Duration::ZERO;
 
@@ -19,6 +18,7 @@ fn limits() -> Limits {
         page_tokens: 4,
         pages: 16,
         max_context: 64,
+        ..Limits::default()
     }
 }
 
@@ -27,21 +27,44 @@ fn scheduler(limits: Limits) -> Scheduler {
 }
 
 fn request(id: u64, prompt: usize, max_tokens: usize) -> NewRequest {
+    NewRequest::new(id, prompt, max_tokens)
+}
+
+/// One that begins with these pages.
+fn with_keys(id: u64, prompt: usize, max_tokens: usize, keys: &[u128]) -> NewRequest {
     NewRequest {
-        id,
-        prompt,
-        max_tokens,
+        keys: keys.to_vec(),
+        ..request(id, prompt, max_tokens)
     }
 }
 
-/// `id@start+len`, with `!` where the last row yields a token.
+fn stopped(id: u64) -> Outcome {
+    Outcome {
+        id,
+        tokens: 1,
+        finished: true,
+        ..Outcome::default()
+    }
+}
+
+fn free(s: &Scheduler) -> usize {
+    s.audit().unwrap();
+    s.counts().free_pages
+}
+
+/// `id@start+len`, with `~drafts` behind them, and `!` where the last row yields a token.
 fn show(step: &Step) -> String {
     let chunk = |c: &guild_scheduler::batch::Chunk| {
         format!(
-            "{}@{}+{}{}",
+            "{}@{}+{}{}{}",
             c.id,
             c.start,
             c.len,
+            if c.drafts > 0 {
+                format!("~{}", c.drafts)
+            } else {
+                String::new()
+            },
             if c.sample { "!" } else { "" }
         )
     };
@@ -55,7 +78,7 @@ fn run(scheduler: &mut Scheduler) -> Vec<String> {
         let step = scheduler.next(NOW);
         assert!(!step.chunks.is_empty(), "stuck after {steps:?}");
         steps.push(show(&step));
-        scheduler.commit(&[]);
+        scheduler.commit(NOW, &[]);
     }
     steps
 }
@@ -63,7 +86,7 @@ fn run(scheduler: &mut Scheduler) -> Vec<String> {
 #[test]
 fn a_prompt_is_cut_into_chunks_and_then_decodes() {
     let mut s = scheduler(limits());
-    s.submit(request(1, 19, 3)).unwrap();
+    s.submit(NOW, request(1, 19, 3)).unwrap();
     assert_eq!(
         run(&mut s),
         ["1@0+8", "1@8+8", "1@16+3!", "1@19+1!", "1@20+1!"]
@@ -71,9 +94,8 @@ fn a_prompt_is_cut_into_chunks_and_then_decodes() {
     assert_eq!(
         s.counts(),
         Counts {
-            running: 0,
-            waiting: 0,
-            free_pages: 16
+            free_pages: 16,
+            ..Counts::default()
         }
     );
 }
@@ -81,9 +103,9 @@ fn a_prompt_is_cut_into_chunks_and_then_decodes() {
 #[test]
 fn decode_rows_come_first_and_prefill_fills_the_rest() {
     let mut s = scheduler(limits());
-    s.submit(request(1, 2, 3)).unwrap();
-    s.submit(request(2, 9, 1)).unwrap();
-    s.submit(request(3, 1, 2)).unwrap();
+    s.submit(NOW, request(1, 2, 3)).unwrap();
+    s.submit(NOW, request(2, 9, 1)).unwrap();
+    s.submit(NOW, request(3, 1, 2)).unwrap();
     assert_eq!(
         run(&mut s),
         ["1@0+2! 2@0+6", "1@2+1! 2@6+3! 3@0+1!", "1@3+1! 3@1+1!"]
@@ -93,7 +115,7 @@ fn decode_rows_come_first_and_prefill_fills_the_rest() {
 #[test]
 fn a_request_without_output_runs_its_prompt_and_leaves() {
     let mut s = scheduler(limits());
-    s.submit(request(1, 9, 0)).unwrap();
+    s.submit(NOW, request(1, 9, 0)).unwrap();
     assert_eq!(run(&mut s), ["1@0+8", "1@8+1"]);
 }
 
@@ -103,16 +125,18 @@ fn a_stop_frees_pages_for_the_next_in_line() {
         pages: 3,
         ..limits()
     });
-    s.submit(request(1, 4, 8)).unwrap();
-    s.submit(request(2, 4, 8)).unwrap();
-    assert_eq!(show(&s.next(NOW)), "1@0+4!");
-    s.commit(&[(1, true)]);
+    s.submit(NOW, request(1, 9, 3)).unwrap();
+    s.submit(NOW, request(2, 4, 8)).unwrap();
+    assert_eq!(show(&s.next(NOW)), "1@0+8");
+    s.commit(NOW, &[]);
+    assert_eq!(show(&s.next(NOW)), "1@8+1!");
+    s.commit(NOW, &[stopped(1)]);
     assert_eq!(
         s.counts(),
         Counts {
-            running: 0,
             waiting: 1,
-            free_pages: 3
+            free_pages: 3,
+            ..Counts::default()
         }
     );
     assert_eq!(show(&s.next(NOW)), "2@0+4!");
@@ -124,41 +148,37 @@ fn a_small_request_does_not_overtake_the_head() {
         pages: 4,
         ..limits()
     });
-    s.submit(request(1, 4, 4)).unwrap();
-    s.submit(request(2, 8, 4)).unwrap();
-    s.submit(request(3, 1, 1)).unwrap();
+    s.submit(NOW, request(1, 4, 12)).unwrap();
+    s.submit(NOW, request(2, 16, 0)).unwrap();
+    s.submit(NOW, request(3, 1, 1)).unwrap();
     assert_eq!(
         show(&s.next(NOW)),
         "1@0+4!",
-        "2 needs three pages, two are free; 3 stays behind it"
+        "2 needs four pages, three are free; 3 stays behind it"
     );
 }
 
 #[test]
 fn cancelling_frees_at_once_or_at_the_commit_of_the_step_that_is_out() {
     let mut s = scheduler(limits());
-    s.submit(request(1, 4, 4)).unwrap();
-    s.submit(request(2, 4, 4)).unwrap();
+    s.submit(NOW, request(1, 4, 4)).unwrap();
+    s.submit(NOW, request(2, 4, 4)).unwrap();
     let step = s.next(NOW);
     assert_eq!(show(&step), "1@0+4! 2@0+4!");
     assert!(s.cancel(1));
-    assert_eq!(
-        s.counts().free_pages,
-        12,
-        "its rows are still being computed"
-    );
-    s.commit(&[]);
-    assert_eq!(s.counts().free_pages, 14);
+    assert_eq!(free(&s), 14, "its rows are still being computed");
+    s.commit(NOW, &[]);
+    assert_eq!(free(&s), 15);
     assert!(s.cancel(2));
     assert!(!s.cancel(2));
-    assert_eq!(s.counts().free_pages, 16);
+    assert_eq!(free(&s), 16);
     assert!(s.is_idle());
 }
 
 #[test]
 fn a_step_without_commit_never_ran() {
     let mut s = scheduler(limits());
-    s.submit(request(1, 4, 4)).unwrap();
+    s.submit(NOW, request(1, 4, 4)).unwrap();
     let first = s.next(NOW);
     assert_eq!(s.next(NOW), first);
 }
@@ -174,32 +194,35 @@ fn refusals_say_why() {
         Err(Refusal::Invalid(invalid)) => invalid,
         other => panic!("{other:?}"),
     };
-    assert_eq!(refused(s.submit(request(1, 0, 4))), Invalid::EmptyPrompt);
+    assert_eq!(
+        refused(s.submit(NOW, request(1, 0, 4))),
+        Invalid::EmptyPrompt
+    );
     assert!(matches!(
-        refused(s.submit(request(1, 60, 5))),
+        refused(s.submit(NOW, request(1, 60, 5))),
         Invalid::TooLong {
             max_context: 64,
             ..
         }
     ));
     assert!(matches!(
-        refused(s.submit(request(1, usize::MAX, usize::MAX))),
+        refused(s.submit(NOW, request(1, usize::MAX, usize::MAX))),
         Invalid::TooLong { .. }
     ));
     assert_eq!(
-        refused(s.submit(request(1, 16, 1))),
+        refused(s.submit(NOW, request(1, 16, 1))),
         Invalid::TooLarge {
             needed: 5,
             pages: 4
         }
     );
-    s.submit(request(1, 4, 4)).unwrap();
+    s.submit(NOW, request(1, 4, 4)).unwrap();
     assert_eq!(
-        refused(s.submit(request(1, 4, 4))),
+        refused(s.submit(NOW, request(1, 4, 4))),
         Invalid::Duplicate { id: 1 }
     );
     assert_eq!(
-        s.submit(request(2, 4, 4)),
+        s.submit(NOW, request(2, 4, 4)),
         Err(Refusal::Overloaded {
             waiting: 1,
             retry_after: RETRY_FIRST
@@ -216,13 +239,13 @@ fn the_retry_hint_follows_the_pace_of_admissions() {
         ..limits()
     });
     for id in 0..20 {
-        while let Err(refusal) = s.submit(request(id, 1, 1)) {
+        while let Err(refusal) = s.submit(NOW, request(id, 1, 1)) {
             assert!(matches!(refusal, Refusal::Overloaded { .. }));
             s.next(Duration::from_secs(5 * id));
-            s.commit(&[]);
+            s.commit(NOW, &[]);
         }
     }
-    let Err(Refusal::Overloaded { retry_after, .. }) = s.submit(request(99, 1, 1)) else {
+    let Err(Refusal::Overloaded { retry_after, .. }) = s.submit(NOW, request(99, 1, 1)) else {
         panic!("the queue should be full");
     };
     assert_eq!(retry_after, Duration::from_secs(5));
@@ -230,11 +253,12 @@ fn the_retry_hint_follows_the_pace_of_admissions() {
 
 #[test]
 fn limits_that_contradict_themselves_are_refused() {
-    for limit in 0..6 {
+    for limit in 0..7 {
         let mut l = limits();
         let field = [
             &mut l.max_running,
             &mut l.max_waiting,
+            &mut l.max_waiting_tokens,
             &mut l.max_step_tokens,
             &mut l.page_tokens,
             &mut l.pages,
@@ -261,215 +285,366 @@ fn limits_that_contradict_themselves_are_refused() {
     ));
 }
 
-#[derive(Debug, Clone)]
-enum Op {
-    Submit {
-        prompt: usize,
-        max_tokens: usize,
-    },
-    /// Index into all requests ever submitted.
-    Cancel(usize),
-    /// One step; the n-th chunk stops early where the mask says so; one request may be
-    /// cancelled while the step is out.
-    Step {
-        stop_mask: u16,
-        cancel: Option<usize>,
-    },
+#[test]
+fn a_prompt_takes_the_longest_beginning_that_is_known_and_computes_at_least_a_token() {
+    let mut s = scheduler(limits());
+    s.submit(NOW, with_keys(1, 10, 1, &[7, 8])).unwrap();
+    assert_eq!(run(&mut s), ["1@0+8", "1@8+2!"]);
+    assert_eq!(s.counts().cached_pages, 2);
+    // The same; one that is all known but for its last token; one that differs in its second page.
+    for (id, length, keys, from) in [(2, 10, [7, 8], 8), (3, 8, [7, 8], 4), (4, 9, [7, 9], 4)] {
+        s.submit(NOW, with_keys(id, length, 1, &keys)).unwrap();
+        let step = s.next(NOW);
+        let chunk = &step.chunks[0];
+        assert_eq!((chunk.id, chunk.start, chunk.cached), (id, from, from));
+        s.audit().unwrap();
+        s.commit(NOW, &[]);
+    }
+    let alone = NewRequest {
+        reuse: false,
+        ..with_keys(5, 10, 1, &[7, 8])
+    };
+    s.submit(NOW, alone).unwrap();
+    assert_eq!(show(&s.next(NOW)), "5@0+8", "every row is asked for");
+    s.commit(NOW, &[]);
+    run(&mut s);
+    assert_eq!(free(&s), 16);
+    s.forget();
+    assert_eq!(s.counts().cached_pages, 0);
+    assert_eq!(free(&s), 16);
 }
 
-fn op() -> impl Strategy<Value = Op> {
-    prop_oneof![
-        4 => (1usize..40, 0usize..12).prop_map(|(prompt, max_tokens)| Op::Submit { prompt, max_tokens }),
-        1 => (0usize..64).prop_map(Op::Cancel),
-        6 => (any::<u16>(), any::<u16>(), prop::option::weighted(0.2, 0usize..64))
-            .prop_map(|(a, b, cancel)| Op::Step { stop_mask: a & b & (a >> 3), cancel }),
-    ]
+#[test]
+fn what_a_step_wrote_is_shared_when_the_step_went_through_and_not_before() {
+    let mut s = scheduler(limits());
+    s.submit(NOW, with_keys(1, 5, 4, &[7])).unwrap();
+    s.submit(NOW, with_keys(2, 3, 1, &[])).unwrap();
+    assert_eq!(show(&s.next(NOW)), "1@0+5! 2@0+3!");
+    s.fail();
+    assert!(s.is_idle(), "a step that fails takes its requests along");
+    assert_eq!((free(&s), s.counts().cached_pages), (16, 0));
+    s.submit(NOW, with_keys(3, 5, 4, &[7])).unwrap();
+    s.submit(NOW, with_keys(4, 5, 1, &[7])).unwrap();
+    assert_eq!(
+        show(&s.next(NOW)),
+        "3@0+5! 4@0+3",
+        "at the same time: each for itself"
+    );
+    s.commit(NOW, &[]);
+    s.submit(NOW, with_keys(5, 5, 1, &[7])).unwrap();
+    assert_eq!(show(&s.next(NOW)), "3@5+1! 4@3+2! 5@4+1!");
 }
 
-fn any_limits() -> impl Strategy<Value = Limits> {
-    (1usize..6, 1usize..10, 0usize..20, 1usize..9, 1usize..40).prop_map(
-        |(max_running, max_waiting, extra, page_tokens, pages)| Limits {
-            max_running,
-            max_waiting,
-            max_step_tokens: max_running + extra,
-            page_tokens,
-            pages,
-            max_context: 48,
-        },
-    )
+#[test]
+fn output_pages_are_shared_once_their_keys_are_known() {
+    let mut s = scheduler(limits());
+    s.submit(NOW, with_keys(1, 3, 4, &[])).unwrap();
+    for n in 0..3 {
+        s.next(NOW);
+        let outcome = Outcome {
+            id: 1,
+            tokens: 1,
+            keys: if n == 1 { vec![7] } else { vec![] },
+            ..Outcome::default()
+        };
+        s.commit(NOW, &[outcome]);
+    }
+    s.submit(NOW, with_keys(2, 6, 1, &[7])).unwrap();
+    assert_eq!(show(&s.next(NOW)), "1@5+1! 2@4+2!");
 }
 
-/// What a request must have seen so far, kept independently of the scheduler.
-#[derive(Debug)]
-struct Expected {
-    prompt: usize,
-    max_tokens: usize,
-    computed: usize,
-    generated: usize,
-    started: bool,
-    pages: Vec<u32>,
+#[test]
+fn pages_that_nobody_holds_are_reclaimed_the_longest_unused_first_and_from_their_end() {
+    let mut s = scheduler(Limits {
+        pages: 4,
+        ..limits()
+    });
+    for (id, keys) in [(1, [1, 2]), (2, [3, 4])] {
+        s.submit(NOW, with_keys(id, 8, 0, &keys)).unwrap();
+        run(&mut s);
+    }
+    assert_eq!((free(&s), s.counts().cached_pages), (4, 4));
+    s.submit(NOW, request(3, 4, 0)).unwrap();
+    run(&mut s);
+    assert_eq!(s.counts().cached_pages, 3);
+    s.submit(NOW, with_keys(4, 9, 0, &[1, 2])).unwrap();
+    assert_eq!(
+        show(&s.next(NOW)),
+        "4@4+5",
+        "the second page is gone, the first is not"
+    );
+    s.commit(NOW, &[]);
+    s.submit(NOW, with_keys(5, 9, 0, &[3, 4])).unwrap();
+    assert_eq!(
+        show(&s.next(NOW)),
+        "5@4+5",
+        "two pages were needed, one was free"
+    );
 }
 
-struct Model {
-    scheduler: Scheduler,
-    live: BTreeMap<u64, Expected>,
-    submitted: Vec<u64>,
+#[test]
+fn when_pages_run_out_the_last_to_come_starts_again_and_comes_back_first() {
+    let mut s = scheduler(Limits {
+        pages: 4,
+        ..limits()
+    });
+    s.submit(NOW, request(1, 4, 9)).unwrap();
+    s.submit(NOW, request(2, 3, 6)).unwrap();
+    s.submit(NOW, request(3, 1, 1)).unwrap();
+    let mut steps = Vec::new();
+    while !s.is_idle() {
+        steps.push(show(&s.next(NOW)));
+        s.audit().unwrap();
+        s.commit(NOW, &[]);
+    }
+    assert_eq!(
+        steps,
+        [
+            "1@0+4! 2@0+3! 3@0+1!",
+            "1@4+1! 2@3+1!",
+            "1@5+1! 2@4+1!",
+            "1@6+1! 2@5+1!",
+            "1@7+1! 2@6+1!",
+            // There is no third page for the first one.
+            "1@8+1!",
+            "1@9+1!",
+            "1@10+1!",
+            "1@11+1!",
+            "2@0+8!",
+        ]
+    );
+    assert_eq!(free(&s), 4);
 }
 
-impl Model {
-    fn new(limits: Limits) -> Self {
-        Self {
-            scheduler: scheduler(limits),
-            live: BTreeMap::new(),
-            submitted: Vec::new(),
-        }
+#[test]
+fn lower_priorities_go_first_and_are_preempted_last() {
+    let mut s = scheduler(Limits {
+        max_running: 1,
+        ..limits()
+    });
+    for (id, priority) in [(1, 5), (2, 0), (3, -1), (4, 0)] {
+        let request = NewRequest {
+            priority,
+            ..request(id, 2, 1)
+        };
+        s.submit(NOW, request).unwrap();
     }
+    assert_eq!(run(&mut s), ["3@0+2!", "2@0+2!", "4@0+2!", "1@0+2!"]);
+}
 
-    fn apply(&mut self, op: &Op) {
-        match *op {
-            Op::Submit { prompt, max_tokens } => {
-                let id = self.submitted.len() as u64;
-                if self
-                    .scheduler
-                    .submit(request(id, prompt, max_tokens))
-                    .is_ok()
-                {
-                    let expected = Expected {
-                        prompt,
-                        max_tokens,
-                        computed: 0,
-                        generated: 0,
-                        started: false,
-                        pages: Vec::new(),
-                    };
-                    self.live.insert(id, expected);
-                }
-                self.submitted.push(id);
-            }
-            Op::Cancel(which) => self.cancel(which),
-            Op::Step { stop_mask, cancel } => self.step(stop_mask, cancel),
-        }
-        self.check_pages();
+#[test]
+fn tenants_take_turns_however_much_one_of_them_asks() {
+    let mut s = scheduler(Limits {
+        max_running: 1,
+        ..limits()
+    });
+    for id in 0..8 {
+        let tenant = u64::from(id >= 6);
+        let request = NewRequest {
+            tenant,
+            ..request(id, 2, 1)
+        };
+        s.submit(NOW, request).unwrap();
     }
+    let order: Vec<String> = run(&mut s)
+        .iter()
+        .map(|step| step[..1].to_owned())
+        .collect();
+    assert_eq!(order.concat(), "06172345");
+}
 
-    fn cancel(&mut self, which: usize) {
-        if let Some(&id) = self.submitted.get(which) {
-            let known = self.live.remove(&id).is_some();
-            assert_eq!(self.scheduler.cancel(id), known);
-        }
+#[test]
+fn a_request_whose_time_is_over_is_let_go_of() {
+    let mut s = scheduler(Limits {
+        max_running: 1,
+        ..limits()
+    });
+    let second = Duration::from_secs(1);
+    let late = NewRequest {
+        deadline: Some(2 * second),
+        ..request(1, 2, 9)
+    };
+    let waits = NewRequest {
+        start_by: Some(second),
+        ..request(2, 2, 9)
+    };
+    s.submit(NOW, late).unwrap();
+    s.submit(NOW, waits).unwrap();
+    assert_eq!(show(&s.next(NOW)), "1@0+2!");
+    s.commit(NOW, &[]);
+    let step = s.next(second);
+    assert_eq!(step.expired, [(2, Expiry::Queue)]);
+    assert_eq!(show(&step), "1@2+1!");
+    s.commit(NOW, &[]);
+    let step = s.next(2 * second);
+    assert_eq!(
+        (step.chunks.len(), step.expired),
+        (0, vec![(1, Expiry::Deadline)])
+    );
+    assert!(s.is_idle());
+    assert_eq!(free(&s), 16);
+}
+
+#[test]
+fn a_request_that_would_wait_too_long_is_refused_at_once() {
+    let mut s = scheduler(Limits {
+        max_running: 1,
+        max_waiting_tokens: 40,
+        max_wait: Some(Duration::from_secs(60)),
+        ..limits()
+    });
+    // One admission in ten seconds.
+    let mut now = NOW;
+    for id in 0..4 {
+        s.submit(now, request(id, 1, 2)).unwrap();
     }
-
-    fn step(&mut self, stop_mask: u16, cancel: Option<usize>) {
-        let limits = self.scheduler.limits().clone();
-        let decoding: BTreeSet<u64> = self
-            .live
-            .iter()
-            .filter(|(_, e)| e.started && e.computed >= e.prompt)
-            .map(|(&id, _)| id)
-            .collect();
-        let step = self.scheduler.next(NOW);
-        assert!(step.rows() <= limits.max_step_tokens, "token budget");
-        assert_eq!(
-            step.chunks.is_empty(),
-            self.live.is_empty(),
-            "work is done whenever there is some"
-        );
-
-        let mut outcomes = Vec::new();
-        let mut prefilling = None;
-        let mut stepped = BTreeSet::new();
-        for (n, chunk) in step.chunks.iter().enumerate() {
-            assert!(stepped.insert(chunk.id), "one chunk a request");
-            let expected = self.live.get_mut(&chunk.id).expect("a live request");
-            assert!(chunk.len > 0);
-            assert_eq!(chunk.start, expected.computed, "rows are contiguous");
-            let end = chunk.start + chunk.len;
-            if expected.computed < expected.prompt {
-                assert!(end <= expected.prompt, "a chunk never passes the prompt");
-                assert!(prefilling < Some(chunk.id), "prefill in order of arrival");
-                prefilling = Some(chunk.id);
-            } else {
-                assert_eq!(chunk.len, 1);
-                assert!(prefilling.is_none(), "decode rows first");
-            }
-            let samples = end >= expected.prompt && expected.max_tokens > 0;
-            assert_eq!(chunk.sample, samples);
-            assert!(
-                chunk.pages.len() * limits.page_tokens >= end,
-                "pages cover the rows"
-            );
-            if expected.started {
-                assert_eq!(expected.pages[..], chunk.pages[..], "pages never change");
-            }
-            expected.started = true;
-            expected.pages = chunk.pages.to_vec();
-            expected.computed = end;
-            expected.generated += usize::from(samples);
-            outcomes.push((chunk.id, stop_mask >> (n % 16) & 1 == 1));
-        }
-        assert!(decoding.is_subset(&stepped), "decode never waits");
-        let started: Vec<bool> = self.live.values().map(|e| e.started).collect();
-        assert!(
-            started.is_sorted_by(|a, b| a >= b),
-            "nobody overtakes: {:?}",
-            self.live
-        );
-
-        if let Some(which) = cancel {
-            self.cancel(which);
-        }
-        self.scheduler.commit(&outcomes);
-        for (id, finished) in outcomes {
-            let done =
-                |e: &Expected| finished || (e.computed >= e.prompt && e.generated >= e.max_tokens);
-            if self.live.get(&id).is_some_and(done) {
-                self.live.remove(&id);
-            }
-        }
+    for _ in 0..5 {
+        s.next(now);
+        s.commit(NOW, &[]);
+        now += Duration::from_secs(5);
     }
-
-    /// No page is held twice, and those not held are free.
-    fn check_pages(&self) {
-        let pages = self.scheduler.limits().pages;
-        let mut held = BTreeSet::new();
-        for expected in self.live.values() {
-            for &page in &expected.pages {
-                assert!(
-                    (page as usize) < pages && held.insert(page),
-                    "page {page} shared"
-                );
-            }
-        }
-        let counts = self.scheduler.counts();
-        assert_eq!(counts.free_pages + held.len(), pages, "pages leaked");
-        assert_eq!(counts.running + counts.waiting, self.live.len());
-        assert_eq!(
-            self.live.values().filter(|e| e.started).count(),
-            counts.running
-        );
+    assert_eq!((s.counts().running, s.counts().waiting), (1, 1));
+    let hurried = NewRequest {
+        start_by: Some(now + Duration::from_secs(9)),
+        ..request(10, 1, 1)
+    };
+    let refused = Err(Refusal::TooLate {
+        expected: Duration::from_secs(10),
+        retry_after: Duration::from_secs(10),
+    });
+    assert_eq!(s.submit(now, hurried.clone()), refused);
+    let first = NewRequest {
+        priority: -1,
+        ..hurried
+    };
+    s.submit(now, first).unwrap();
+    let large = s.submit(now, request(11, 40, 1));
+    assert!(
+        matches!(large, Err(Refusal::Overloaded { .. })),
+        "{large:?}"
+    );
+    for id in 20..26 {
+        let taken = s.submit(now, request(id, 1, 1));
+        assert_eq!(taken.is_ok(), id < 25, "{id}: {taken:?}");
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn random_schedules_keep_the_invariants(
-        limits in any_limits(),
-        ops in prop::collection::vec(op(), 1..120),
-    ) {
-        let mut model = Model::new(limits);
-        for op in &ops {
-            model.apply(op);
-        }
-        // Everything that was admitted ends: every step computes a row of it or of one before.
-        let mut steps = 0;
-        while !model.scheduler.is_idle() {
-            model.apply(&Op::Step { stop_mask: 0, cancel: None });
-            steps += 1;
-            prop_assert!(steps < 10_000, "no progress");
-        }
-        prop_assert!(model.live.is_empty());
-        prop_assert_eq!(model.scheduler.counts().free_pages, model.scheduler.limits().pages);
+#[test]
+fn drafts_are_rows_that_may_hold() {
+    let mut s = scheduler(Limits {
+        drafts: 2,
+        pages: 3,
+        ..limits()
+    });
+    let said = |tokens, drafts| Outcome {
+        id: 1,
+        tokens,
+        drafts,
+        ..Outcome::default()
+    };
+    s.submit(NOW, request(1, 3, 7)).unwrap();
+    let mut steps = Vec::new();
+    for (tokens, drafts) in [(1, 2), (1, 2), (3, 1), (2, 2)] {
+        steps.push(show(&s.next(NOW)));
+        s.audit().unwrap();
+        s.commit(NOW, &[said(tokens, drafts)]);
     }
+    assert_eq!(
+        steps,
+        ["1@0+3!", "1@3+1~2!", "1@4+1~2!", "1@7+1~1!"],
+        "a draft beyond max_tokens is not tried"
+    );
+    assert!(s.is_idle());
+    assert_eq!(free(&s), 3);
+}
+
+/// A machine on which a step costs five milliseconds, a decode row a tenth of one and a prefill row more
+/// and more as its prompt goes on.
+fn seconds(step: &Step) -> f64 {
+    let cost = |c: &guild_scheduler::batch::Chunk| match c.len {
+        1 => 0.1e-3,
+        rows => rows as f64 * (0.2e-3 + c.start as f64 * 2e-8),
+    };
+    5e-3 + step.chunks.iter().map(cost).sum::<f64>()
+}
+
+#[test]
+fn a_long_prompt_neither_holds_up_those_who_decode_nor_stands_still() {
+    let limits = Limits {
+        max_running: 16,
+        max_waiting: 16,
+        max_step_tokens: 2048,
+        itl_target: Some(Duration::from_millis(50)),
+        page_tokens: 16,
+        pages: 4096,
+        max_context: 40_000,
+        ..Limits::default()
+    };
+    let mut s = scheduler(limits);
+    for id in 0..8 {
+        s.submit(NOW, request(id, 8, 2000)).unwrap();
+    }
+    for _ in 0..4 {
+        let took = Duration::from_secs_f64(seconds(&s.next(NOW)));
+        s.commit(took, &[]);
+    }
+    s.submit(NOW, request(100, 32_768, 4)).unwrap();
+    let (mut steps, mut late, mut total) = (0, 0, 0.0);
+    while s.contains(100) {
+        let step = s.next(NOW);
+        let rows = step.chunks.iter().filter(|c| c.id < 8).count();
+        assert_eq!(rows, 8, "everybody decodes in every step");
+        let long = step.chunks.iter().find(|c| c.id == 100).unwrap();
+        let to_go = 32_768usize.saturating_sub(long.start);
+        assert!(long.len >= PREFILL_FLOOR.min(to_go.max(1)), "{long:?}");
+        let took = seconds(&step);
+        late += usize::from(took > 0.055);
+        steps += 1;
+        total += took;
+        s.commit(Duration::from_secs_f64(took), &[]);
+    }
+    assert!(late <= 1, "{late} of {steps} steps were late");
+    // All rows alone would be 17 s of prefill.
+    assert!(total < 30.0, "{total} s for the prompt");
+}
+
+/// Runs a payoff for so many steps of `requests` requests; a draft holds with a probability, in percent, and
+/// a step with drafts takes so much longer, in percent. How many steps had drafts.
+fn drafted(payoff: &mut Payoff, requests: usize, steps: u64, holds: u64, dearer: u64) -> u64 {
+    let (mut drafted, mut next) = (0, false);
+    for step in 0..steps {
+        let drafts = if next { requests } else { 0 };
+        drafted += u64::from(next);
+        let held = (0..drafts as u64)
+            .filter(|n| (step * 37 + n * 61) % 100 < holds)
+            .count();
+        payoff.observe(Decoded {
+            requests,
+            tokens: requests + held,
+            drafts,
+            took: Duration::from_micros(if next { 1000 + 10 * dearer } else { 1020 }),
+            drafting: Duration::from_micros(20),
+        });
+        next = payoff.pays(requests) && !payoff.measures_plain(requests);
+    }
+    drafted
+}
+
+#[test]
+fn drafting_goes_on_where_it_pays_and_rests_where_it_does_not() {
+    let mut payoff = Payoff::new();
+    assert!(
+        drafted(&mut payoff, 1, 4000, 60, 20) > 3500,
+        "1.6 tokens for 1.2 steps"
+    );
+    let lost = drafted(&mut payoff, 16, 4000, 60, 80);
+    assert!(lost < 100, "1.6 tokens for 1.8 steps, and yet {lost} steps");
+    assert!(
+        payoff.pays(1) && !payoff.pays(16),
+        "it depends on how many decode"
+    );
+    // It is tried again, and stays where things have changed.
+    let before = drafted(&mut payoff, 16, 16 * REST_FIRST, 60, 20);
+    assert!(before > 1000, "{before}");
+    assert!(drafted(&mut payoff, 16, 1000, 60, 20) > 800);
 }

@@ -58,7 +58,7 @@ impl Model {
         let trunk = Trunk::load(&checkpoint, Dtype::Auto, &cpu, &|_, _| ()).unwrap();
         let config = checkpoint.config();
         let mut experts = HashMap::new();
-        for layer in config.moe_layers() {
+        for layer in config.expert_layers() {
             for expert in 0..config.n_routed_experts {
                 let loaded = Expert::load(&checkpoint, layer, expert, Dtype::Auto).unwrap();
                 experts.insert((layer as u32, expert as u32), Arc::new(loaded));
@@ -364,6 +364,7 @@ impl Rig {
         let pages = self.engine.limits().pages;
         for _ in 0..10_000 {
             let counts = self.engine.counts();
+            self.engine.audit().unwrap();
             if counts.running + counts.waiting == 0 {
                 assert_eq!(counts.free_pages, pages, "pages leaked");
                 return;
@@ -382,6 +383,7 @@ pub fn limits() -> Limits {
         page_tokens: 16,
         pages: 256,
         max_context: 256,
+        ..Limits::default()
     }
 }
 
@@ -397,6 +399,10 @@ pub fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
         min_tokens: 0,
         logprobs: Some(2),
         prompt_logprobs: None,
+        priority: 0,
+        tenant: 0,
+        timeout: None,
+        max_queue: None,
     }
 }
 
@@ -435,10 +441,16 @@ pub fn bits(events: &[Event]) -> Vec<String> {
                 logprobs.iter().map(sampled).collect::<Vec<_>>()
             )
         }
-        Event::Token { token, logprobs } => {
+        Event::Token {
+            token, logprobs, ..
+        } => {
             format!("token {token} {:?}", logprobs.as_ref().map(sampled))
         }
-        other => format!("{other:?}"),
+        // What it took depends on what else happened.
+        Event::Finished {
+            reason, generated, ..
+        } => format!("finished {reason:?} {generated}"),
+        Event::Failed(failure) => format!("{failure:?}"),
     };
     events.iter().map(show).collect()
 }

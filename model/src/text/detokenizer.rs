@@ -20,6 +20,8 @@ const MAX_CHARACTER: usize = 4;
 pub struct Detokenizer {
     text: Arc<Text>,
     skip_special: bool,
+    /// Special tokens that have text nevertheless.
+    kept: Vec<u32>,
     state: State,
 }
 
@@ -53,13 +55,19 @@ impl Detokenizer {
         Self {
             text,
             skip_special,
+            kept: Vec::new(),
             state,
         }
     }
 
+    /// The same, but these tokens have text even if they are special ones.
+    pub fn keeping(self, kept: Vec<u32>) -> Self {
+        Self { kept, ..self }
+    }
+
     /// Takes the next token and returns the text that is certain now.
     pub fn push(&mut self, id: u32) -> Result<String, ModelError> {
-        if self.skip_special && self.text.is_special(id) {
+        if self.skip_special && self.text.is_special(id) && !self.kept.contains(&id) {
             return Ok(String::new());
         }
         match &mut self.state {
