@@ -140,6 +140,7 @@ impl Cluster for Pretended {
             experts: 2,
             rows: vec![0, 0],
             balancedness: vec![1.0],
+            even_balancedness: vec![1.0],
             nodes: vec![ExpertNodeLoad {
                 node_id: 1,
                 name: "expert-1".to_owned(),

@@ -242,11 +242,20 @@ impl Cluster for ClusterService {
         request: Request<ExpertLoadRequest>,
     ) -> Result<Response<ExpertLoadResponse>, Status> {
         let shots_after = request.into_inner().shots_after;
-        let active = self
+        let (active, measured) = self
             .state
-            .lead(|membership, _| membership.active().cloned())
+            .lead(|membership, _| {
+                let speed = |id| membership.node(id).map(|node| node.speed);
+                let active = membership.active().cloned();
+                let nodes = active.iter().flat_map(|active| active.placement.nodes());
+                (
+                    active.clone(),
+                    nodes.map(|node| speed(node.node)).collect::<Vec<_>>(),
+                )
+            })
             .map_err(follower)?;
-        let answer = self.state.load.answer(active.as_ref(), shots_after);
+        let active = active.as_ref();
+        let answer = self.state.load.answer(active, &measured, shots_after);
         Ok(Response::new(answer))
     }
 

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::load::Shot;
 use crate::membership::{Membership, Node, Role, Settings};
 use crate::placement::{NodeId, NodeSlots, Placement};
-use crate::planner::{self, Aim, Cluster, Layer, Plan, PlanError};
+use crate::planner::{self, Aim, Cluster, Layer, Plan, PlanError, Split};
 
 /// Measured speeds within this ratio may be those of like nodes.
 const ALIKE: f64 = 1.25;
@@ -322,6 +322,57 @@ fn levelled(held: &[u64], room: u64, most: u64) -> Vec<u64> {
         }
     }
     rooms
+}
+
+/// Rows that each node of a placement gets of each layer when a shot meets it,
+/// [layers, nodes]; what has no home is left out.
+pub fn shares(
+    nodes: &[NodeSlots],
+    layers: &[u32],
+    shot: &Shot,
+    speeds: &[f64],
+    split: Split,
+) -> Vec<Vec<f64>> {
+    let experts = shot.rows.first().map_or(0, Vec::len) as u32;
+    let held = |layer: u32, node: &NodeSlots| -> Vec<Option<u32>> {
+        let slots = node.slots.iter();
+        let slots = slots.filter(|(of, expert)| *of == layer && *expert < experts);
+        slots.map(|(_, expert)| Some(*expert)).collect()
+    };
+    let layers: Vec<Layer> = (layers.iter())
+        .map(|&layer| Layer {
+            layer,
+            slots: nodes.iter().map(|node| held(layer, node)).collect(),
+        })
+        .collect();
+    let node = |(n, (node, &capacity)): (usize, (&NodeSlots, &f64))| planner::Node {
+        id: node.node,
+        capacity,
+        // Room for what has no home, so that it does not matter here.
+        slots: { layers.iter().map(|layer| layer.slots[n].len()) }
+            .max()
+            .unwrap_or(0) as u32
+            + if n == 0 { experts } else { 0 },
+        domain: 0,
+        live: true,
+    };
+    let none = vec![vec![0.0; nodes.len()]; layers.len()];
+    let cluster = Cluster {
+        nodes: nodes.iter().zip(speeds).enumerate().map(node).collect(),
+        layers,
+        experts,
+        expert_bytes: 0,
+    };
+    let Ok(mut loads) = planner::node_loads(&cluster, shot, split) else {
+        return none;
+    };
+    for (load, speed) in loads
+        .iter_mut()
+        .flat_map(|nodes| nodes.iter_mut().zip(speeds))
+    {
+        *load *= speed;
+    }
+    loads
 }
 
 /// What measured rows a second say of nodes, in ratios: nodes that differ by no

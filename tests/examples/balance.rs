@@ -246,14 +246,17 @@ impl Cluster {
         experts.map(|node| node.rows_per_second.round()).collect()
     }
 
-    /// Mean over the layers of (mean load of the nodes over the highest), by the load of the last seconds.
-    async fn balancedness(&self) -> f64 {
+    /// Mean over the layers of (mean load of the nodes over the highest), by the load of the last seconds: with
+    /// rows poured over homes by water-filling against the nodes' speeds, and as EPLB reckons, with rows shared
+    /// evenly by homes on like nodes.
+    async fn balancedness(&self) -> [f64; 2] {
         let mut client = ClusterClient::connect(self.coordinator.clone())
             .await
             .unwrap();
         let asked = client.expert_load(ExpertLoadRequest::default()).await;
-        let layers = asked.unwrap().into_inner().balancedness;
-        layers.iter().sum::<f64>() / layers.len() as f64
+        let load = asked.unwrap().into_inner();
+        [load.balancedness, load.even_balancedness]
+            .map(|layers| layers.iter().sum::<f64>() / layers.len() as f64)
     }
 }
 
@@ -447,8 +450,10 @@ async fn run(
         "planner": planner,
         "own_processors": quotas.is_some(),
         "rows_per_s": capacities,
-        "balancedness_half": round(balance[0]),
-        "balancedness_end": round(balance[1]),
+        "balancedness_half": round(balance[0][0]),
+        "balancedness_end": round(balance[1][0]),
+        "even_balancedness_half": round(balance[0][1]),
+        "even_balancedness_end": round(balance[1][1]),
         "tokens_per_s": round(rate(begun, end)),
         "tokens_per_s_last_third": round(rate(begun + (end - begun) * 2 / 3, end)),
         "migrations": moves.last.completed,

@@ -151,12 +151,12 @@ pub(crate) struct ExpertsPlan {
     /// Bytes of one expert; 44,050,944 is one of DeepSeek-V3 in FP8
     #[arg(long, default_value = "44050944", value_parser = units::parse_bytes, value_name = "SIZE")]
     pub(crate) expert_bytes: u64,
-    /// How rows are shared out among copies: by load, or evenly
+    /// How rows are shared out among copies where the planner balances them: by load, evenly, or both
     #[arg(
         long,
         value_enum,
         default_value_t,
-        value_name = "filled|even",
+        value_name = "both|filled|even",
         hide_possible_values = true
     )]
     pub(crate) split: SplitArg,
@@ -237,6 +237,7 @@ pub(crate) struct ExpertsWatch {
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
 pub(crate) enum SplitArg {
     #[default]
+    Both,
     Filled,
     Even,
 }

@@ -2,7 +2,6 @@
 //!
 //! Secret: when a shot ends, and how much of it all one answer holds.
 
-use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,6 +11,8 @@ use guild_proto::cluster::v1::{
 use guild_scheduler::load::{Delta, LoadError, MAX_CELLS, Meter, Shot, balancedness};
 use guild_scheduler::membership::{Placed, Published};
 use guild_scheduler::placement::{NodeId, NodeSlots};
+use guild_scheduler::planner::Split;
+use guild_scheduler::rebalance::{shares, speeds};
 
 /// Span of a shot.
 const SHOT: Duration = Duration::from_secs(1);
@@ -96,14 +97,15 @@ impl LoadBook {
         shots.unwrap_or_default()
     }
 
-    /// All that is known, over the homes of `active`; shots after number
-    /// `shots_after`, if asked for.
+    /// All that is known, over the homes of `active`, whose nodes do `measured` rows
+    /// a second (None: unknown); shots after number `shots_after`, if asked for.
     pub(crate) fn answer(
         &self,
         active: Option<&Published>,
+        measured: &[Option<f64>],
         shots_after: Option<u64>,
     ) -> ExpertLoadResponse {
-        let answer = self.with(|inner| of_meter(&inner.meter, active, shots_after));
+        let answer = self.with(|inner| of_meter(&inner.meter, active, measured, shots_after));
         answer.unwrap_or_default()
     }
 }
@@ -122,20 +124,40 @@ pub(crate) enum ReportError {
 fn of_meter(
     meter: &Meter,
     active: Option<&Published>,
+    measured: &[Option<f64>],
     shots_after: Option<u64>,
 ) -> ExpertLoadResponse {
-    let experts = meter.experts() as usize;
     let layers = meter.layers();
-    let mut rows = vec![0u64; layers.len() * experts];
+    let mut window = Shot {
+        rows: vec![vec![0; meter.experts() as usize]; layers.len()],
+    };
     for shot in meter.window() {
-        for (sum, &n) in rows.iter_mut().zip(shot.rows.iter().flatten()) {
+        for (sum, &n) in window
+            .rows
+            .iter_mut()
+            .flatten()
+            .zip(shot.rows.iter().flatten())
+        {
             *sum = sum.saturating_add(n);
         }
     }
-    let nodes = active.map_or_else(Vec::new, |active| nodes(layers, experts, &rows, active));
-    let loads: Vec<Vec<f64>> = (0..layers.len())
-        .map(|at| nodes.iter().map(|node| node.rows[at]).collect())
-        .collect();
+    let placed = active.map_or(&[][..], |active| active.placement.nodes());
+    let speeds = speeds(measured);
+    let rows = shares(placed, layers, &window, &speeds, Split::Filled);
+    // What EPLB takes for granted.
+    let alike = vec![1.0; placed.len()];
+    let even = shares(placed, layers, &window, &alike, Split::Even);
+    let over = |(rows, speed): (&f64, &f64)| rows / speed;
+    let balance = |rows: &Vec<f64>, speeds: &[f64]| {
+        let loads: Vec<f64> = rows.iter().zip(speeds).map(over).collect();
+        balancedness(&[loads]).unwrap_or(1.0)
+    };
+    let nodes = active.map_or_else(Vec::new, |active| {
+        let nodes = placed.iter().zip(&active.nodes).enumerate();
+        nodes
+            .map(|(n, (node, placed))| listed_node(node, placed, rows.iter().map(|rows| rows[n])))
+            .collect()
+    });
     ExpertLoadResponse {
         epoch: active.map_or(0, |active| active.placement.epoch()),
         layers: layers.to_vec(),
@@ -143,47 +165,27 @@ fn of_meter(
         shot_ms: SHOT.as_millis() as u32,
         closed: meter.closed(),
         window: meter.window().len() as u32,
-        rows,
+        rows: window.rows.concat(),
         ewma: meter.ewma().map_or_else(Vec::new, |ewma| ewma.concat()),
-        balancedness: (loads.iter())
-            .map(|nodes| balancedness(&[nodes]).unwrap_or(1.0))
-            .collect(),
+        balancedness: rows.iter().map(|rows| balance(rows, &speeds)).collect(),
+        even_balancedness: even.iter().map(|rows| balance(rows, &alike)).collect(),
         nodes,
         shots: shots_after.map_or_else(Vec::new, |after| listed(meter, after)),
     }
 }
 
-fn nodes(layers: &[u32], experts: usize, rows: &[u64], active: &Published) -> Vec<ExpertNodeLoad> {
-    let placement = &active.placement;
-    let mut homes: HashMap<(u32, u32), u64> = HashMap::new();
-    for slot in placement.nodes().iter().flat_map(|node| &node.slots) {
-        *homes.entry(*slot).or_default() += 1;
+fn listed_node(
+    node: &NodeSlots,
+    placed: &Placed,
+    rows: impl Iterator<Item = f64>,
+) -> ExpertNodeLoad {
+    let slot = |&(layer, expert): &(u32, u32)| Slot { layer, expert };
+    ExpertNodeLoad {
+        node_id: node.node,
+        name: placed.name.clone(),
+        slots: node.slots.iter().map(slot).collect(),
+        rows: rows.collect(),
     }
-    let share = |&(layer, expert): &(u32, u32)| {
-        let at = layers.binary_search(&layer).ok()?;
-        let rows = *rows.get(at * experts + expert as usize)?;
-        let homes = homes.get(&(layer, expert)).copied().unwrap_or(1);
-        Some((at, rows as f64 / homes as f64))
-    };
-    let one = |(node, placed): (&NodeSlots, &Placed)| {
-        let mut sums = vec![0.0; layers.len()];
-        for (at, rows) in node.slots.iter().filter_map(share) {
-            sums[at] += rows;
-        }
-        let slot = |&(layer, expert): &(u32, u32)| Slot { layer, expert };
-        ExpertNodeLoad {
-            node_id: node.node,
-            name: placed.name.clone(),
-            slots: node.slots.iter().map(slot).collect(),
-            rows: sums,
-        }
-    };
-    placement
-        .nodes()
-        .iter()
-        .zip(&active.nodes)
-        .map(one)
-        .collect()
 }
 
 /// The shots after `after` that are still in the window, oldest first, as many

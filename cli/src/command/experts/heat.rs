@@ -72,8 +72,11 @@ struct Load {
 #[derive(Debug, Serialize)]
 struct LayerLoad {
     layer: u32,
-    /// Mean load of the nodes over the highest.
+    /// Mean load of the nodes over the highest: rows poured over homes by
+    /// water-filling, over the nodes' speeds.
     balancedness: f64,
+    /// The same as EPLB reckons: rows shared evenly by homes, on like nodes.
+    even_balancedness: f64,
     /// Rows of each expert in the window.
     rows: Vec<u64>,
     /// Rows a shot, exponentially weighted.
@@ -106,6 +109,7 @@ impl Load {
             LayerLoad {
                 layer,
                 balancedness: answer.balancedness[at],
+                even_balancedness: answer.even_balancedness[at],
                 rows: answer.rows[cells.clone()].to_vec(),
                 ewma: answer.ewma.get(cells).unwrap_or_default().to_vec(),
                 homes,
@@ -151,10 +155,11 @@ impl Load {
         for layer in &self.layers {
             let _ = writeln!(
                 out,
-                "{:>5}  {}  balancedness {:.2}",
+                "{:>5}  {}  balancedness {:.2}, by an even split {:.2}",
                 layer.layer,
                 layer.shades(each),
-                layer.balancedness
+                layer.balancedness,
+                layer.even_balancedness
             );
         }
         let _ = writeln!(
@@ -268,6 +273,7 @@ mod tests {
                 ),
             ],
             balancedness: vec![0.842, 0.781],
+            even_balancedness: vec![0.651, 0.781],
             shots: Vec::new(),
         }
     }
@@ -278,8 +284,8 @@ mod tests {
         let want = "\
 epoch 7: 1,725 rows in 3 shots of 1000 ms
 layer  experts 0 to 3, 1 a column
-    1  █▒    balancedness 0.84
-    2  ▒▒▒·  balancedness 0.78
+    1  █▒    balancedness 0.84, by an even split 0.65
+    2  ▒▒▒·  balancedness 0.78, by an even split 0.78
 times the mean of the layer: · below 0.25  ░ 0.75  ▒ 1.5  ▓ 3  █ above
 hottest experts:
   layer   1 expert   0       1,300 rows   3.25 times the mean  on expert-1, expert-2
@@ -304,6 +310,7 @@ nodes:
         many.layers = vec![3];
         many.rows = (0..256).map(|e| if e == 9 { 400 } else { 1 }).collect();
         many.balancedness = vec![0.5];
+        many.even_balancedness = vec![0.5];
         for node in &mut many.nodes {
             node.rows.truncate(1);
         }

@@ -190,6 +190,10 @@ fn check(answer: &ExpertLoadResponse) -> Result<(), String> {
             !answer.ewma.is_empty() && answer.ewma.len() != cells,
         ),
         ("balancedness", answer.balancedness.len() != layers),
+        (
+            "even_balancedness",
+            answer.even_balancedness.len() != layers,
+        ),
         ("nodes", answer.nodes.iter().any(|n| n.rows.len() != layers)),
         ("shots", answer.shots.iter().any(|s| s.rows.len() != cells)),
     ];

@@ -39,10 +39,15 @@ struct Outcome {
     /// Which one, from 1; None: all of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     plan: Option<usize>,
-    /// Balancedness of the interval after, 1 is perfect.
+    /// Balancedness of the interval after, 1 is perfect: rows poured over homes by
+    /// water-filling.
     balancedness: f64,
     eplb_balancedness: f64,
     unplanned_balancedness: f64,
+    /// The same as EPLB reckons: rows shared evenly by homes.
+    even_balancedness: f64,
+    eplb_even_balancedness: f64,
+    unplanned_even_balancedness: f64,
     bytes: u64,
     eplb_bytes: u64,
     /// Hot experts without a second home in another failure domain.
@@ -70,9 +75,10 @@ pub(super) fn run(args: &ExpertsPlan) -> Result<(), Failure> {
         ))
         .hint("give a longer trace or a smaller --interval"));
     }
-    let (split, aim) = match args.split {
-        SplitArg::Filled => (Split::Filled, Aim::Filled),
-        SplitArg::Even => (Split::Even, Aim::Even),
+    let aim = match args.split {
+        SplitArg::Both => Aim::Both,
+        SplitArg::Filled => Aim::Filled,
+        SplitArg::Even => Aim::Even,
     };
     let policy = Policy {
         budget_bytes: args.budget.unwrap_or(u64::MAX),
@@ -100,12 +106,17 @@ pub(super) fn run(args: &ExpertsPlan) -> Result<(), Failure> {
         ours.layers = plan.layers;
         let (layers, eplb_bytes) = by_eplb(&eplb, seen);
         eplb.layers = layers;
-        let score = |cluster: &Cluster| score(cluster, next, split).map_err(refused);
+        let score = |cluster: &Cluster, split| score(cluster, next, split).map_err(refused);
+        let filled = |cluster: &Cluster| score(cluster, Split::Filled);
+        let even = |cluster: &Cluster| score(cluster, Split::Even);
         let outcome = Outcome {
             plan: Some(at + 1),
-            balancedness: score(&ours)?,
-            eplb_balancedness: score(&eplb)?,
-            unplanned_balancedness: score(&unplanned)?,
+            balancedness: filled(&ours)?,
+            eplb_balancedness: filled(&eplb)?,
+            unplanned_balancedness: filled(&unplanned)?,
+            even_balancedness: even(&ours)?,
+            eplb_even_balancedness: even(&eplb)?,
+            unplanned_even_balancedness: even(&unplanned)?,
             bytes: plan.bytes,
             eplb_bytes,
             unprotected: plan.unprotected.len(),
@@ -118,6 +129,9 @@ pub(super) fn run(args: &ExpertsPlan) -> Result<(), Failure> {
         all.balancedness += outcome.balancedness / plans as f64;
         all.eplb_balancedness += outcome.eplb_balancedness / plans as f64;
         all.unplanned_balancedness += outcome.unplanned_balancedness / plans as f64;
+        all.even_balancedness += outcome.even_balancedness / plans as f64;
+        all.eplb_even_balancedness += outcome.eplb_even_balancedness / plans as f64;
+        all.unplanned_even_balancedness += outcome.unplanned_even_balancedness / plans as f64;
         all.bytes = all.bytes.saturating_add(outcome.bytes);
         all.eplb_bytes = all.eplb_bytes.saturating_add(outcome.eplb_bytes);
         all.unprotected = outcome.unprotected;
@@ -140,12 +154,15 @@ impl Outcome {
             .map_or_else(|| "all plans".to_owned(), |at| format!("plan {at}"));
         writeln!(
             out,
-            "{name}: balancedness {:.4} moving {}; EPLB {:.4} moving {}; nothing moved {:.4}",
+            "{name}: balancedness {:.4} (by an even split {:.4}) moving {}; EPLB {:.4} ({:.4}) moving {}; nothing moved {:.4} ({:.4})",
             self.balancedness,
+            self.even_balancedness,
             units::bytes(self.bytes),
             self.eplb_balancedness,
+            self.eplb_even_balancedness,
             units::bytes(self.eplb_bytes),
             self.unplanned_balancedness,
+            self.unplanned_even_balancedness,
         )?;
         if self.unprotected > 0 {
             writeln!(
