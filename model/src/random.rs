@@ -15,8 +15,7 @@
 mod files;
 mod shapes;
 
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::fs;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -25,6 +24,7 @@ use serde_json::{Map, Value};
 pub use shapes::{NAMES, shape};
 
 use crate::checkpoint::manifest::Manifest;
+use crate::checkpoint::write::{Out, Shard};
 use crate::checkpoint::{TensorSpec, schema};
 use crate::{Config, ModelError};
 
@@ -32,6 +32,8 @@ use crate::{Config, ModelError};
 pub const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
 /// Elements that are made at a time before they are written.
 const BLOCK: usize = 4 << 20;
+/// Headers are padded to this many bytes, as other writers of the form do.
+const HEADER_ALIGNMENT: usize = 8;
 /// Elements that one thread makes at a time.
 const CHUNK: usize = 1 << 14;
 /// Increment of splitmix64's state.
@@ -104,6 +106,15 @@ impl Planned {
 
     fn bytes(&self) -> u64 {
         self.elements() as u64 * if self.f32 { 4 } else { 2 }
+    }
+
+    fn out(&self) -> Out {
+        Out {
+            name: self.name.clone(),
+            dtype: self.dtype(),
+            shape: self.shape.clone(),
+            bytes: self.bytes(),
+        }
     }
 }
 
@@ -215,26 +226,22 @@ fn write_files(
     let mut buffer = Vec::new();
     for (i, tensors) in shards.iter().enumerate() {
         let name = format!("model-{:05}-of-{:05}.safetensors", i + 1, shards.len());
-        let path = dir.join(&name);
-        let fault = |e: std::io::Error| ModelError::file(&path, format!("cannot be written: {e}"));
-        let mut file = BufWriter::with_capacity(1 << 20, File::create(&path).map_err(fault)?);
-        file.write_all(&files::header(tensors)).map_err(fault)?;
+        let listed: Vec<Out> = tensors.iter().map(Planned::out).collect();
+        let mut shard = Shard::create(&dir.join(&name), &listed, HEADER_ALIGNMENT)?;
         for tensor in tensors {
             let mut at = 0;
-            let mut hasher = blake3::Hasher::new();
             while at < tensor.elements() {
                 let n = BLOCK.min(tensor.elements() - at);
                 fill(tensor, seed, at, n, &mut buffer);
-                file.write_all(&buffer).map_err(fault)?;
-                hasher.update_rayon(&buffer);
+                shard.write(&buffer)?;
                 at += n;
                 done += buffer.len() as u64;
                 progress(done, total);
             }
-            hashes.push(hasher.finalize());
+            shard.end_tensor();
             weight_map.insert(tensor.name.clone(), name.clone().into());
         }
-        file.flush().map_err(fault)?;
+        hashes.extend(shard.finish(false)?);
     }
     files::write_all(dir, shape, config.vocab_size, weight_map, total)?;
     let tensors = shards.iter().flatten().zip(hashes);

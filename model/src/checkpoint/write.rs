@@ -22,7 +22,7 @@ pub(crate) struct Out {
 
 /// Length and header of a file of these tensors in this order, padded with blanks so that the data begin at a multiple
 /// of `align` (a power of two from 8 on).
-pub(crate) fn header<'a>(tensors: impl Iterator<Item = &'a Out>, align: usize) -> Vec<u8> {
+fn header(tensors: &[Out], align: usize) -> Vec<u8> {
     let mut map = Map::new();
     map.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut offset = 0;
@@ -59,7 +59,7 @@ impl Shard {
             hasher: blake3::Hasher::new(),
             hashes: Vec::new(),
         };
-        shard.raw(&header(tensors.iter(), align))?;
+        shard.raw(&header(tensors, align))?;
         Ok(shard)
     }
 

@@ -8,32 +8,12 @@ use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter};
 use serde_json::{Map, Value, json};
 
-use super::{Planned, Shape};
+use super::Shape;
 use crate::ModelError;
 
 /// Ids of the two special tokens, after 256 bytes and one merge.
 const BOS: u32 = 257;
 const EOS: u32 = 258;
-
-/// Length and header of a safetensors file, padded with blanks to eight bytes.
-pub(super) fn header(tensors: &[Planned]) -> Vec<u8> {
-    let mut map = Map::new();
-    map.insert("__metadata__".into(), json!({"format": "pt"}));
-    let mut offset = 0;
-    for t in tensors {
-        let end = offset + t.bytes();
-        map.insert(
-            t.name.clone(),
-            json!({"dtype": t.dtype(), "shape": t.shape, "data_offsets": [offset, end]}),
-        );
-        offset = end;
-    }
-    let mut text = Value::Object(map).to_string().into_bytes();
-    text.resize(text.len().next_multiple_of(8), b' ');
-    let mut out = (text.len() as u64).to_le_bytes().to_vec();
-    out.extend(text);
-    out
-}
 
 /// Index, configuration and tokenizer.
 pub(super) fn write_all(
