@@ -65,6 +65,11 @@ impl Cpu {
         })
     }
 
+    /// The proof that it can be used.
+    pub(crate) fn choice(&self) -> Choice {
+        self.inner.choice
+    }
+
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {
         self.inner.isa

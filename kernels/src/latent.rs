@@ -1,9 +1,8 @@
-//! Cached latents as stored: formats of a row, writing and reading one, and the memory they lie in.
+//! Cached latents as stored: formats of a row, writing and reading one.
 //!
 //! Secret: the bytes of a row. A row is `width` values, of which the first `value_width` are c_kv and the rest k_pe.
 
 use half::bf16;
-use memmap2::{MmapMut, MmapOptions};
 
 use crate::generic::weights::e4m3_to_f32;
 
@@ -163,38 +162,6 @@ fn e4m3(x: f32) -> u8 {
     sign | code as u8
 }
 
-/// Zeroed bytes for cached latents: a multiple of the system's page, which physical memory stands behind only where
-/// something was written. Huge pages are asked for, since rows are read in long runs.
-#[derive(Debug)]
-pub struct LatentMemory(MmapMut);
-
-impl LatentMemory {
-    /// # Errors
-    /// The system has no such address space.
-    pub fn new(bytes: usize) -> std::io::Result<LatentMemory> {
-        // An empty mapping is refused, an empty cache is none of our business.
-        let map = MmapOptions::new().len(bytes.max(1)).map_anon()?;
-        #[cfg(target_os = "linux")]
-        // A request only: a kernel without huge pages is as good.
-        let _ = map.advise(memmap2::Advice::HugePage);
-        Ok(LatentMemory(map))
-    }
-}
-
-impl std::ops::Deref for LatentMemory {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-impl std::ops::DerefMut for LatentMemory {
-    fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.0
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -254,14 +221,5 @@ mod tests {
         let mut bytes = [1; 8];
         LatentFormat::Fp8.write(&[0.0; 4], 4, &mut bytes);
         assert_eq!(bytes, [0; 8]);
-    }
-
-    #[test]
-    fn memory_is_zeroed() -> std::io::Result<()> {
-        let mut memory = LatentMemory::new(10_000)?;
-        assert!(memory.len() >= 10_000 && memory.iter().all(|b| *b == 0));
-        memory[9_999] = 1;
-        assert!(LatentMemory::new(0)?.len() <= 1);
-        Ok(())
     }
 }

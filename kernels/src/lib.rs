@@ -11,9 +11,11 @@
 mod arm;
 mod cpu;
 pub mod file;
+pub mod floor;
 mod generic;
 mod isa;
 mod latent;
+mod memory;
 pub mod pack;
 mod plan;
 mod pool;
@@ -23,7 +25,8 @@ mod x86;
 
 pub use cpu::Cpu;
 pub use isa::Isa;
-pub use latent::{LatentFormat, LatentMemory};
+pub use latent::LatentFormat;
+pub use memory::Memory;
 
 /// A weight matrix `[rows (out), cols (in)]`: row-major as the checkpoint stores it, or packed.
 #[derive(Clone, Copy, Debug)]

@@ -5,7 +5,7 @@
 //! owns which page is the scheduler's business and not known here.
 
 pub use guild_kernels::LatentFormat as Format;
-use guild_kernels::LatentMemory;
+use guild_kernels::Memory;
 
 use crate::Config;
 
@@ -15,7 +15,7 @@ use crate::Config;
 /// never filled costs address space only.
 #[derive(Debug)]
 pub struct LatentCache {
-    data: LatentMemory,
+    data: Memory,
     format: Format,
     layers: usize,
     pages: usize,
@@ -42,7 +42,7 @@ impl LatentCache {
         let bytes = [layers, page_tokens, row_bytes]
             .into_iter()
             .fold(pages, usize::saturating_mul);
-        let data = LatentMemory::new(bytes);
+        let data = Memory::new(bytes);
         LatentCache {
             data: data.unwrap_or_else(|error| panic!("{bytes} bytes of KV cache: {error}")),
             format,
