@@ -26,7 +26,7 @@ const BYTES_PER_NS: usize = 16;
 /// Multiplications one thread does in a nanosecond, for that estimate.
 const MACS_PER_NS: usize = 64;
 /// From this many rows of x on, packing pays.
-const PACK_FROM: usize = 10;
+const PACK_FROM: usize = 9;
 /// Most bytes of packed rows held at once; more rows take another pass over the weights.
 const PACK_BYTES: usize = 16 << 20;
 /// Tasks per thread that let a slow thread be overtaken.

@@ -25,7 +25,11 @@ pub(crate) const BLOCK_COLS: usize = 1024;
 const SLAB_ROWS: usize = 60;
 /// Up to so many rows of `x`, a block of columns of them stays in L2 beside one weight panel.
 const FEW_ROWS: usize = 36;
-/// Rows of weights in one task of the packed form.
+/// Rows of 8-bit weights that stay in L2.
+const L2_ROWS: usize = 24;
+/// Elements of x that stay in L1 beside weights.
+const NEAR: usize = 8192;
+/// Rows of weights in one task of the packed form, and whose accumulators the few-rows form parks.
 pub(crate) const TASK_ROWS: usize = 96;
 
 /// Where results go: `[m, stride]`, each task writing its own columns.
@@ -98,73 +102,125 @@ pub(crate) struct Direct<'a, W> {
     pub(crate) w: W,
     pub(crate) from: usize,
     pub(crate) to: usize,
+    /// Reused between tasks.
+    pub(crate) scratch: &'a mut Vec<Line>,
 }
 
 impl<W: Weights> Op for Direct<'_, W> {
     type Out = ();
 
     #[inline(always)]
-    unsafe fn run<V: Lanes>(self) {
+    unsafe fn run<V: Lanes>(mut self) {
+        let (m, rows) = (self.x.m, self.from..self.to);
         // SAFETY: handed through from this operation's own contract.
         unsafe {
-            if V::REGISTERS >= 32 {
-                self.panels::<V, 4>();
-            } else {
-                self.panels::<V, 2>();
+            match m {
+                0 => {}
+                1 if V::REGISTERS >= 32 => self.panels::<V, 4, 1>(rows, 0),
+                2 if V::REGISTERS >= 32 => self.panels::<V, 4, 2>(rows, 0),
+                3..=4 if V::REGISTERS >= 32 => self.panels::<V, 6, 4>(rows, 0),
+                // Widening needs registers too; the second time the weights come from L2.
+                5.. if V::REGISTERS >= 32 && W::WIDENS => {
+                    for row in rows.step_by(L2_ROWS) {
+                        let panel = row..self.to.min(row + L2_ROWS);
+                        for at in (0..m).step_by(4) {
+                            self.panels::<V, 4, 4>(panel.clone(), at);
+                        }
+                    }
+                }
+                5..=6 if V::REGISTERS >= 32 => self.panels::<V, 4, 6>(rows, 0),
+                _ if V::REGISTERS >= 32 => {
+                    for at in (0..m).step_by(8) {
+                        self.panels::<V, 3, 8>(rows.clone(), at);
+                    }
+                }
+                _ => {
+                    for row in rows.step_by(2) {
+                        let panel = row..self.to.min(row + 2);
+                        for at in (0..m / 2 * 2).step_by(2) {
+                            self.panels::<V, 2, 2>(panel.clone(), at);
+                        }
+                        if m % 2 > 0 {
+                            self.panels::<V, 2, 1>(panel, m - 1);
+                        }
+                    }
+                }
             }
         }
     }
 }
 
 impl<W: Weights> Direct<'_, W> {
+    /// These weight rows over `C` rows of x from `at` on. What x has less is computed for nothing: it costs less than
+    /// widening the weights again.
     #[inline(always)]
-    unsafe fn panels<V: Lanes, const R: usize>(&self) {
-        let mut row = self.from;
-        // SAFETY: all rows visited lie in `from..to`, all `x` rows in `0..m`.
-        unsafe {
-            while row + R <= self.to {
-                self.panel::<V, R>(row);
-                row += R;
-            }
-            while row < self.to {
-                self.panel::<V, 1>(row);
-                row += 1;
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn panel<V: Lanes, const R: usize>(&self, row: usize) {
-        let mut at = 0;
-        // SAFETY: handed through; `at + C <= m` before each tile.
-        unsafe {
-            while self.x.m - at >= 4 && V::REGISTERS >= 32 {
-                self.tile::<V, R, 4>(row, at);
-                at += 4;
-            }
-            while self.x.m - at >= 2 {
-                self.tile::<V, R, 2>(row, at);
-                at += 2;
-            }
-            if at < self.x.m {
-                self.tile::<V, R, 1>(row, at);
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn tile<V: Lanes, const R: usize, const C: usize>(&self, row: usize, at: usize) {
+    unsafe fn panels<V: Lanes, const R: usize, const C: usize>(
+        &mut self,
+        rows: Range<usize>,
+        at: usize,
+    ) {
         let cols = self.x.cols;
-        let whole = cols / LANES * LANES;
-        // SAFETY: `row..row + R` and `at..at + C` exist by the caller's promise; chunks end at `whole <= cols`, and the
-        // slices of `x` are checked when the pointers are taken.
+        // So many columns of the rows of x stay in L1.
+        let step = if C > 2 {
+            NEAR / C / BLOCK * BLOCK
+        } else {
+            cols.max(1)
+        };
+        for from in rows.clone().step_by(TASK_ROWS) {
+            let to = rows.end.min(from + TASK_ROWS);
+            let parked = if step < cols { (to - from) * C } else { 0 };
+            if self.scratch.len() < parked {
+                self.scratch.resize(parked, EMPTY);
+            }
+            let mut begin = 0;
+            loop {
+                let columns = begin..cols.min(begin + step);
+                let mut row = from;
+                // SAFETY: all rows visited lie in `from..to`.
+                unsafe {
+                    while row + R <= to {
+                        self.tile::<V, R, C>(row, at, columns.clone(), (row - from) * C);
+                        row += R;
+                    }
+                    while row < to {
+                        self.tile::<V, 1, C>(row, at, columns.clone(), (row - from) * C);
+                        row += 1;
+                    }
+                }
+                begin = columns.end;
+                if begin >= cols {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// Weight rows `row..row + R` exist, and `at < m`.
+    #[inline(always)]
+    unsafe fn tile<V: Lanes, const R: usize, const C: usize>(
+        &mut self,
+        row: usize,
+        at: usize,
+        columns: Range<usize>,
+        park: usize,
+    ) {
+        let cols = self.x.cols;
+        let whole = (cols / LANES * LANES).min(columns.end);
+        let last = self.x.m - 1;
+        // SAFETY: the weight rows exist by the caller's promise; chunks end at `whole <= cols`, and the slices of `x` are
+        // checked when the pointers are taken.
         unsafe {
             let mut x = [std::ptr::null::<f32>(); C];
             for (c, x) in x.iter_mut().enumerate() {
-                *x = self.x.row(at + c).as_ptr();
+                *x = self.x.row(last.min(at + c)).as_ptr();
             }
-            let mut acc = [[V::splat(0.0); C]; R];
-            let mut col = 0;
+            let mut acc = if columns.start > 0 {
+                unpark(&self.scratch[park..][..R * C])
+            } else {
+                [[V::splat(0.0); C]; R]
+            };
+            let mut col = columns.start;
             while col < whole {
                 let end = (col + BLOCK).min(whole);
                 let mut scale = [V::splat(0.0); R];
@@ -174,18 +230,22 @@ impl<W: Weights> Direct<'_, W> {
                     self.w.prefetch::<V>(row + R + r, col);
                 }
                 while col < end {
-                    let mut xs = [V::splat(0.0); C];
-                    for c in 0..C {
-                        xs[c] = V::load(x[c].add(col));
-                    }
+                    let mut ws = [V::splat(0.0); R];
                     for r in 0..R {
-                        let w = self.w.chunk::<V>(row + r, col, scale[r]);
-                        for c in 0..C {
-                            acc[r][c] = xs[c].fma(w, acc[r][c]);
+                        ws[r] = self.w.chunk::<V>(row + r, col, scale[r]);
+                    }
+                    for c in 0..C {
+                        let x = V::load(x[c].add(col));
+                        for r in 0..R {
+                            acc[r][c] = x.fma(ws[r], acc[r][c]);
                         }
                     }
                     col += LANES;
                 }
+            }
+            if columns.end < cols {
+                store(acc, &mut self.scratch[park..][..R * C]);
+                return;
             }
             if whole < cols {
                 for r in 0..R {
@@ -196,7 +256,7 @@ impl<W: Weights> Direct<'_, W> {
                 }
             }
             for r in 0..R {
-                for c in 0..C {
+                for c in 0..C.min(self.x.m - at) {
                     self.out.set(at + c, row + r, acc[r][c].sum());
                 }
             }

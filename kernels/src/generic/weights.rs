@@ -14,6 +14,9 @@ pub(crate) const BLOCK: usize = 128;
 /// # Safety
 /// Of the methods: `row` and the columns named lie inside the matrix, and the machine has the instruction set of `V`.
 pub(crate) trait Weights: Copy + Sync {
+    /// Whether widening takes many instructions.
+    const WIDENS: bool = false;
+
     /// The scale of `row` in column block `block`; formats without one give zero, which nothing reads.
     unsafe fn scale<V: Lanes>(self, row: usize, block: usize) -> V;
     /// Columns `col .. col + 16` of `row`, all in the block that `scale` belongs to.
@@ -121,6 +124,8 @@ pub(crate) struct Fp8<'a> {
 }
 
 impl Weights for Fp8<'_> {
+    const WIDENS: bool = true;
+
     #[inline(always)]
     unsafe fn scale<V: Lanes>(self, row: usize, block: usize) -> V {
         // SAFETY: register only; the index is checked.

@@ -197,6 +197,7 @@ pub(crate) unsafe fn product(
 /// # Safety
 /// As for [`product`].
 unsafe fn floats<W: Weights>(isa: Choice, out: Output, x: Rows<'_>, w: W, from: usize, to: usize) {
+    let mut scratch = PANEL.take();
     match x {
         // SAFETY: the caller's promise.
         Rows::Plain(x) => unsafe {
@@ -206,10 +207,10 @@ unsafe fn floats<W: Weights>(isa: Choice, out: Output, x: Rows<'_>, w: W, from: 
                 w,
                 from,
                 to,
+                scratch: &mut scratch,
             })
         },
         Rows::Lines { lines, m, cols } => {
-            let mut scratch = PANEL.take();
             for from in (from..to).step_by(TASK_ROWS) {
                 // SAFETY: the caller's promise; the lines come from `pack_tile`.
                 unsafe {
@@ -225,10 +226,10 @@ unsafe fn floats<W: Weights>(isa: Choice, out: Output, x: Rows<'_>, w: W, from: 
                     })
                 };
             }
-            PANEL.set(scratch);
         }
         Rows::Words(_) => unreachable!("`Form::of` gives floats no words"),
     }
+    PANEL.set(scratch);
 }
 
 /// # Safety

@@ -74,14 +74,14 @@ impl Lanes for F32x16 {
     unsafe fn load_e4m3(p: *const u8) -> Self {
         // SAFETY: see the top of this impl.
         unsafe {
-            let bytes = _mm_loadu_si128(p.cast());
             // As f16 the same bits stand for the value times 2^-8, subnormals included; 0x7f must become a NaN.
+            let bytes = _mm_loadu_si128(p.cast());
+            let largest = _mm_set1_epi8(0x7f);
+            let nan = _mm_cmpeq_epi8_mask(_mm_and_si128(bytes, largest), largest);
             let wide = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(bytes));
             let half = _mm256_and_si256(wide, _mm256_set1_epi16(0xbf80u16 as i16));
-            let largest = _mm256_set1_epi16(0x3f80);
-            let nan = _mm256_cmpeq_epi16(_mm256_and_si256(half, largest), largest);
-            let half = _mm256_or_si256(half, nan);
-            F32x16(_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0)))
+            let value = _mm512_mask_cvtph_ps(_mm512_set1_ps(f32::NAN), !nan, half);
+            F32x16(_mm512_mul_ps(value, _mm512_set1_ps(256.0)))
         }
     }
 
