@@ -151,7 +151,7 @@ impl Cpu {
     /// so on; `x` is `[n, hidden]`. Gives the bits that [`Cpu::matmul`] and [`Cpu::silu_mul`] give for one row alone.
     ///
     /// # Panics
-    /// When shapes disagree, gate and up of one MLP differ in format, or a row lies outside `x`.
+    /// When shapes disagree or a row lies outside `x`.
     pub fn ffn(&self, out: &mut [f32], x: &[f32], experts: &[Ffn<'_>]) {
         let Some(first) = experts.first() else {
             return;
@@ -179,10 +179,6 @@ impl Cpu {
                 shape,
                 (hidden, hidden, gate.rows, gate.rows, width),
                 "ffn: matrices that do not fit each other"
-            );
-            assert!(
-                alike(&gate.data, &up.data),
-                "ffn: gate and up must have one format"
             );
             let odd = rows.and_then(|rows| rows.iter().find(|&&row| row as usize >= n));
             assert!(odd.is_none(), "ffn: row {odd:?} of {n}");
@@ -455,15 +451,6 @@ fn check_weights(w: &MatrixRef<'_>) {
         rows.checked_mul(cols),
         "weights must be [{rows}, {cols}]"
     );
-}
-
-/// Whether rows for one are in the form for the other.
-fn alike(a: &WeightsRef<'_>, b: &WeightsRef<'_>) -> bool {
-    match (a, b) {
-        (WeightsRef::Int8 { group: a, .. }, WeightsRef::Int8 { group: b, .. })
-        | (WeightsRef::Int4 { group: a, .. }, WeightsRef::Int4 { group: b, .. }) => a == b,
-        _ => std::mem::discriminant(a) == std::mem::discriminant(b),
-    }
 }
 
 fn check_packed(

@@ -79,7 +79,7 @@ pub enum WeightsRef<'a> {
 pub struct Ffn<'a> {
     /// `[inner, hidden]`
     pub gate: MatrixRef<'a>,
-    /// `[inner, hidden]`, in the format of `gate`.
+    /// `[inner, hidden]`
     pub up: MatrixRef<'a>,
     /// `[out, inner]`
     pub down: MatrixRef<'a>,

@@ -250,15 +250,21 @@ fn rows_that_are_not_there_are_refused() {
 }
 
 #[test]
-#[should_panic(expected = "one format")]
-fn gate_and_up_of_two_formats_are_refused() {
+fn gate_and_up_may_differ_in_format() {
     let shape = Shape {
-        n: 1,
-        hidden: 3,
-        inner: 4,
+        n: 23,
+        hidden: 83,
+        inner: 71,
         width: 5,
     };
-    let mut expert = Expert::new(KINDS[3], KINDS[3], shape, 1, None);
-    expert.up = Weights::new(KINDS[4], 1, 4, 3);
-    run(&Cpu::new(1), &[0.0; 3], shape, &[expert]);
+    let x = values(1, shape.n * shape.hidden);
+    for (i, gate) in KINDS.into_iter().enumerate() {
+        for (j, up) in KINDS.into_iter().enumerate() {
+            let mut expert = Expert::new(gate, KINDS[(i + j) % 7], shape, 1, None);
+            expert.up = Weights::new(up, 2, shape.inner, shape.hidden);
+            let mut few = Expert::new(gate, gate, shape, 3, Some(vec![5, 4]));
+            few.up = Weights::new(up, 4, shape.inner, shape.hidden);
+            check(&x, shape, &[few, expert]);
+        }
+    }
 }

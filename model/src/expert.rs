@@ -6,7 +6,7 @@
 mod arriving;
 mod layout;
 
-use guild_kernels::{Cpu, MatrixRef};
+use guild_kernels::{Cpu, Ffn, MatrixRef};
 
 pub use self::arriving::Arriving;
 pub(crate) use self::layout::Placed;
@@ -50,9 +50,15 @@ impl Mlp {
 }
 
 fn swiglu(cpu: &Cpu, [gate, up, down]: [MatrixRef<'_>; 3], x: &[f32]) -> Vec<f32> {
-    let mut inner = weights::apply(cpu, gate, x);
-    cpu.silu_mul(&mut inner, &weights::apply(cpu, up, x));
-    weights::apply(cpu, down, &inner)
+    let mut out = vec![0.0; x.len() / gate.cols * down.rows];
+    let mlp = Ffn {
+        gate,
+        up,
+        down,
+        rows: None,
+    };
+    cpu.ffn(&mut out, x, &[mlp]);
+    out
 }
 
 /// One routed expert of one layer.

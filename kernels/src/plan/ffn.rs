@@ -55,15 +55,16 @@ struct Item<'a> {
     down: MatrixRef<'a>,
     x: Input<'a>,
     out: Output,
-    /// Of `x`, for gate and up.
-    form: Form,
+    /// Of `x`, for gate and for up.
+    forms: [Form; 2],
     /// Of the activations, for down.
     inner: Form,
 }
 
 /// Where in the memory of the pass an item has its parts, in lines.
 struct Parts {
-    x: Range<usize>,
+    /// For gate, and for up where that asks for another form.
+    x: [Range<usize>; 2],
     /// `[m, inner]` f32, where down takes floats.
     plain: Range<usize>,
     inner: Range<usize>,
@@ -87,7 +88,7 @@ struct Task {
 }
 
 /// The rows of every expert, `out[i] = down(silu(gate x) * up x)`, one expert's after another's. The caller has checked
-/// the shapes, and that gate and up have one format.
+/// the shapes.
 ///
 /// # Safety
 /// `out` is valid for all rows of all experts, which are written by nobody else meanwhile.
@@ -120,7 +121,7 @@ pub(crate) unsafe fn ffn(
                     cols,
                 },
                 out,
-                form: Form::of(isa, &expert.gate, m),
+                forms: [&expert.gate, &expert.up].map(|w| Form::of(isa, w, m)),
                 inner: Form::of(isa, &expert.down, m),
             });
             out = out.at(m * out.stride);
@@ -155,8 +156,9 @@ impl Parts {
             Form::Words { .. } => 0,
             _ => (m * item.down.cols).div_ceil(LANES),
         };
-        let x = from..from + item.form.tiles(m) * item.form.tile_lines();
-        let plain = x.end..x.end + plain;
+        let [gate, up] = [0, 1].map(|i| item.tiles(i) * item.forms[i].tile_lines());
+        let x = [from..from + gate, from + gate..from + gate + up];
+        let plain = x[1].end..x[1].end + plain;
         let inner = plain.end..plain.end + item.inner.tiles(m) * item.inner.tile_lines();
         Parts {
             x,
@@ -168,6 +170,14 @@ impl Parts {
 }
 
 impl Item<'_> {
+    /// Tiles of `x` to be prepared for gate, or for up where that asks for another form.
+    fn tiles(&self, which: usize) -> usize {
+        if which == 1 && self.forms[0] == self.forms[1] {
+            return 0;
+        }
+        self.forms[which].tiles(self.x.m)
+    }
+
     /// Nanoseconds of one thread, roughly.
     fn cost(&self, w: &MatrixRef<'_>) -> usize {
         weight_bytes(w) / BYTES_PER_NS + self.x.m * w.rows * w.cols / MACS_PER_NS
@@ -219,7 +229,7 @@ fn tasks(items: &[Item<'_>], parts: &[Parts], threads: usize, all: usize) -> Vec
     for step in [Step::Prepare, Step::GateUp, Step::Repack, Step::Down] {
         for (i, item) in items.iter().enumerate() {
             let (n, cost, unit) = match step {
-                Step::Prepare => (item.form.tiles(item.x.m), 0, 1),
+                Step::Prepare => (item.tiles(0) + item.tiles(1), 0, 1),
                 Step::GateUp => {
                     // A task has whole groups of what down takes.
                     let unit = match item.inner {
@@ -307,8 +317,13 @@ impl Run<'_> {
             match task.step {
                 Step::Prepare => {
                     for tile in range {
-                        let lines = memory.tile(&parts.x, tile, item.form.tile_lines());
-                        item.form.prepare(isa, item.x, tile, lines);
+                        let (which, tile) = match tile.checked_sub(item.tiles(0)) {
+                            None => (0, tile),
+                            Some(tile) => (1, tile),
+                        };
+                        let form = item.forms[which];
+                        let lines = memory.tile(&parts.x[which], tile, form.tile_lines());
+                        form.prepare(isa, item.x, tile, lines);
                     }
                     self.done(0);
                 }
@@ -385,8 +400,9 @@ impl Run<'_> {
         let (gate, up) = scratch[..2 * m * width].split_at_mut(m * width);
         // SAFETY: the scratch is ours and holds these columns; what is prepared of `x` is no more written.
         unsafe {
-            let rows = item.form.rows(item.x, self.memory.lines(&parts.x));
-            for (w, to) in [(item.gate, &mut *gate), (item.up, &mut *up)] {
+            let second = usize::from(item.forms[0] != item.forms[1]);
+            for (x, w, to) in [(0, item.gate, &mut *gate), (second, item.up, &mut *up)] {
+                let rows = item.forms[x].rows(item.x, self.memory.lines(&parts.x[x]));
                 let out = Output {
                     data: to.as_mut_ptr(),
                     stride: width,
