@@ -62,6 +62,11 @@ fn refusal(keys: &ApiKeys, request: &Request<Body>) -> Option<Response<Body>> {
     Some(response)
 }
 
+/// The key that a request shows, if it shows one.
+pub(super) fn key(headers: &HeaderMap) -> Option<&[u8]> {
+    bearer(headers).ok()
+}
+
 /// The key that a request shows.
 fn bearer(headers: &HeaderMap) -> Result<&[u8], &'static str> {
     let mut shown = headers.get_all(header::AUTHORIZATION).iter();

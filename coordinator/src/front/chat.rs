@@ -6,196 +6,41 @@ use axum::{
     Json,
     response::{IntoResponse, Response},
 };
-use guild_model::text::{MAX_MESSAGES, Text};
-use guild_proto::inference::v1::{TokenLogprobs, generate_response::Event};
+use guild_model::text::Text;
+use guild_proto::inference::v1::{Complete, TokenLogprobs, generate_response::Event};
 use openai_protocol::{
     chat::{ChatChoice, ChatCompletionMessage, ChatMessageDelta, ChatStreamChoice},
-    common::ChatLogProbs,
+    common::{ChatLogProbs, FunctionCallDelta, FunctionCallResponse, ToolCall, ToolCallDelta},
 };
 use serde::Serialize;
-use serde_json::{Map, Value};
 
 use super::{
     FrontDoor,
     answer::{Head, finish_reason, matched_stop},
+    constrain,
+    conversation::{Conversation, Turn},
     events::Outcome,
     fault::Fault,
-    fields::{Fields, kind},
+    fields::Fields,
     logprobs,
     params::{self, MAX_HTTP_LOGPROBS},
-    request::{Names, Prompt},
+    reader::{Part, Reader},
+    request::Names,
     sse::{self, ChunkWriter, Chunks},
+    tools::Tools,
 };
 
-/// A conversation as the template gets it.
-pub(super) struct Conversation {
-    messages: Vec<Value>,
-    add_generation_prompt: bool,
-    variables: Map<String, Value>,
-}
-
-impl Conversation {
-    /// Reads `messages` and what shapes their rendering.
-    pub(super) fn read(fields: &mut Fields) -> Result<Self, Fault> {
-        let messages = match fields.take("messages") {
-            Some(Value::Array(items)) if items.is_empty() => {
-                return Err(Fault::invalid(
-                    "messages",
-                    "the list is empty; at least one message is needed",
-                ));
-            }
-            Some(Value::Array(items)) if items.len() > MAX_MESSAGES => {
-                return Err(Fault::invalid(
-                    "messages",
-                    format!("{} messages; at most {MAX_MESSAGES} are taken", items.len()),
-                ));
-            }
-            Some(Value::Array(items)) => items
-                .into_iter()
-                .enumerate()
-                .map(|(i, m)| message(i, m))
-                .collect::<Result<_, _>>()?,
-            Some(other) => {
-                return Err(Fault::invalid(
-                    "messages",
-                    format!("expected a list of messages, not {}", kind(&other)),
-                ));
-            }
-            None => return Err(Fault::missing("messages", "a list of messages")),
-        };
-        if fields.take("chat_template").is_some() {
-            return Err(Fault::unsupported(
-                "chat_template",
-                "the template of the checkpoint is used; leave it out",
-            ));
-        }
-        Ok(Self {
-            messages,
-            add_generation_prompt: fields.flag("add_generation_prompt", true)?,
-            variables: fields.object("chat_template_kwargs")?.unwrap_or_default(),
-        })
-    }
-
-    /// Renders with the checkpoint's template, beside the async threads.
-    pub(super) async fn render(self, door: &FrontDoor) -> Result<String, Fault> {
-        let text: Arc<Text> = door.text("messages")?.clone();
-        if !text.has_template() {
-            let message =
-                "the checkpoint has no chat template; use /v1/completions with a plain prompt";
-            return Err(Fault::precondition("messages", message));
-        }
-        let render = move || text.chat(&self.messages, self.add_generation_prompt, &self.variables);
-        let rendered = tokio::task::spawn_blocking(render)
-            .await
-            .map_err(|e| Fault::internal(format!("rendering failed: {e}")))?;
-        rendered.map_err(|e| Fault::invalid("messages", e.to_string()))
-    }
-}
-
-/// One message: role, text, and a name if there is one.
-fn message(index: usize, value: Value) -> Result<Value, Fault> {
-    let at = format!("messages[{index}]");
-    let within = |f: Fault| f.rename(|field| format!("messages[{index}].{field}"));
-    let Value::Object(map) = value else {
-        return Err(Fault::invalid(
-            at,
-            format!(
-                "expected an object with `role` and `content`, not {}",
-                kind(&value)
-            ),
-        ));
-    };
-    let mut fields = Fields::from(map);
-    let role = fields
-        .string("role")
-        .map_err(within)?
-        .ok_or_else(|| Fault::missing(format!("{at}.role"), "system, user or assistant"))?;
-    let role = match role.as_str() {
-        "system" | "user" | "assistant" => role,
-        // The newer name of the same thing; templates know the older one.
-        "developer" => "system".to_owned(),
-        "tool" | "function" => {
-            return Err(Fault::unsupported(
-                &format!("{at}.role"),
-                "tools are not supported by this server",
-            ));
-        }
-        _ => {
-            return Err(Fault::invalid(
-                format!("{at}.role"),
-                "expected system, user, assistant or developer",
-            ));
-        }
-    };
-    let mut out = Map::new();
-    out.insert("role".into(), role.into());
-    let content = fields.take("content").ok_or_else(|| {
-        Fault::missing(format!("{at}.content"), "a string or a list of text parts")
-    })?;
-    out.insert("content".into(), content_text(&at, content)?.into());
-    for name in ["name", "reasoning_content"] {
-        if let Some(value) = fields.string(name).map_err(within)? {
-            out.insert(name.into(), value.into());
-        }
-    }
-    // What clients send back of an earlier answer.
-    for name in ["tool_calls", "annotations"] {
-        fields
-            .refuse_unless(name, |v| v.as_array().is_some_and(Vec::is_empty))
-            .map_err(within)?;
-    }
-    fields.finish().map_err(within)?;
-    Ok(Value::Object(out))
-}
-
-/// Text of a message; parts are joined by line breaks.
-fn content_text(at: &str, content: Value) -> Result<String, Fault> {
-    let parts = match content {
-        Value::String(text) => return Ok(text),
-        Value::Array(parts) => parts,
-        other => {
-            return Err(Fault::invalid(
-                format!("{at}.content"),
-                format!(
-                    "expected a string or a list of text parts, not {}",
-                    kind(&other)
-                ),
-            ));
-        }
-    };
-    if parts.is_empty() {
-        return Err(Fault::invalid(
-            format!("{at}.content"),
-            "the list of parts is empty",
-        ));
-    }
-    let texts: Vec<String> = parts
-        .into_iter()
-        .enumerate()
-        .map(|(i, mut part)| {
-            let field = format!("{at}.content[{i}]");
-            let text = part.get_mut("text").map(Value::take);
-            match (part.get("type").and_then(Value::as_str), text) {
-                (Some("text"), Some(Value::String(text))) => Ok(text),
-                (Some("text"), _) => Err(Fault::missing(format!("{field}.text"), "a string")),
-                (Some(_), _) => Err(Fault::unsupported(
-                    &format!("{field}.type"),
-                    "only parts of type `text` are supported by this server",
-                )),
-                (None, _) => Err(Fault::missing(format!("{field}.type"), "`text`")),
-            }
-        })
-        .collect::<Result<_, _>>()?;
-    Ok(texts.join("\n"))
-}
-
 /// Reads, runs and answers one request.
-pub(super) async fn serve(door: Arc<FrontDoor>, mut fields: Fields) -> Result<Response, Fault> {
+pub(super) async fn serve(
+    door: Arc<FrontDoor>,
+    mut fields: Fields,
+    key: Option<&[u8]>,
+) -> Result<Response, Fault> {
     door.check_model(&fields.string("model")?.unwrap_or_default())?;
     let conversation = Conversation::read(&mut fields)?;
     let special = fields.flag("add_special_tokens", false)?;
     let delivery = params::delivery(&mut fields)?;
-    let mut params = params::sampling(&mut fields)?;
+    let mut params = params::sampling(&mut fields, key)?;
     let wants_logprobs = fields.flag("logprobs", false)?;
     let top = fields.unsigned("top_logprobs", 0, MAX_HTTP_LOGPROBS)?;
     if top.is_some() && !wants_logprobs {
@@ -216,28 +61,34 @@ pub(super) async fn serve(door: Arc<FrontDoor>, mut fields: Fields) -> Result<Re
             "max_tokens"
         },
         logprobs: "top_logprobs",
+        constraint: "",
         prefix: "",
     };
-    let n = params::choices(&mut fields, 1, door.max_choices())?;
+    let n = params::choices(&mut fields, "n", 1, door.max_choices())?.unwrap_or(1);
+    let turn = Turn {
+        conversation,
+        tools: Tools::read(&mut fields)?,
+        bound: constrain::read(&mut fields)?,
+        special,
+        params,
+        names,
+    };
     fields.finish()?;
-    params.check(&door.model, &names)?;
+    turn.params.check(&door.model, &names)?;
 
     let permits = door.admit(n as usize)?;
-    let rendered = conversation.render(&door).await?;
-    let prompt = if special {
-        Prompt::Text(rendered)
-    } else {
-        Prompt::Plain(rendered)
-    };
-    let ids = door.tokenize(vec![prompt], &params, &names).await?;
+    let ready = turn.prepare(&door).await?;
     let id = format!("chatcmpl-{}", uuid::Uuid::new_v4().simple());
-    let streams = door.open(ids, n, &params, &names, &id, permits).await?;
+    let (params, names) = (&ready.params, ready.names);
+    let streams = door
+        .open(vec![ready.ids], n, params, &names, &id, permits)
+        .await?;
 
     let answer = Answer {
         head: Head::new(&door, id, n, delivery),
         text: door.model.text.clone(),
         logprobs: wants_logprobs,
-        choices: n,
+        readers: (0..n).map(|_| Reader::new(ready.listening)).collect(),
     };
     if delivery.stream {
         return Ok(sse::respond(streams, answer, names));
@@ -259,11 +110,20 @@ struct Answer {
     head: Head,
     text: Option<Arc<Text>>,
     logprobs: bool,
-    choices: u32,
+    /// One for each choice.
+    readers: Vec<Reader>,
 }
 
 const OBJECT: &str = "chat.completion";
 const CHUNK_OBJECT: &str = "chat.completion.chunk";
+
+/// `finish_reason`, which tells of calls when there are any and the model has come to its end.
+fn reason(complete: &Complete, calls: usize) -> String {
+    match finish_reason(complete) {
+        stop if stop == "stop" && calls > 0 => "tool_calls".to_owned(),
+        other => other,
+    }
+}
 
 impl Answer {
     fn logprobs(&self, logprobs: &[TokenLogprobs]) -> Option<ChatLogProbs> {
@@ -275,18 +135,23 @@ impl Answer {
         let mut choices = Vec::with_capacity(outcomes.len());
         for (i, outcome) in outcomes.into_iter().enumerate() {
             self.head.count(i, &outcome.complete);
+            let said = Said::read(&mut self.readers[i], &outcome);
+            self.head.reasoning_tokens += said.reasoning_tokens;
+            let calls = said.calls.len();
             let base = ChatChoice {
                 index: i as u32,
                 message: ChatCompletionMessage {
                     role: "assistant".to_owned(),
-                    content: Some(outcome.text),
+                    // A turn that only calls has no content, as in the OpenAI API.
+                    content: Some(said.content).filter(|text| calls == 0 || !text.is_empty()),
                     refusal: None,
                     annotations: Vec::new(),
-                    tool_calls: None,
-                    reasoning_content: None,
+                    tool_calls: (calls > 0)
+                        .then(|| said.calls.into_iter().map(tool_call).collect()),
+                    reasoning_content: said.reasoning,
                 },
                 logprobs: self.logprobs(&outcome.logprobs),
-                finish_reason: Some(finish_reason(&outcome.complete)),
+                finish_reason: Some(reason(&outcome.complete, calls)),
                 matched_stop: matched_stop(&outcome.complete),
                 hidden_states: None,
             };
@@ -299,13 +164,71 @@ impl Answer {
     }
 }
 
-fn delta(index: usize, role: Option<&str>, content: Option<String>) -> ChatStreamChoice {
-    let delta = ChatMessageDelta {
-        role: role.map(str::to_owned),
-        content,
-        tool_calls: None,
-        reasoning_content: None,
-    };
+/// A call that has come whole, or as far as it came.
+#[derive(Debug, Default)]
+pub(super) struct Call {
+    pub(super) id: String,
+    pub(super) name: String,
+    pub(super) arguments: String,
+}
+
+/// All that a model has said.
+#[derive(Debug, Default)]
+pub(super) struct Said {
+    pub(super) content: String,
+    pub(super) reasoning: Option<String>,
+    pub(super) calls: Vec<Call>,
+    pub(super) reasoning_tokens: u32,
+}
+
+impl Said {
+    /// Reads an outcome from its first piece to its last.
+    pub(super) fn read(reader: &mut Reader, outcome: &Outcome) -> Said {
+        let mut said = Said::default();
+        let mut start = 0;
+        for &(tokens, end) in &outcome.pieces {
+            if reader.is_thinking() {
+                said.reasoning_tokens += tokens as u32;
+            }
+            said.add(reader.push(&outcome.text[start..end]));
+            start = end;
+        }
+        said.add(reader.finish());
+        said
+    }
+
+    fn add(&mut self, parts: Vec<Part>) {
+        for part in parts {
+            match part {
+                Part::Content(text) => self.content += &text,
+                Part::Reasoning(text) => *self.reasoning.get_or_insert_default() += &text,
+                Part::Call { id, name } => self.calls.push(Call {
+                    id,
+                    name,
+                    arguments: String::new(),
+                }),
+                Part::Arguments(text) => {
+                    if let Some(call) = self.calls.last_mut() {
+                        call.arguments += &text;
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn tool_call(call: Call) -> ToolCall {
+    ToolCall {
+        id: call.id,
+        tool_type: "function".to_owned(),
+        function: FunctionCallResponse {
+            name: call.name,
+            arguments: Some(call.arguments),
+        },
+    }
+}
+
+fn delta(index: usize, delta: ChatMessageDelta) -> ChatStreamChoice {
     ChatStreamChoice {
         index: index as u32,
         delta,
@@ -315,47 +238,136 @@ fn delta(index: usize, role: Option<&str>, content: Option<String>) -> ChatStrea
     }
 }
 
+const NOTHING: ChatMessageDelta = ChatMessageDelta {
+    role: None,
+    content: None,
+    tool_calls: None,
+    reasoning_content: None,
+};
+
+/// One part as a delta; `calls` have begun, this one included.
+fn delta_of(part: Part, calls: usize) -> ChatMessageDelta {
+    let call = |id, name, arguments: String| ToolCallDelta {
+        index: calls.saturating_sub(1) as u32,
+        tool_type: Some("function".to_owned()).filter(|_| Option::is_some(&id)),
+        id,
+        function: Some(FunctionCallDelta {
+            name,
+            arguments: Some(arguments),
+        }),
+    };
+    match part {
+        Part::Content(text) => ChatMessageDelta {
+            content: Some(text),
+            ..NOTHING
+        },
+        Part::Reasoning(text) => ChatMessageDelta {
+            reasoning_content: Some(text),
+            ..NOTHING
+        },
+        Part::Call { id, name } => ChatMessageDelta {
+            tool_calls: Some(vec![call(Some(id), Some(name), String::new())]),
+            ..NOTHING
+        },
+        Part::Arguments(text) => ChatMessageDelta {
+            tool_calls: Some(vec![call(None, None, text)]),
+            ..NOTHING
+        },
+    }
+}
+
+impl Answer {
+    /// Sends the deltas of parts; log-probabilities and token ids go with the first.
+    fn send(
+        &self,
+        choice: usize,
+        deltas: Vec<ChatMessageDelta>,
+        logprobs: Option<ChatLogProbs>,
+        token_ids: Option<Vec<u32>>,
+        out: &mut Chunks,
+    ) {
+        let (mut logprobs, mut token_ids) = (logprobs, token_ids);
+        for message in deltas {
+            let base = ChatStreamChoice {
+                logprobs: logprobs.take(),
+                ..delta(choice, message)
+            };
+            let choice = Choice {
+                base,
+                token_ids: token_ids.take(),
+            };
+            out.push(&self.head.body(CHUNK_OBJECT, vec![choice], None));
+        }
+    }
+
+    /// The deltas of what the reader has made out.
+    fn deltas(&mut self, choice: usize, parts: Vec<Part>, before: usize) -> Vec<ChatMessageDelta> {
+        let mut calls = before;
+        let one = |part: Part| {
+            calls += usize::from(matches!(part, Part::Call { .. }));
+            delta_of(part, calls)
+        };
+        let deltas = parts.into_iter().map(one).collect();
+        debug_assert_eq!(calls, self.readers[choice].calls());
+        deltas
+    }
+}
+
 impl ChunkWriter for Answer {
     fn start(&mut self, out: &mut Chunks) {
-        for choice in 0..self.choices as usize {
-            let base = delta(choice, Some("assistant"), Some(String::new()));
-            out.push(&self.head.body(CHUNK_OBJECT, vec![base], None));
+        for choice in 0..self.readers.len() {
+            let message = ChatMessageDelta {
+                role: Some("assistant".to_owned()),
+                content: Some(String::new()),
+                ..NOTHING
+            };
+            out.push(
+                &self
+                    .head
+                    .body(CHUNK_OBJECT, vec![delta(choice, message)], None),
+            );
         }
     }
 
     fn event(&mut self, choice: usize, event: Event, out: &mut Chunks) {
-        let token_ids = self.head.delivery.token_ids;
-        let chunk = match event {
-            Event::Prompt(_) => return,
-            Event::Chunk(chunk) if chunk.text.is_empty() && !self.logprobs && !token_ids => return,
+        match event {
+            Event::Prompt(_) => {}
             Event::Chunk(chunk) => {
+                let reader = &mut self.readers[choice];
+                let before = reader.calls();
+                if reader.is_thinking() {
+                    self.head.reasoning_tokens += chunk.token_ids.len() as u32;
+                }
+                let parts = reader.push(&chunk.text);
+                let mut deltas = self.deltas(choice, parts, before);
                 // Text that follows no token of its own brings no log-probabilities.
                 let logprobs = self
                     .logprobs(&chunk.logprobs)
                     .filter(|_| !chunk.token_ids.is_empty());
-                let base = ChatStreamChoice {
-                    logprobs,
-                    ..delta(choice, None, Some(chunk.text))
-                };
-                Choice {
-                    base,
-                    token_ids: token_ids.then_some(chunk.token_ids),
+                let token_ids = self.head.delivery.token_ids.then_some(chunk.token_ids);
+                if deltas.is_empty() && (self.logprobs || token_ids.is_some()) {
+                    deltas.push(ChatMessageDelta {
+                        content: Some(String::new()),
+                        ..NOTHING
+                    });
                 }
+                self.send(choice, deltas, logprobs, token_ids, out);
             }
             Event::Complete(complete) => {
+                let reader = &mut self.readers[choice];
+                let before = reader.calls();
+                let rest = reader.finish();
+                let deltas = self.deltas(choice, rest, before);
+                self.send(choice, deltas, None, None, out);
                 self.head.count(choice, &complete);
                 let base = ChatStreamChoice {
-                    finish_reason: Some(finish_reason(&complete)),
+                    finish_reason: Some(reason(&complete, self.readers[choice].calls())),
                     matched_stop: matched_stop(&complete),
-                    ..delta(choice, None, None)
+                    ..delta(choice, NOTHING)
                 };
-                Choice {
-                    base,
-                    token_ids: None,
-                }
+                out.push(&self.head.body(CHUNK_OBJECT, vec![base], None));
             }
-        };
-        out.push(&self.head.body(CHUNK_OBJECT, vec![chunk], None));
+        }
     }
 
     fn end(&mut self, out: &mut Chunks) {

@@ -15,6 +15,7 @@ use serde_json::Value;
 use super::{
     FrontDoor,
     answer::{Head, finish_reason, matched_stop},
+    constrain,
     events::Outcome,
     fault::Fault,
     fields::{Fields, kind, token_ids},
@@ -27,10 +28,11 @@ use super::{
 /// `max_tokens` of /v1/completions when the client does not say, as in the OpenAI API.
 pub(super) const DEFAULT_MAX_TOKENS: u32 = 16;
 
-const NAMES: Names = Names {
+const PLAIN: Names = Names {
     prompt: "prompt",
     max_tokens: "max_tokens",
     logprobs: "logprobs",
+    constraint: "",
     prefix: "",
 };
 
@@ -82,32 +84,46 @@ fn prompts(value: Option<Value>, special: bool) -> Result<Vec<Prompt>, Fault> {
 }
 
 /// Reads, runs and answers one request.
-pub(super) async fn serve(door: Arc<FrontDoor>, mut fields: Fields) -> Result<Response, Fault> {
+pub(super) async fn serve(
+    door: Arc<FrontDoor>,
+    mut fields: Fields,
+    key: Option<&[u8]>,
+) -> Result<Response, Fault> {
     door.check_model(&fields.string("model")?.unwrap_or_default())?;
     let special = fields.flag("add_special_tokens", true)?;
     let prompt = fields.take("prompt");
     let delivery = params::delivery(&mut fields)?;
     let echo = fields.flag("echo", false)?;
-    let mut params = params::sampling(&mut fields)?;
+    let mut params = params::sampling(&mut fields, key)?;
     params.logprobs = fields.unsigned("logprobs", 0, MAX_HTTP_LOGPROBS)?;
     params.prompt_logprobs = params.logprobs.filter(|_| echo);
     params.max_tokens = fields.unsigned("max_tokens", u32::from(!echo), u32::MAX)?;
     params.default_max_tokens = Some(DEFAULT_MAX_TOKENS);
     fields.refuse_unless("suffix", |v| v.as_str() == Some(""))?;
     let prompts = prompts(prompt, special)?;
-    let n = params::choices(&mut fields, prompts.len(), door.max_choices())?;
-    if let Some(best_of) = fields.unsigned("best_of", 1, u32::MAX)?.filter(|b| *b != n) {
-        return Err(Fault::unsupported(
-            "best_of",
-            &format!(
-                "choosing among {best_of} is not supported; leave it out or make it equal to `n` ({n})"
-            ),
-        ));
+    let n = params::choices(&mut fields, "n", prompts.len(), door.max_choices())?.unwrap_or(1);
+    let best_of = params::choices(&mut fields, "best_of", prompts.len(), door.max_choices())?;
+    let run = best_of.unwrap_or(n);
+    if run < n {
+        let message = format!("{run} is less than `n`, which is {n}");
+        return Err(Fault::invalid("best_of", message));
+    }
+    if run > n && delivery.stream {
+        let message = "which choices are best is known at the end; leave out `stream`";
+        return Err(Fault::invalid("best_of", message));
+    }
+    let mut names = PLAIN;
+    if let Some(bound) = constrain::read(&mut fields)? {
+        (params.constraint, names.constraint) = (Some(bound.constraint), bound.field);
     }
     fields.finish()?;
-    params.check(&door.model, &NAMES)?;
+    params.check(&door.model, &names)?;
+    let shows_logprobs = params.logprobs.is_some();
+    if run > n {
+        params.logprobs.get_or_insert(0);
+    }
 
-    let permits = door.admit(prompts.len() * n as usize)?;
+    let permits = door.admit(prompts.len() * run as usize)?;
     let shown: Vec<Option<String>> = prompts
         .iter()
         .map(|p| match p {
@@ -115,29 +131,30 @@ pub(super) async fn serve(door: Arc<FrontDoor>, mut fields: Fields) -> Result<Re
             _ => None,
         })
         .collect();
-    let ids = door.tokenize(prompts, &params, &NAMES).await?;
+    let ids = door.tokenize(prompts, &params, &names).await?;
     let id = format!("cmpl-{}", uuid::Uuid::new_v4().simple());
-    let streams = door.open(ids, n, &params, &NAMES, &id, permits).await?;
+    let streams = door.open(ids, run, &params, &names, &id, permits).await?;
 
     let writers = (0..streams.len()).map(|i| ChoiceWriter {
         index: i as u32,
         text: door.model.text.clone(),
         logprobs: params
             .logprobs
+            .filter(|_| shows_logprobs)
             .map(|_| ClassicWriter::new(door.model.text.clone(), params.skip_special_tokens)),
-        echo: echo.then(|| shown[i / n as usize].clone()),
+        echo: echo.then(|| shown[i / run as usize].clone()),
         token_ids: delivery.token_ids || door.model.text.is_none(),
         skip_special_tokens: params.skip_special_tokens,
     });
     let answer = Answer {
-        head: Head::new(&door, id, n, delivery),
+        head: Head::new(&door, id, run, delivery),
         choices: writers.collect(),
     };
     if delivery.stream {
-        return Ok(sse::respond(streams, answer, NAMES));
+        return Ok(sse::respond(streams, answer, names));
     }
-    let outcomes = door.collect(streams, &NAMES).await?;
-    Ok(answer.whole(outcomes))
+    let outcomes = door.collect(streams, &names).await?;
+    Ok(answer.whole(outcomes, run as usize, n as usize))
 }
 
 /// One choice of an answer.
@@ -174,6 +191,28 @@ impl ChoiceWriter {
     }
 }
 
+/// Of each `run` outcomes the `n` with the greatest mean log-probability, the best first; as they
+/// came where all are wanted.
+fn best(outcomes: Vec<Outcome>, run: usize, n: usize) -> Vec<Outcome> {
+    if run == n {
+        return outcomes;
+    }
+    let mean = |outcome: &Outcome| {
+        let sum: f64 = outcome.logprobs.iter().map(|l| f64::from(l.logprob)).sum();
+        sum / outcome.logprobs.len().max(1) as f64
+    };
+    let mut outcomes = outcomes.into_iter();
+    let mut chosen = Vec::new();
+    loop {
+        let mut group: Vec<Outcome> = outcomes.by_ref().take(run).collect();
+        if group.is_empty() {
+            return chosen;
+        }
+        group.sort_by(|a, b| mean(b).total_cmp(&mean(a)));
+        chosen.extend(group.into_iter().take(n));
+    }
+}
+
 struct Answer {
     head: Head,
     choices: Vec<ChoiceWriter>,
@@ -182,10 +221,13 @@ struct Answer {
 const OBJECT: &str = "text_completion";
 
 impl Answer {
-    fn whole(mut self, outcomes: Vec<Outcome>) -> Response {
+    /// Of each `run` outcomes, those of one prompt, the best `n`: all are counted.
+    fn whole(mut self, outcomes: Vec<Outcome>, run: usize, n: usize) -> Response {
         let mut choices = Vec::with_capacity(outcomes.len());
-        for (i, outcome) in outcomes.into_iter().enumerate() {
+        for (i, outcome) in outcomes.iter().enumerate() {
             self.head.count(i, &outcome.complete);
+        }
+        for (i, outcome) in best(outcomes, run, n).into_iter().enumerate() {
             let writer = &mut self.choices[i];
             let (mut text, mut logprobs) = writer
                 .prompt(&outcome.prompt_ids, &outcome.prompt_logprobs)

@@ -1,17 +1,20 @@
 //! From the cluster's token ids to text: detokenization, stop strings, usage.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use futures::{StreamExt, stream};
 use guild_model::text::{Detokenizer, StopStrings, Text};
 use guild_proto::inference::v1::{
-    Chunk, Complete, FinishReason, GenerateResponse, TokenLogprobs, Usage, complete::MatchedStop,
-    generate_response::Event,
+    Chunk, Complete, FinishReason, GenerateResponse, Timing, TokenLogprobs, Usage,
+    complete::MatchedStop, generate_response::Event,
 };
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::{sync::OwnedSemaphorePermit, time::timeout_at};
 use tonic::Status;
 
-use super::{EventStream, ServedModel, request::Params};
+use super::{
+    EventStream, ServedModel,
+    request::{Handling, Params},
+};
 
 /// What is asked of the text of one request.
 pub(super) struct TextRules {
@@ -25,6 +28,8 @@ pub(super) struct TextRules {
     prompt_only: bool,
     logprobs: bool,
     prompt_logprobs: bool,
+    kept_tokens: Vec<u32>,
+    handling: Handling,
 }
 
 impl TextRules {
@@ -42,6 +47,8 @@ impl TextRules {
             prompt_only: params.max_tokens == Some(0),
             logprobs: params.logprobs.is_some(),
             prompt_logprobs: params.prompt_logprobs.is_some(),
+            kept_tokens: params.kept_tokens.clone(),
+            handling: params.handling,
         }
     }
 }
@@ -58,16 +65,16 @@ pub(super) fn with_text(
     let writer = Writer {
         upstream: Some(upstream),
         ready: VecDeque::new(),
-        detokenizer: rules
-            .text
-            .clone()
-            .map(|text| Detokenizer::new(text, rules.skip_special_tokens)),
+        detokenizer: rules.text.clone().map(|text| {
+            Detokenizer::new(text, rules.skip_special_tokens).keeping(rules.kept_tokens.clone())
+        }),
         stops: StopStrings::new(rules.stop.clone()),
         undecided: None,
         prompt_tokens: None,
         cached_tokens: 0,
         completion_tokens: 0,
         said: None,
+        first_token: None,
         request_id,
         rules,
         _permit: permit,
@@ -92,6 +99,7 @@ struct Writer {
     completion_tokens: u32,
     /// What the node has counted, of which drafts are its own to know.
     said: Option<Usage>,
+    first_token: Option<Instant>,
     request_id: String,
     rules: TextRules,
     _permit: OwnedSemaphorePermit,
@@ -103,7 +111,16 @@ impl Writer {
             if let Some(event) = self.ready.pop_front() {
                 return Some(event);
             }
-            let event = self.upstream.as_mut()?.next().await;
+            let next = self.upstream.as_mut()?.next();
+            let event = match self.rules.handling.deadline() {
+                None => next.await,
+                Some(deadline) => match timeout_at(deadline.into(), next).await {
+                    Ok(event) => event,
+                    Err(_) => Some(Err(Status::deadline_exceeded(
+                        "the request has taken longer than its `timeout_ms`",
+                    ))),
+                },
+            };
             let taken = match event {
                 Some(Ok(response)) => self.take(response),
                 Some(Err(status)) => Err(status),
@@ -161,6 +178,9 @@ impl Writer {
         // A node that goes on with a stream counts output as prompt.
         let cached = chunk.cached_tokens.min(self.prompt_tokens.unwrap_or(0));
         self.cached_tokens = self.cached_tokens.max(cached);
+        if !chunk.token_ids.is_empty() {
+            self.first_token.get_or_insert_with(Instant::now);
+        }
         let mut out = Chunk::default();
         let mut logprobs = chunk.logprobs.into_iter();
         for id in chunk.token_ids {
@@ -243,6 +263,7 @@ impl Writer {
             prompt_tokens: self.prompt_tokens.unwrap_or(0),
             completion_tokens: self.completion_tokens,
             cached_tokens: self.cached_tokens,
+            timing: self.rules.handling.timing.then(|| self.timing()),
             ..self.said.take().unwrap_or_default()
         };
         self.emit(Event::Complete(Complete {
@@ -250,6 +271,16 @@ impl Writer {
             matched_stop,
             usage: Some(usage),
         }));
+    }
+
+    fn timing(&self) -> Timing {
+        let received = self.rules.handling.received;
+        let ms = |at: Instant| at.saturating_duration_since(received).as_secs_f64() * 1e3;
+        let now = Instant::now();
+        Timing {
+            first_token_ms: ms(self.first_token.unwrap_or(now)),
+            total_ms: ms(now),
+        }
     }
 
     fn emit(&mut self, event: Event) {
@@ -270,6 +301,8 @@ pub(super) struct Outcome {
     pub(super) token_ids: Vec<u32>,
     pub(super) logprobs: Vec<TokenLogprobs>,
     pub(super) text: String,
+    /// How the text has come: tokens, and where their text ended.
+    pub(super) pieces: Vec<(usize, usize)>,
     pub(super) complete: Complete,
 }
 
@@ -283,9 +316,11 @@ pub(super) async fn collect(mut events: EventStream) -> Result<Outcome, Status> 
                 outcome.prompt_logprobs = prompt.logprobs;
             }
             Some(Event::Chunk(chunk)) => {
+                let tokens = chunk.token_ids.len();
                 outcome.token_ids.extend(chunk.token_ids);
                 outcome.logprobs.extend(chunk.logprobs);
                 outcome.text.push_str(&chunk.text);
+                outcome.pieces.push((tokens, outcome.text.len()));
             }
             Some(Event::Complete(complete)) => outcome.complete = complete,
             None => {}

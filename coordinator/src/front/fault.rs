@@ -302,12 +302,17 @@ impl Fault {
 
     /// The OpenAI error object, `{"error": {…}}`.
     pub(super) fn body(&self) -> Value {
-        json!({"error": {
+        json!({"error": self.error()})
+    }
+
+    /// What stands in it.
+    pub(super) fn error(&self) -> Value {
+        json!({
             "message": self.message,
             "type": error_row(self.code).kind,
             "param": self.violations.first().map(|(field, _)| field),
             "code": self.reason,
-        }})
+        })
     }
 }
 

@@ -11,18 +11,14 @@ use super::fault::Fault;
 pub(super) const MAX_JSON_DEPTH: usize = 32;
 
 /// Request fields that change nothing about an answer.
-const HARMLESS: [&str; 14] = [
-    "user",
+const HARMLESS: [&str; 10] = [
     "metadata",
     "store",
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",
-    "parallel_tool_calls",
     "prediction",
-    "priority",
-    "cache_salt",
     "request_id",
     "rid",
     "spaces_between_special_tokens",
@@ -111,6 +107,11 @@ pub(super) struct Fields {
 impl Fields {
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
         self.map.remove(name).filter(|v| !v.is_null())
+    }
+
+    /// A field that will be read later.
+    pub(super) fn peek(&self, name: &str) -> Option<&Value> {
+        self.map.get(name)
     }
 
     pub(super) fn has(&self, name: &str) -> bool {

@@ -1,6 +1,6 @@
 //! `guild.inference.v1` at the front door: text and token ids.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use guild_proto::inference::v1::{
     GenerateRequest, ModelInfoRequest, ModelInfoResponse, SamplingParams, generate_request::Input,
@@ -9,9 +9,10 @@ use guild_proto::inference::v1::{
 use tonic::{Request, Response, Status};
 
 use super::{
-    EventStream, FrontDoor,
+    EventStream, FrontDoor, auth,
     fault::Fault,
-    request::{Names, Params, Prompt},
+    request::{Handling, Names, Params, Prompt},
+    tenant,
 };
 
 /// Bytes of a client's request id at most.
@@ -22,7 +23,7 @@ pub const MAX_REQUEST_ID_BYTES: usize = 128;
 pub struct InferenceService(pub(super) Arc<FrontDoor>);
 
 /// Unset parameters take the defaults that the schema names.
-fn params(sampling: SamplingParams) -> Params {
+fn params(sampling: SamplingParams, handling: Handling) -> Params {
     Params {
         max_tokens: sampling.max_tokens,
         default_max_tokens: None,
@@ -42,11 +43,19 @@ fn params(sampling: SamplingParams) -> Params {
         logprobs: sampling.logprobs,
         prompt_logprobs: sampling.prompt_logprobs,
         skip_special_tokens: true,
+        kept_tokens: Vec::new(),
+        constraint: sampling.constraint,
+        handling,
     }
 }
 
 impl FrontDoor {
-    async fn generate(&self, request: GenerateRequest) -> Result<EventStream, Fault> {
+    async fn generate(
+        &self,
+        request: GenerateRequest,
+        key: Option<&[u8]>,
+    ) -> Result<EventStream, Fault> {
+        let received = Instant::now();
         self.check_model(&request.model)?;
         let (field, prompt) = match request.input {
             Some(Input::Text(text)) => ("text", Prompt::Text(text)),
@@ -57,6 +66,7 @@ impl FrontDoor {
             prompt: field,
             max_tokens: "max_tokens",
             logprobs: "logprobs",
+            constraint: "",
             prefix: "sampling.",
         };
         let mut id = request.request_id;
@@ -69,7 +79,15 @@ impl FrontDoor {
         if id.is_empty() {
             id = format!("gen-{}", uuid::Uuid::new_v4().simple());
         }
-        let params = params(request.sampling.unwrap_or_default());
+        let handling = Handling {
+            received,
+            priority: request.priority,
+            tenant: tenant::of_number(key, request.tenant),
+            timeout_ms: request.timeout_ms,
+            max_queue_ms: request.max_queue_ms,
+            timing: request.timing,
+        };
+        let params = params(request.sampling.unwrap_or_default(), handling);
         if params.max_tokens == Some(0) {
             return Err(Fault::invalid(
                 "sampling.max_tokens",
@@ -92,7 +110,11 @@ impl Inference for InferenceService {
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<EventStream>, Status> {
-        Ok(Response::new(self.0.generate(request.into_inner()).await?))
+        let (metadata, _, request) = request.into_parts();
+        let headers = metadata.into_headers();
+        Ok(Response::new(
+            self.0.generate(request, auth::key(&headers)).await?,
+        ))
     }
 
     async fn model_info(

@@ -19,12 +19,13 @@ use serde_json::json;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
-    FrontDoor, Readiness,
-    chat::{self, Conversation},
-    completions,
+    FrontDoor, Readiness, auth, chat, completions,
+    conversation::Conversation,
     fault::Fault,
     fields::{self, Fields},
     request::{Names, Prompt},
+    responses,
+    tools::Tools,
 };
 
 type Door = State<Arc<FrontDoor>>;
@@ -37,10 +38,11 @@ pub(super) fn now() -> u64 {
 }
 
 /// Every route of the HTTP API, once.
-fn routes() -> [(&'static str, MethodRouter<Arc<FrontDoor>>); 9] {
+fn routes() -> [(&'static str, MethodRouter<Arc<FrontDoor>>); 10] {
     [
         ("/v1/completions", post(serve_completions)),
         ("/v1/chat/completions", post(serve_chat)),
+        ("/v1/responses", post(serve_responses)),
         ("/v1/models", get(models)),
         ("/v1/models/{*id}", get(model)),
         ("/health", get(health)),
@@ -133,7 +135,7 @@ async fn serve_completions(
     body: RawBody,
 ) -> Result<Response, Fault> {
     let fields = request(&door, &headers, body)?;
-    completions::serve(door, fields).await
+    completions::serve(door, fields, auth::key(&headers)).await
 }
 
 async fn serve_chat(
@@ -142,7 +144,16 @@ async fn serve_chat(
     body: RawBody,
 ) -> Result<Response, Fault> {
     let fields = request(&door, &headers, body)?;
-    chat::serve(door, fields).await
+    chat::serve(door, fields, auth::key(&headers)).await
+}
+
+async fn serve_responses(
+    State(door): Door,
+    headers: HeaderMap,
+    body: RawBody,
+) -> Result<Response, Fault> {
+    let fields = request(&door, &headers, body)?;
+    responses::serve(door, fields, auth::key(&headers)).await
 }
 
 /// The protocol's model, with the context that clients look for.
@@ -190,6 +201,7 @@ const PROMPT: Names = Names {
     prompt: "prompt",
     max_tokens: "max_tokens",
     logprobs: "logprobs",
+    constraint: "",
     prefix: "",
 };
 
@@ -221,7 +233,10 @@ async fn tokenize(State(door): Door, headers: HeaderMap, body: RawBody) -> Resul
                 }
             };
             let special = fields.flag("add_special_tokens", false)?;
-            let text = conversation.render(&door).await?;
+            let tools = Tools::read(&mut fields)?;
+            let text = conversation
+                .render(&door, tools.offered(), "messages")
+                .await?;
             (
                 Names {
                     prompt: "messages",

@@ -1,21 +1,22 @@
 //! Sampling parameters and options that both OpenAI endpoints share.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Instant};
 
 use serde_json::Value;
 
 use super::{
     fault::Fault,
     fields::{Fields, kind},
-    request::Params,
+    request::{Handling, Params},
+    tenant,
 };
 
 /// Alternatives per token over HTTP at most, as in the OpenAI API.
 pub(super) const MAX_HTTP_LOGPROBS: u32 = 20;
 
 /// Reads the sampling parameters that both endpoints have, and refuses those
-/// that this server would have to ignore.
-pub(super) fn sampling(fields: &mut Fields) -> Result<Params, Fault> {
+/// that this server would have to ignore. `key` is the API key of who asks.
+pub(super) fn sampling(fields: &mut Fields, key: Option<&[u8]>) -> Result<Params, Fault> {
     let number =
         |fields: &mut Fields, name| fields.number(name).map(|v| v.map_or(1.0, |v| v as f32));
     let params = Params {
@@ -42,9 +43,26 @@ pub(super) fn sampling(fields: &mut Fields) -> Result<Params, Fault> {
         logprobs: None,
         prompt_logprobs: None,
         skip_special_tokens: fields.flag("skip_special_tokens", true)?,
+        kept_tokens: Vec::new(),
+        constraint: None,
+        handling: handling(fields, key)?,
     };
     refuse_unsupported(fields)?;
     Ok(params)
+}
+
+/// How the request is treated among others.
+pub(super) fn handling(fields: &mut Fields, key: Option<&[u8]>) -> Result<Handling, Fault> {
+    let (user, salt) = (fields.string("user")?, fields.string("cache_salt")?);
+    let priority = fields.integer("priority", i32::MIN.into(), i32::MAX.into())?;
+    Ok(Handling {
+        received: Instant::now(),
+        priority: priority.and_then(|p| i32::try_from(p).ok()).unwrap_or(0),
+        tenant: tenant::of(key, user.as_deref(), salt.as_deref()),
+        timeout_ms: fields.unsigned("timeout_ms", 1, u32::MAX)?,
+        max_queue_ms: fields.unsigned("max_queue_ms", 0, u32::MAX)?,
+        timing: fields.flag("timings", false)?,
+    })
 }
 
 /// Biases by token id. The keys of a JSON object are texts, those of this one are numbers.
@@ -72,13 +90,8 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), Fault> {
     let none_or_auto = |v: &Value| matches!(v.as_str(), Some("none" | "auto"));
     let off = |v: &Value| *v == Value::Bool(false);
     fields.refuse_unless("length_penalty", is(1.0))?;
-    fields.refuse_unless("tools", empty_list)?;
-    fields.refuse_unless("tool_choice", none_or_auto)?;
     fields.refuse_unless("functions", empty_list)?;
     fields.refuse_unless("function_call", none_or_auto)?;
-    fields.refuse_unless("response_format", |v| {
-        v.get("type").and_then(Value::as_str) == Some("text")
-    })?;
     fields.refuse_unless("modalities", |v| *v == serde_json::json!(["text"]))?;
     fields.refuse_unless("verbosity", |v| v.as_str() == Some("medium"))?;
     fields.refuse_unless("use_beam_search", off)?;
@@ -123,17 +136,17 @@ pub(super) fn delivery(fields: &mut Fields) -> Result<Delivery, Fault> {
     })
 }
 
-/// Reads `n`; `prompts` times it may be `max_choices` at most.
+/// Reads `n`, or another number of choices; `prompts` times it may be `max_choices` at most.
 pub(super) fn choices(
     fields: &mut Fields,
+    name: &'static str,
     prompts: usize,
     max_choices: usize,
-) -> Result<u32, Fault> {
-    let n = fields
-        .unsigned("n", 1, u32::try_from(max_choices).unwrap_or(u32::MAX))?
-        .unwrap_or(1);
+) -> Result<Option<u32>, Fault> {
+    let asked = fields.unsigned(name, 1, u32::try_from(max_choices).unwrap_or(u32::MAX))?;
+    let n = asked.unwrap_or(1);
     if n as usize * prompts > max_choices {
-        let field = if n == 1 { "prompt" } else { "n" };
+        let field = if n == 1 { "prompt" } else { name };
         return Err(Fault::invalid(
             field,
             format!(
@@ -141,5 +154,5 @@ pub(super) fn choices(
             ),
         ));
     }
-    Ok(n)
+    Ok(asked)
 }

@@ -1,9 +1,12 @@
 //! One request as both wire forms mean it, and what a request may ask for.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use guild_proto::inference::v1::{
-    GenerateRequest, SamplingParams, TokenIds, generate_request::Input,
+    Constraint, GenerateRequest, SamplingParams, TokenIds, generate_request::Input,
 };
 
 use super::{FrontDoor, ServedModel, fault::Fault};
@@ -52,6 +55,36 @@ pub(super) struct Params {
     pub(super) logprobs: Option<u32>,
     pub(super) prompt_logprobs: Option<u32>,
     pub(super) skip_special_tokens: bool,
+    /// Special tokens that have text nevertheless: marks that are read here.
+    pub(super) kept_tokens: Vec<u32>,
+    /// What the output has to be.
+    pub(super) constraint: Option<Constraint>,
+    pub(super) handling: Handling,
+}
+
+/// How a request is treated among others; nothing of it changes an answer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Handling {
+    /// When it was read.
+    pub(super) received: Instant,
+    /// Lower goes first.
+    pub(super) priority: i32,
+    /// Who asks; see [`super::tenant`].
+    pub(super) tenant: u64,
+    /// The answer is worth nothing so many milliseconds after `received`.
+    pub(super) timeout_ms: Option<u32>,
+    /// It is refused when it has waited so many milliseconds for its first row.
+    pub(super) max_queue_ms: Option<u32>,
+    /// Usage says how long things took.
+    pub(super) timing: bool,
+}
+
+impl Handling {
+    /// When the answer is worth nothing any more.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let timeout = self.timeout_ms.map(u64::from).map(Duration::from_millis);
+        timeout.and_then(|timeout| self.received.checked_add(timeout))
+    }
 }
 
 /// Names of fields in the client's own request.
@@ -60,6 +93,8 @@ pub(super) struct Names {
     pub(super) prompt: &'static str,
     pub(super) max_tokens: &'static str,
     pub(super) logprobs: &'static str,
+    /// What says what the output has to be; empty: as the cluster calls it.
+    pub(super) constraint: &'static str,
     /// Before the names of sampling parameters.
     pub(super) prefix: &'static str,
 }
@@ -72,7 +107,12 @@ impl Names {
             "text" | "token_ids" | "input" | "prompt" => self.prompt.to_owned(),
             "max_tokens" => format!("{}{}", self.prefix, self.max_tokens),
             "logprobs" => format!("{}{}", self.prefix, self.logprobs),
-            "model" | "request_id" => field.to_owned(),
+            "model" | "request_id" | "priority" | "tenant" | "timeout_ms" | "max_queue_ms" => {
+                field.to_owned()
+            }
+            bound if bound.starts_with("constraint") && !self.constraint.is_empty() => {
+                self.constraint.to_owned()
+            }
             other => format!("{}{other}", self.prefix),
         }
     }
@@ -334,13 +374,19 @@ impl Params {
             presence_penalty: Some(self.presence_penalty),
             frequency_penalty: Some(self.frequency_penalty),
             logit_bias: self.logit_bias.clone(),
-            constraint: None,
+            constraint: self.constraint.clone(),
         };
+        let handling = &self.handling;
+        let spent = u32::try_from(handling.received.elapsed().as_millis()).unwrap_or(u32::MAX);
         GenerateRequest {
             request_id,
             model: String::new(),
             input: Some(Input::TokenIds(TokenIds { ids })),
             sampling: Some(sampling),
+            priority: handling.priority,
+            tenant: handling.tenant,
+            timeout_ms: handling.timeout_ms.map(|all| all.saturating_sub(spent)),
+            max_queue_ms: handling.max_queue_ms,
             ..GenerateRequest::default()
         }
     }

@@ -9,6 +9,7 @@ use axum::response::{
 use futures::{Stream, StreamExt, stream};
 use guild_proto::inference::v1::{GenerateResponse, generate_response::Event};
 use serde::Serialize;
+use serde_json::{Value, json};
 use tonic::Status;
 
 use super::{EventStream, fault::Fault, request::Names};
@@ -22,17 +23,28 @@ pub(super) trait ChunkWriter: Send + 'static {
     fn start(&mut self, out: &mut Chunks);
     /// One event of one choice.
     fn event(&mut self, choice: usize, event: Event, out: &mut Chunks);
+    /// An error, OpenAI's `error` object; nothing comes after it.
+    fn failed(&mut self, error: Value, out: &mut Chunks) {
+        out.push(&json!({"error": error}));
+    }
     /// After the last event of all choices.
     fn end(&mut self, out: &mut Chunks);
 }
 
 /// Chunks waiting to be sent.
 #[derive(Default)]
-pub(super) struct Chunks(VecDeque<String>);
+pub(super) struct Chunks(VecDeque<(Option<&'static str>, String)>);
 
 impl Chunks {
     pub(super) fn push(&mut self, chunk: &impl Serialize) {
-        self.0.extend(serde_json::to_string(chunk).ok());
+        let text = serde_json::to_string(chunk).ok();
+        self.0.extend(text.map(|text| (None, text)));
+    }
+
+    /// The same as an event with a name.
+    pub(super) fn push_named(&mut self, name: &'static str, chunk: &impl Serialize) {
+        let text = serde_json::to_string(chunk).ok();
+        self.0.extend(text.map(|text| (Some(name), text)));
     }
 }
 
@@ -41,6 +53,8 @@ struct Writing<W> {
     writer: W,
     chunks: Chunks,
     names: Names,
+    /// What is sent after everything.
+    last: Option<&'static str>,
     open: bool,
 }
 
@@ -49,8 +63,26 @@ struct Writing<W> {
 /// goes away the streams are dropped, which cancels the requests.
 pub(super) fn respond<W: ChunkWriter>(
     streams: Vec<EventStream>,
+    writer: W,
+    names: Names,
+) -> Response {
+    send(streams, writer, names, Some("[DONE]"))
+}
+
+/// The same for an endpoint whose last event has a name of its own.
+pub(super) fn respond_named<W: ChunkWriter>(
+    streams: Vec<EventStream>,
+    writer: W,
+    names: Names,
+) -> Response {
+    send(streams, writer, names, None)
+}
+
+fn send<W: ChunkWriter>(
+    streams: Vec<EventStream>,
     mut writer: W,
     names: Names,
+    last: Option<&'static str>,
 ) -> Response {
     let numbered = streams
         .into_iter()
@@ -63,11 +95,17 @@ pub(super) fn respond<W: ChunkWriter>(
         writer,
         chunks,
         names,
+        last,
         open: true,
     };
     let events = stream::unfold(state, |mut state| async move {
-        let data = state.next().await?;
-        Some((Ok::<_, Infallible>(SseEvent::default().data(data)), state))
+        let (name, data) = state.next().await?;
+        let event = SseEvent::default().data(data);
+        let event = match name {
+            Some(name) => event.event(name),
+            None => event,
+        };
+        Some((Ok::<_, Infallible>(event), state))
     });
     let mut response = Sse::new(events)
         .keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
@@ -81,7 +119,7 @@ pub(super) fn respond<W: ChunkWriter>(
 }
 
 impl<W: ChunkWriter> Writing<W> {
-    async fn next(&mut self) -> Option<String> {
+    async fn next(&mut self) -> Option<(Option<&'static str>, String)> {
         loop {
             if let Some(chunk) = self.chunks.0.pop_front() {
                 return Some(chunk);
@@ -96,12 +134,13 @@ impl<W: ChunkWriter> Writing<W> {
                 Some((_, Ok(GenerateResponse { event: None }))) => {}
                 Some((_, Err(status))) => {
                     let fault = Fault::from(status).rename(|f| self.names.of(f));
-                    self.chunks.push(&fault.body());
+                    self.writer.failed(fault.error(), &mut self.chunks);
                     self.close();
                 }
                 None => {
                     self.writer.end(&mut self.chunks);
-                    self.chunks.0.push_back("[DONE]".to_owned());
+                    let last = self.last.map(|last| (None, last.to_owned()));
+                    self.chunks.0.extend(last);
                     self.close();
                 }
             }

@@ -12,7 +12,7 @@ const CHAT: &str = "/v1/chat/completions";
 const NOT_NUMBERS: [&str; 5] = ["\"many\"", "true", "[]", "{}", "[1]"];
 
 /// Field and the JSON texts it may not have, at both endpoints.
-const COMMON: [(&str, &[&str]); 30] = [
+const COMMON: [(&str, &[&str]); 41] = [
     (
         "max_tokens",
         &[
@@ -85,33 +85,28 @@ const COMMON: [(&str, &[&str]); 30] = [
     ("frequency_penalty", &["2.5", "-3", "\"x\""]),
     ("repetition_penalty", &["-1", "0", "[]"]),
     ("min_p", &["-0.1", "2", "\"x\""]),
-    (
-        "tools",
-        &[
-            "[{\"type\":\"function\",\"function\":{\"name\":\"f\"}}]",
-            "5",
-            "\"x\"",
-        ],
-    ),
+    ("tools", &["5", "\"x\"", "{}"]),
     (
         "tool_choice",
         &["\"required\"", "{\"type\":\"function\"}", "5"],
     ),
     ("functions", &["[{\"name\":\"f\"}]", "5"]),
-    (
-        "response_format",
-        &[
-            "{\"type\":\"json_object\"}",
-            "{\"type\":\"json_schema\",\"json_schema\":{}}",
-            "5",
-            "\"text\"",
-            "[]",
-        ],
-    ),
+    ("response_format", &["5", "\"text\"", "[]"]),
     ("modalities", &["[\"audio\"]", "[\"text\",\"audio\"]", "5"]),
     ("audio", &["{\"voice\":\"x\"}", "5"]),
     ("use_beam_search", &["true", "5"]),
-    ("guided_json", &["{}", "5"]),
+    ("guided_json", &["[]", "5"]),
+    ("guided_json_object", &["5", "\"x\""]),
+    ("guided_regex", &["5", "[]"]),
+    ("guided_grammar", &["5", "{}"]),
+    ("guided_choice", &["5", "\"x\"", "[5]", "[\"a\",null]"]),
+    ("structured_outputs", &["5", "[]", "\"x\""]),
+    ("user", &["5", "[]"]),
+    ("cache_salt", &["5", "{}"]),
+    ("priority", &["1.5", "\"x\"", "3000000000"]),
+    ("timeout_ms", &["0", "-1", "1.5", "\"x\""]),
+    ("max_queue_ms", &["-1", "true"]),
+    ("timings", &["1", "\"x\""]),
     ("reasoning_effort", &["\"high\"", "5"]),
     ("add_special_tokens", &["1", "\"x\""]),
     ("no_such_parameter", &["1", "\"x\"", "{}"]),
@@ -158,7 +153,7 @@ const MESSAGES: &[(&str, &str)] = &[
         "messages[0].role",
     ),
     (
-        "[{\"role\":\"tool\",\"content\":\"hi\",\"tool_call_id\":\"1\"}]",
+        "[{\"role\":\"function\",\"content\":\"hi\",\"name\":\"f\"}]",
         "messages[0].role",
     ),
     ("[{\"role\":\"user\"}]", "messages[0].content"),
@@ -201,7 +196,19 @@ const MESSAGES: &[(&str, &str)] = &[
     ),
     (
         "[{\"role\":\"user\",\"content\":\"hi\"},{\"role\":\"assistant\",\"content\":\"x\",\"tool_calls\":[{}]}]",
-        "messages[1].tool_calls",
+        "messages[1].tool_calls[0].function.name",
+    ),
+    (
+        "[{\"role\":\"user\",\"content\":\"hi\",\"tool_calls\":[{}]}]",
+        "messages[0].tool_calls",
+    ),
+    (
+        "[{\"role\":\"assistant\",\"tool_calls\":[{\"function\":{\"name\":\"f\",\"arguments\":{}}}]}]",
+        "messages[0].tool_calls[0].function.arguments",
+    ),
+    (
+        "[{\"role\":\"tool\",\"content\":\"hi\",\"tool_call_id\":1}]",
+        "messages[0].tool_call_id",
     ),
     (
         "[{\"role\":\"user\",\"content\":\"hi\",\"name\":5}]",
@@ -211,6 +218,173 @@ const MESSAGES: &[(&str, &str)] = &[
         "[{\"role\":\"user\",\"content\":\"hi\",\"surprise\":1}]",
         "messages[0].surprise",
     ),
+];
+
+/// Field, value, and the `param` of the error.
+const CONSTRAINTS: &[(&str, &str, &str)] = &[
+    ("response_format", "{}", "response_format.type"),
+    (
+        "response_format",
+        "{\"type\":\"grammar\"}",
+        "response_format.type",
+    ),
+    (
+        "response_format",
+        "{\"type\":\"json_schema\"}",
+        "response_format.json_schema",
+    ),
+    (
+        "response_format",
+        "{\"type\":\"json_schema\",\"json_schema\":{}}",
+        "response_format.json_schema.name",
+    ),
+    (
+        "response_format",
+        "{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"a b\",\"schema\":{}}}",
+        "response_format.json_schema.name",
+    ),
+    (
+        "response_format",
+        "{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"a\",\"schema\":5}}",
+        "response_format.json_schema.schema",
+    ),
+    (
+        "response_format",
+        "{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"a\",\"schema\":{},\"else\":5}}",
+        "response_format.json_schema.else",
+    ),
+    (
+        "response_format",
+        "{\"type\":\"json_object\",\"else\":5}",
+        "response_format.else",
+    ),
+    (
+        "structured_outputs",
+        "{\"regex\":5}",
+        "structured_outputs.regex",
+    ),
+    (
+        "structured_outputs",
+        "{\"json\":[]}",
+        "structured_outputs.json",
+    ),
+    (
+        "structured_outputs",
+        "{\"choice\":\"x\"}",
+        "structured_outputs.choice",
+    ),
+    (
+        "structured_outputs",
+        "{\"structural_tag\":\"x\"}",
+        "structured_outputs.structural_tag",
+    ),
+    (
+        "structured_outputs",
+        "{\"regex\":\"a\",\"grammar\":\"b\"}",
+        "structured_outputs.grammar",
+    ),
+    (
+        "structured_outputs",
+        "{\"else\":5}",
+        "structured_outputs.else",
+    ),
+];
+
+/// The same of chat alone.
+const TOOLS: &[(&str, &str, &str)] = &[
+    ("tools", "[5]", "tools[0]"),
+    ("tools", "[{}]", "tools[0].type"),
+    ("tools", "[{\"type\":\"web_search\"}]", "tools[0].type"),
+    ("tools", "[{\"type\":\"function\"}]", "tools[0].function"),
+    (
+        "tools",
+        "[{\"type\":\"function\",\"function\":{}}]",
+        "tools[0].function.name",
+    ),
+    (
+        "tools",
+        "[{\"type\":\"function\",\"function\":{\"name\":\"a b\"}}]",
+        "tools[0].function.name",
+    ),
+    (
+        "tools",
+        "[{\"type\":\"function\",\"function\":{\"name\":\"a\",\"parameters\":5}}]",
+        "tools[0].function.parameters",
+    ),
+    (
+        "tools",
+        "[{\"type\":\"function\",\"function\":{\"name\":\"a\",\"strict\":\"x\"}}]",
+        "tools[0].function.strict",
+    ),
+    (
+        "tools",
+        "[{\"type\":\"function\",\"function\":{\"name\":\"a\"}},{\"type\":\"function\",\"function\":{\"name\":\"a\"}}]",
+        "tools[1]",
+    ),
+    (
+        "tool_choice",
+        "{\"type\":\"function\",\"function\":{\"name\":\"f\"}}",
+        "tool_choice",
+    ),
+    ("tool_choice", "{\"type\":\"allowed_tools\"}", "tool_choice"),
+    ("tool_choice", "\"sometimes\"", "tool_choice"),
+    ("parallel_tool_calls", "5", "parallel_tool_calls"),
+];
+
+/// The same of responses.
+const RESPONSES: &[(&str, &str, &str)] = &[
+    ("model", "\"nobody\"", "model"),
+    ("input", "null", "input"),
+    ("input", "5", "input"),
+    ("input", "[]", "input"),
+    ("input", "[5]", "input[0]"),
+    ("input", "[{\"type\":\"item_reference\"}]", "input[0].type"),
+    (
+        "input",
+        "[{\"role\":\"wizard\",\"content\":\"x\"}]",
+        "input[0].role",
+    ),
+    ("input", "[{\"role\":\"user\"}]", "input[0].content"),
+    (
+        "input",
+        "[{\"role\":\"user\",\"content\":[{\"type\":\"input_image\"}]}]",
+        "input[0].content[0].type",
+    ),
+    ("input", "[{\"type\":\"function_call\"}]", "input[0].name"),
+    (
+        "input",
+        "[{\"type\":\"function_call_output\",\"output\":\"x\"}]",
+        "input[0].call_id",
+    ),
+    ("instructions", "5", "instructions"),
+    ("max_output_tokens", "0", "max_output_tokens"),
+    ("max_output_tokens", "100000000", "max_output_tokens"),
+    ("temperature", "-1", "temperature"),
+    ("store", "true", "store"),
+    ("background", "true", "background"),
+    ("previous_response_id", "\"resp_1\"", "previous_response_id"),
+    ("conversation", "\"conv_1\"", "conversation"),
+    ("include", "[\"reasoning.encrypted_content\"]", "include"),
+    ("truncation", "\"auto\"", "truncation"),
+    ("reasoning", "{\"effort\":\"high\"}", "reasoning"),
+    ("text", "5", "text"),
+    ("text", "{\"format\":5}", "text.format"),
+    ("text", "{\"format\":{}}", "text.format.type"),
+    (
+        "text",
+        "{\"format\":{\"type\":\"json_schema\",\"name\":\"a\"}}",
+        "text.format.schema",
+    ),
+    ("text", "{\"verbosity\":\"high\"}", "text.verbosity"),
+    ("tools", "[{\"type\":\"web_search\"}]", "tools[0].type"),
+    (
+        "tools",
+        "[{\"type\":\"function\"}]",
+        "tools[0].function.name",
+    ),
+    ("tool_choice", "\"required\"", "tool_choice"),
+    ("messages", "[]", "messages"),
+    ("n", "2", "n"),
 ];
 
 /// A body with one field replaced by JSON text, which need not be valid.
@@ -265,8 +439,12 @@ fn cases() -> Vec<(&'static str, String, Option<String>)> {
         COMPLETIONS,
         &completion,
         "best_of",
-        &["-1", "0", "2", "1000000", "\"x\""],
+        &["-1", "0", "1000000", "\"x\""],
     );
+    let several = json!({"model": "demo", "prompt": "To be", "n": 2});
+    add(COMPLETIONS, &several, "best_of", &["1"]);
+    let streamed = json!({"model": "demo", "prompt": "To be", "stream": true});
+    add(COMPLETIONS, &streamed, "best_of", &["2"]);
     add(COMPLETIONS, &completion, "echo", &["5", "\"x\"", "[]"]);
     add(COMPLETIONS, &completion, "suffix", &["\"end\"", "5"]);
     add(CHAT, &chat, "logprobs", &["1", "\"x\"", "[]"]);
@@ -305,6 +483,22 @@ fn cases() -> Vec<(&'static str, String, Option<String>)> {
             "\"x\"", "5", "null", "[-1]", "[2048]", "[1.5]", "[\"a\"]", "{}",
         ],
     );
+    for (field, value, param) in CONSTRAINTS {
+        for (path, good) in [(COMPLETIONS, &completion), (CHAT, &chat)] {
+            cases.push((path, with(good, field, value), Some((*param).to_owned())));
+        }
+    }
+    for (field, value, param) in TOOLS {
+        cases.push((CHAT, with(&chat, field, value), Some((*param).to_owned())));
+    }
+    let response = json!({"model": "demo", "input": "hi"});
+    for (field, value, param) in RESPONSES {
+        cases.push((
+            "/v1/responses",
+            with(&response, field, value),
+            Some((*param).to_owned()),
+        ));
+    }
     for (messages, param) in MESSAGES {
         cases.push((
             CHAT,

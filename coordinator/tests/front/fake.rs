@@ -226,6 +226,15 @@ pub(crate) fn door_with(limits: FrontLimits, with_text: bool) -> Door {
     let text = Text::load(&demo_dir(), &config)
         .unwrap()
         .filter(|_| with_text);
+    door_of_all(config, text, limits)
+}
+
+/// A front door for the demo checkpoint with another tokenizer or template.
+pub(crate) fn door_of(config: Arc<Config>, text: Option<Arc<Text>>) -> Door {
+    door_of_all(config, text, FrontLimits::default())
+}
+
+fn door_of_all(config: Arc<Config>, text: Option<Arc<Text>>, limits: FrontLimits) -> Door {
     let fake = Arc::new(Fake {
         readiness: Mutex::new(Readiness::Ready),
         steps: Mutex::default(),
