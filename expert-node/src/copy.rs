@@ -163,11 +163,9 @@ impl Copier {
             homes.epoch = active.epoch;
             let others = active.nodes.iter().filter(|node| node.name != self.name);
             for node in others {
-                let mut of_use = false;
                 for (slot, key) in (0..).zip(&node.slots) {
                     let key = (key.layer, key.expert);
                     if wanted.contains(&key) {
-                        of_use = true;
                         homes.of.entry(key).or_default().push(Home {
                             node: node.node_id,
                             name: node.name.clone(),
@@ -175,11 +173,10 @@ impl Copier {
                         });
                     }
                 }
-                if of_use {
-                    nodes.push((node.node_id, node.name.clone(), node.address.clone()));
-                    if node.process == self.process {
-                        here.insert(node.node_id);
-                    }
+                // Connected when something is asked for: those of an earlier placement stay.
+                nodes.push((node.node_id, node.name.clone(), node.address.clone()));
+                if node.process == self.process {
+                    here.insert(node.node_id);
                 }
             }
         }
@@ -188,7 +185,7 @@ impl Copier {
         homes
     }
 
-    /// The connections that [`Copier::meet`] was for are of no more use.
+    /// The connections that [`Copier::meet`] has led to are of no more use.
     pub(crate) fn part(&self) {
         self.links.set_nodes(&[], None);
     }
@@ -208,8 +205,10 @@ impl Copier {
         let (layer, expert) = key;
         let from = homes.of(key);
         if self.from == CopyFrom::Peer {
-            // Not everybody begins with the same node.
-            let first = (layer as usize + expert as usize) % from.len().max(1);
+            // Not everybody begins with the same node, nor with the one that was of no use the
+            // last time.
+            let turn = u64::from(layer) + u64::from(expert) + epoch;
+            let first = (turn % from.len().max(1) as u64) as usize;
             let turned = from[first..].iter().chain(&from[..first]);
             for home in turned.filter(|home| !homes.is_given_up(home)) {
                 let copied = match self.copy(key, home, homes.epoch).await {

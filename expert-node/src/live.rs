@@ -4,6 +4,9 @@
 //! is ready at an epoch when every expert that the epoch gives it is resident;
 //! it goes on serving an epoch while it loads the next one.
 
+mod loading;
+mod news;
+
 use std::{collections::HashMap, convert::Infallible, pin::pin, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, TryStreamExt as _, stream};
@@ -24,11 +27,14 @@ use guild_transport::{LinkLimits, Links, ServiceLimits, SlotHost, Switchboard, s
 use tokio::{
     net::TcpListener,
     runtime, select,
-    sync::watch,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
+use self::{
+    loading::Loading,
+    news::{News, Published},
+};
 use crate::{
     Error, ExpertNodeConfig,
     copy::{COPIES, Copier},
@@ -48,6 +54,9 @@ const QUIET_POLL: Duration = Duration::from_millis(20);
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Progress is logged each time another so many percent are resident.
 const PROGRESS_PERCENT: usize = 10;
+/// Connections that experts came by are kept for so long: one migration may be many placements,
+/// and making a connection is a burst of work at both ends.
+const PART_AFTER: Duration = Duration::from_secs(60);
 /// How often this node looks at its memory and its speed.
 const MEASURE_EVERY: Duration = Duration::from_secs(1);
 
@@ -181,66 +190,6 @@ struct Node {
     shutdown: Shutdown,
 }
 
-/// What the coordinator has published: the newest placement, and the newest that is active.
-struct News {
-    newest: watch::Receiver<Option<Arc<Placement>>>,
-    active: watch::Receiver<Option<Arc<Placement>>>,
-}
-
-/// One look at the news.
-#[derive(Clone, Default)]
-struct Published {
-    newest: Option<Arc<Placement>>,
-    active: Option<Arc<Placement>>,
-}
-
-impl News {
-    fn look(&mut self) -> Published {
-        // The newest is read first: an active one that came before it is then seen as well.
-        let newest = self.newest.borrow_and_update().clone();
-        let active = self.active.borrow_and_update().clone();
-        Published { newest, active }
-    }
-
-    /// Completes when there is something to look at; never when the membership has ended.
-    async fn changed(&mut self) {
-        let changed = select! {
-            changed = self.newest.changed() => changed,
-            changed = self.active.changed() => changed,
-        };
-        if changed.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
-}
-
-impl Published {
-    fn all(&self) -> impl Iterator<Item = &Arc<Placement>> {
-        [&self.active, &self.newest].into_iter().flatten()
-    }
-
-    fn has(&self, epoch: u64) -> bool {
-        self.all().any(|placement| placement.epoch == epoch)
-    }
-
-    fn active_epoch(&self) -> u64 {
-        self.active.as_ref().map_or(0, |active| active.epoch)
-    }
-}
-
-/// What the placements have come to.
-#[derive(Default)]
-struct Loading {
-    /// What has been made resident for a placement that is not complete.
-    spare: HashMap<ExpertKey, Arc<Expert>>,
-    /// The epoch that was last tried, resident or failed.
-    tried: Option<u64>,
-    /// The newest epoch that is resident; 0: none.
-    epoch: u64,
-    /// The newest that could not be loaded, and why.
-    failed: Option<(u64, String)>,
-}
-
 impl Node {
     /// From an open checkpoint to the end.
     async fn live(&self, checkpoint: Checkpoint) -> Result<(), Error> {
@@ -307,7 +256,7 @@ impl Node {
             let published = news.look();
             self.let_go(&published, member, &mut loading).await;
             // The same epoch comes again when its state changes, and what could
-            // not be read once is not tried for it again. One may be active from
+            // not be read is not tried for that. One may be active from
             // its start: its experts are here when it is what an earlier one left.
             let untried = |placement: &&Arc<Placement>| {
                 loading.tried.is_none_or(|tried| placement.epoch > tried)
@@ -324,9 +273,15 @@ impl Node {
             if !loading.spare.is_empty() {
                 self.free(&mut loading.spare);
             }
+            let retry = loading.retry_at(published.active_epoch());
             select! {
                 () = self.shutdown.requested() => return Ok(()),
                 () = news.changed() => {}
+                () = at(retry) => loading.tried = None,
+                () = at(loading.part_at) => {
+                    loading.part_at = None;
+                    self.copier.part();
+                }
             }
         }
     }
@@ -408,6 +363,7 @@ impl Node {
             // While an older epoch is served, the node is ready at that one.
             report: first,
         };
+        loading.part_at = Some(Instant::now() + PART_AFTER);
         let outcome = {
             let spare = &mut loading.spare;
             let mut loads = pin!(self.load(epoch, &slots, published, spare, progress));
@@ -420,14 +376,12 @@ impl Node {
                         self.retire(&published);
                         if !published.has(epoch) {
                             tracing::info!(epoch, "no longer wanted");
-                            self.copier.part();
                             return Ok(());
                         }
                     }
                 }
             }
         };
-        self.copier.part();
         let outcome = outcome.and_then(|experts| {
             failpoint::at("epoch::resident").map_err(LoadError::from)?;
             Ok(experts)
@@ -440,8 +394,7 @@ impl Node {
                 self.freeing.free(self.host.publish(epoch, experts));
                 let host = Arc::clone(&self.host);
                 thread::alone("measuring this node", move || host.calibrate()).await?;
-                loading.epoch = epoch;
-                loading.failed = None;
+                loading.succeeded(epoch);
                 self.measure(member);
                 self.report(member, loading, Ok(())).await;
             }
@@ -457,7 +410,7 @@ impl Node {
                 // Rows come by the active placement: without it, nothing older helps.
                 let serves = !first && published.active_epoch() != epoch;
                 let state = if serves { Ok(()) } else { Err(reason.clone()) };
-                loading.failed = Some((epoch, reason));
+                loading.cannot(epoch, reason);
                 self.measure(member);
                 self.report(member, loading, state).await;
             }
@@ -556,6 +509,14 @@ impl Node {
             }
             sleep(QUIET_POLL).await;
         }
+    }
+}
+
+/// Completes at a time; never without one.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 

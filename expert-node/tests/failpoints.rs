@@ -111,3 +111,27 @@ async fn what_could_not_be_freed_is_freed_with_the_next_news() {
     assert_eq!(through(&node.place, 3, 0).await.unwrap(), expected((1, 1)));
     node.end().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_active_placement_that_could_not_be_loaded_is_tried_again_by_itself() {
+    let stage = Stage::new().await;
+    let node = stage.node("a", |_| ()).await;
+    let at = |epoch, slots: &[Key]| placement(epoch, Active, &[node.place.with(slots)]);
+    stage.publish(&[at(1, &[(1, 0)])]);
+    stage.ready("a", 1).await;
+    failpoint::set("copy::checkpoint", "2*return(error)->off").unwrap();
+    stage.publish(&[at(2, &[(1, 0), (1, 1)])]);
+    let failed = stage.hears("a", |beat| beat.failed_epoch == 2).await;
+    assert!(!failed.ready, "rows come by epoch 2 now");
+    stage.ready("a", 2).await;
+    failpoint::set("copy::checkpoint", "off").unwrap();
+    assert_eq!(through(&node.place, 2, 1).await.unwrap(), expected((1, 1)));
+
+    // One that gives it nothing at all is no different.
+    failpoint::set("epoch::resident", "1*return(error)->off").unwrap();
+    stage.publish(&[at(3, &[])]);
+    stage.hears("a", |beat| beat.failed_epoch == 3).await;
+    stage.ready("a", 3).await;
+    failpoint::set("epoch::resident", "off").unwrap();
+    node.end().await.unwrap();
+}

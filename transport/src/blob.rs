@@ -24,7 +24,7 @@ pub const CHUNK_BYTES: usize = 256 << 10;
 /// Messages that are ready and wait for the connection to take them.
 pub(crate) const CHUNKS_READY: usize = 2;
 /// HTTP/2 window of a stream that a blob comes by: what of it may be on its way.
-pub(crate) const WINDOW_BYTES: u32 = 2 << 20;
+pub(crate) const WINDOW_BYTES: u32 = 512 << 10;
 /// A node that had rows so recently will have more at once.
 pub(crate) const BUSY: Duration = Duration::from_millis(20);
 /// While a node is busy, the next message waits this long and looks again.
