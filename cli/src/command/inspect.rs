@@ -51,14 +51,17 @@ pub(crate) fn run(args: &Inspect) -> Result<(), Failure> {
 fn describe_cpu(cpu: &Cpu) -> Result<(), Failure> {
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "{}", cpu.describe())?;
-    let available: Vec<String> = Isa::available()
-        .iter()
-        .map(|isa| format!("{isa:?}").to_lowercase())
-        .collect();
+    for (isa, refused) in Isa::survey() {
+        let told = match refused {
+            Some(why) => format!("refused: {why}"),
+            None if isa == cpu.isa() => "chosen: the best that this machine can run".into(),
+            None => "not needed".into(),
+        };
+        writeln!(stdout, "  {:<12} {told}", isa.name())?;
+    }
     Ok(writeln!(
         stdout,
-        "this machine can run: {}; numerics class {}, whichever of them is chosen",
-        available.join(", "),
+        "numerics class {}, whichever of them is chosen",
         cpu.numerics_class()
     )?)
 }
