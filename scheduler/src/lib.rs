@@ -4,6 +4,7 @@
 //! argument, actions go out as values, so that a simulator can run the very
 //! code that production runs. It uses nothing of ours.
 
+pub mod affinity;
 pub mod batch;
 pub mod eplb;
 pub mod load;
