@@ -1,6 +1,8 @@
 //! Aligned memory.
 //!
-//! Secret: how bytes come to start at a cache line without unsafe code. It does not know what they mean.
+//! Secret: how bytes come to start at a cache line without unsafe code, and which of them ask for huge pages. It does not know what they mean.
+
+use guild_kernels::Memory;
 
 /// Start of resident weights in memory, in bytes: a cache line, and the widest vector there is.
 pub(crate) const ALIGNMENT: usize = 64;
@@ -11,39 +13,75 @@ const _: () = assert!(
     "weights are little endian, in files and in memory"
 );
 
-/// Owned bytes that start at a multiple of 64: a vector with room to slide the start in.
+/// Bytes from which on a blob is memory of its own, which may have huge pages.
+const OWN_BYTES: usize = 2 << 20;
+
+/// Owned bytes that start at a multiple of 64.
 pub struct Blob {
-    memory: Vec<u8>,
-    start: usize,
+    bytes: Bytes,
+    room: usize,
     len: usize,
+}
+
+enum Bytes {
+    /// A vector with room to slide the start in.
+    Small {
+        memory: Vec<u8>,
+        start: usize,
+    },
+    Large(Memory),
+}
+
+impl Bytes {
+    fn zeroed(len: usize) -> Bytes {
+        // Where the system has no such mapping, a vector is as good.
+        if len >= OWN_BYTES
+            && let Ok(memory) = Memory::new(len)
+        {
+            return Bytes::Large(memory);
+        }
+        let memory = vec![0; len + ALIGNMENT];
+        let start = memory.as_ptr().addr().next_multiple_of(ALIGNMENT) - memory.as_ptr().addr();
+        Bytes::Small { memory, start }
+    }
+
+    fn of(&self) -> &[u8] {
+        match self {
+            Bytes::Small { memory, start } => &memory[*start..],
+            Bytes::Large(memory) => memory,
+        }
+    }
+
+    fn of_mut(&mut self) -> &mut [u8] {
+        match self {
+            Bytes::Small { memory, start } => &mut memory[*start..],
+            Bytes::Large(memory) => memory,
+        }
+    }
 }
 
 impl Blob {
     /// `len` zeros.
     pub fn with_len(len: usize) -> Blob {
-        let memory = vec![0; len + ALIGNMENT];
-        let start = memory.as_ptr().addr().next_multiple_of(ALIGNMENT) - memory.as_ptr().addr();
-        Blob { memory, start, len }
+        Blob {
+            bytes: Bytes::zeroed(len),
+            room: len,
+            len,
+        }
     }
 
-    /// Room for `len` bytes, of which none is there yet: memory is touched only as it is filled.
+    /// Room for `len` bytes, of which none is there yet: physical memory comes as it is filled.
     pub(crate) fn with_room(len: usize) -> Blob {
-        let mut memory: Vec<u8> = Vec::with_capacity(len + ALIGNMENT);
-        let start = memory.as_ptr().addr().next_multiple_of(ALIGNMENT) - memory.as_ptr().addr();
-        memory.resize(start, 0);
-        Blob {
-            memory,
-            start,
-            len: 0,
-        }
+        let mut blob = Blob::with_len(len);
+        blob.len = 0;
+        blob
     }
 
     /// Puts bytes behind those that are there. False: there is no room for them, and nothing has changed.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> bool {
-        // More memory would be elsewhere, and not aligned.
-        let fits = bytes.len() <= self.memory.capacity() - self.memory.len();
+        let fits = bytes.len() <= self.room - self.len;
         if fits {
-            self.memory.extend_from_slice(bytes);
+            self.bytes.of_mut()[self.len..][..bytes.len()].copy_from_slice(bytes);
             self.len += bytes.len();
         }
         fits
@@ -71,13 +109,13 @@ impl Blob {
 
 impl AsRef<[u8]> for Blob {
     fn as_ref(&self) -> &[u8] {
-        &self.memory[self.start..self.start + self.len]
+        &self.bytes.of()[..self.len]
     }
 }
 
 impl AsMut<[u8]> for Blob {
     fn as_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.len]
+        &mut self.bytes.of_mut()[..self.len]
     }
 }
 
@@ -93,7 +131,7 @@ mod tests {
 
     #[test]
     fn weights_start_at_a_cache_line() {
-        for len in [0, 1, 63, 64, 1000] {
+        for len in [0, 1, 63, 64, 1000, OWN_BYTES + 1] {
             let blob = Blob::copy(&vec![7; len]);
             assert!(blob.as_ref().as_ptr().addr().is_multiple_of(ALIGNMENT));
             assert_eq!(blob.as_ref(), vec![7; len]);
