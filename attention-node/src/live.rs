@@ -406,6 +406,10 @@ fn load(engine: &EngineHandle) -> Load {
     Load {
         running: counts.running as u32,
         waiting: counts.waiting as u32,
+        outstanding_tokens: counts.outstanding,
+        free_pages: counts.free_pages as u32,
+        cached_pages: counts.cached_pages as u32,
+        tokens_run: counts.run,
     }
 }
 

@@ -50,6 +50,8 @@ pub struct Scheduler {
     cost: StepCost,
     arrivals: u64,
     preemptions: u64,
+    /// Positions run since the start.
+    run: u64,
 }
 
 impl Scheduler {
@@ -69,6 +71,7 @@ impl Scheduler {
             cost: StepCost::default(),
             arrivals: 0,
             preemptions: 0,
+            run: 0,
         })
     }
 
@@ -191,6 +194,7 @@ impl Scheduler {
                 live.publish(&self.limits, &mut self.pages);
             }
         }
+        self.run += (decode + prefill) as u64;
         self.cost.observe(took, decode, prefill);
         self.release_leaving();
     }
@@ -223,6 +227,10 @@ impl Scheduler {
             free_pages: self.pages.available(),
             cached_pages: self.pages.cached(),
             preemptions: self.preemptions,
+            outstanding: { self.running.iter().chain(&self.waiting) }
+                .map(Live::outstanding)
+                .sum(),
+            run: self.run,
         }
     }
 

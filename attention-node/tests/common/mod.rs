@@ -17,7 +17,7 @@ use guild_model::checkpoint::Dtype;
 use guild_model::expert::Expert;
 use guild_model::sampler::{Sampling, Shaping};
 use guild_model::trunk::Trunk;
-use guild_model::{Checkpoint, Cpu};
+use guild_model::{Checkpoint, Cpu, random};
 use guild_scheduler::batch::Limits;
 use guild_scheduler::placement::{NodeSlots, Placement};
 use guild_transport::{
@@ -50,6 +50,49 @@ impl Model {
     pub fn demo() -> &'static Model {
         static MODEL: OnceLock<Model> = OnceLock::new();
         MODEL.get_or_init(|| Model::load("models/demo"))
+    }
+
+    pub fn v3_mtp() -> &'static Model {
+        static MODEL: OnceLock<Model> = OnceLock::new();
+        MODEL.get_or_init(|| Model::load("tests/golden/v3-mtp"))
+    }
+
+    /// Random weights, and so few of them that a step takes microseconds.
+    pub fn tiny() -> &'static Model {
+        static MODEL: OnceLock<Model> = OnceLock::new();
+        MODEL.get_or_init(|| {
+            let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+            let dir = dir.join(format!("tiny-{}", std::process::id()));
+            let fields = [
+                "hidden_size=32",
+                "num_hidden_layers=2",
+                "intermediate_size=32",
+                "moe_intermediate_size=16",
+                "n_routed_experts=4",
+                "num_experts_per_tok=2",
+                "n_group=1",
+                "topk_group=1",
+                "num_attention_heads=2",
+                "num_key_value_heads=2",
+                "q_lora_rank=16",
+                "kv_lora_rank=16",
+                "qk_nope_head_dim=8",
+                "qk_rope_head_dim=8",
+                "v_head_dim=8",
+                "vocab_size=48",
+                "bos_token_id=0",
+                "eos_token_id=1",
+                "max_position_embeddings=512",
+                "num_nextn_predict_layers=1",
+            ];
+            let fields = fields.map(|field| random::parse_override(field).unwrap());
+            let shape = random::shape("tiny").unwrap();
+            let shard = random::DEFAULT_SHARD_BYTES;
+            random::write(shape, &fields, 5, shard, &dir, &|_, _| ()).unwrap();
+            let model = Model::load(dir.to_str().unwrap());
+            std::fs::remove_dir_all(dir).unwrap();
+            model
+        })
     }
 
     fn load(dir: &str) -> Model {

@@ -126,6 +126,10 @@ pub struct Counts {
     pub cached_pages: usize,
     /// Requests that had to give their pages back, since the start.
     pub preemptions: u64,
+    /// Positions that may still have to be run for those that run or wait.
+    pub outstanding: u64,
+    /// Positions run since the start.
+    pub run: u64,
 }
 
 /// What of a request is in the step that is out.
@@ -182,6 +186,12 @@ impl Live {
     /// Positions that are to be computed before the next token.
     pub(super) fn unknown(&self) -> usize {
         self.known() - self.computed
+    }
+
+    /// Positions that may still have to be run for it.
+    pub(super) fn outstanding(&self) -> u64 {
+        let to_come = self.request.max_tokens.saturating_sub(self.generated);
+        (self.unknown() + to_come) as u64
     }
 
     /// Whether its next row yields its next token, the first one left aside.
