@@ -8,7 +8,7 @@
 //!
 //! Rules that hold for both wire forms:
 //! - What would change an answer is done or refused by its name, never
-//!   ignored. What cannot change one (`user`, `metadata`, …) is ignored.
+//!   ignored. What cannot change one (`metadata`, `service_tier`, …) is ignored.
 //! - Of `generation_config.json` only the end-of-sequence ids apply. Unset
 //!   sampling parameters take the defaults of the API that was called:
 //!   temperature 1 over OpenAI HTTP, greedy over gRPC. An unset seed is drawn
@@ -16,6 +16,14 @@
 //! - A stop string is no part of the text; the tokens up to the one that
 //!   completed it count as generated. Tokens that end a request are returned
 //!   as ids and have no text.
+//! - A constraint is compiled and kept to by the attention nodes; here it is read
+//!   out of the words of three APIs, and tools that must be called become one.
+//!   It ends by EOS when it is complete, whatever `min_tokens` says.
+//! - Tool calls and thoughts are read out of the text in the way that the chat
+//!   template writes them; a template that knows no tools is told of them in a
+//!   system message.
+//! - `user`, `cache_salt` and the API key make a tenant of who asks; `priority`
+//!   (lower is first), `timeout_ms` and `max_queue_ms` are handed down.
 //! - `text_offset` counts characters of the choice's own text.
 //! - Prompt and `max_tokens` must fit the context together; a default is cut
 //!   to fit, what a client wrote is not.

@@ -100,12 +100,11 @@ fn send<W: ChunkWriter>(
     };
     let events = stream::unfold(state, |mut state| async move {
         let (name, data) = state.next().await?;
-        let event = SseEvent::default().data(data);
         let event = match name {
-            Some(name) => event.event(name),
-            None => event,
+            Some(name) => SseEvent::default().event(name),
+            None => SseEvent::default(),
         };
-        Some((Ok::<_, Infallible>(event), state))
+        Some((Ok::<_, Infallible>(event.data(data)), state))
     });
     let mut response = Sse::new(events)
         .keep_alive(KeepAlive::new().interval(KEEP_ALIVE))

@@ -333,7 +333,6 @@ const TOOLS: &[(&str, &str, &str)] = &[
 
 /// The same of responses.
 const RESPONSES: &[(&str, &str, &str)] = &[
-    ("model", "\"nobody\"", "model"),
     ("input", "null", "input"),
     ("input", "5", "input"),
     ("input", "[]", "input"),

@@ -22,7 +22,10 @@ fn events(answer: &Answer) -> Vec<(String, Value)> {
 #[tokio::test]
 async fn a_text_gets_a_message() {
     let door = door();
-    door.will_say("Good morrow.", 2);
+    let mut ids = door.will_say("Good morrow.", 2);
+    // EOS.
+    ids.push(1);
+    door.will(&[Step::Tokens(ids)]);
     let body = json!({
         "model": "demo", "input": "hi", "instructions": "be kind", "max_output_tokens": 50,
         "temperature": 0.5, "metadata": {"a": "b"}, "store": false,
