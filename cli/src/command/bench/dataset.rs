@@ -47,41 +47,10 @@ pub(super) enum Prompt {
     Text(String),
 }
 
-/// The requests of a run, as many as were asked for and no two of them alike.
-pub(super) fn samples(args: &BenchServe) -> Result<Vec<Sample>, Failure> {
-    let text = args.tokenizer.as_deref().map(tokenizer).transpose()?;
-    if text.is_none() && args.api == Api::Chat && args.dataset != Dataset::ShareGpt {
-        return Err(
-            Failure::usage("--tokenizer is missing: messages of a chat are text")
-                .hint("give a checkpoint's folder, or leave --api chat out"),
-        );
-    }
-    let maker = Maker { args, text };
-    let mut rng = StdRng::seed_from_u64(args.seed);
-    let n = args.num_prompts as usize;
-    match args.dataset {
-        Dataset::Random => (0..n).map(|_| maker.random(&mut rng, &[])).collect(),
-        Dataset::SharedPrefix => {
-            let prefixes: Vec<Vec<u32>> = (0..args.num_prefixes)
-                .map(|_| maker.ids(&mut rng, args.prefix_len as usize))
-                .collect();
-            (0..n)
-                .map(|i| maker.random(&mut rng, &prefixes[i % prefixes.len()]))
-                .collect()
-        }
-        Dataset::ShareGpt => maker.sharegpt(&mut rng, &read(args)?, n),
-        Dataset::Trace => maker.trace(&read(args)?, n),
-    }
-}
-
-/// Random requests to begin with, which none of the run is like.
-pub(super) fn warmups(args: &BenchServe) -> Result<Vec<Sample>, Failure> {
-    let text = args.tokenizer.as_deref().map(tokenizer).transpose()?;
-    let maker = Maker { args, text };
-    let mut rng = StdRng::seed_from_u64(!args.seed);
-    (0..args.num_warmups)
-        .map(|_| maker.random(&mut rng, &[]))
-        .collect()
+/// Makes requests as the flags say.
+pub(super) struct Maker<'a> {
+    args: &'a BenchServe,
+    text: Option<Arc<Text>>,
 }
 
 fn tokenizer(dir: &Path) -> Result<Arc<Text>, Failure> {
@@ -104,11 +73,6 @@ fn read(args: &BenchServe) -> Result<String, Failure> {
         return Err(wrong(format!("larger than {MAX_FILE} bytes")));
     }
     std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))
-}
-
-struct Maker<'a> {
-    args: &'a BenchServe,
-    text: Option<Arc<Text>>,
 }
 
 /// One conversation of a ShareGPT file.
@@ -134,7 +98,47 @@ struct Arrival {
     hash_ids: Vec<u64>,
 }
 
-impl Maker<'_> {
+impl<'a> Maker<'a> {
+    /// Loads the tokenizer, if there is to be one.
+    pub(super) fn new(args: &'a BenchServe) -> Result<Maker<'a>, Failure> {
+        let text = args.tokenizer.as_deref().map(tokenizer).transpose()?;
+        if text.is_none() && args.api == Api::Chat && args.dataset != Dataset::ShareGpt {
+            return Err(
+                Failure::usage("--tokenizer is missing: messages of a chat are text")
+                    .hint("give a checkpoint's folder, or leave --api chat out"),
+            );
+        }
+        Ok(Maker { args, text })
+    }
+
+    /// The requests of a run, as many as were asked for and no two of them alike.
+    pub(super) fn samples(&self) -> Result<Vec<Sample>, Failure> {
+        let args = self.args;
+        let mut rng = StdRng::seed_from_u64(args.seed);
+        let n = args.num_prompts as usize;
+        match args.dataset {
+            Dataset::Random => (0..n).map(|_| self.random(&mut rng, &[])).collect(),
+            Dataset::SharedPrefix => {
+                let prefixes: Vec<Vec<u32>> = (0..args.num_prefixes)
+                    .map(|_| self.ids(&mut rng, args.prefix_len as usize))
+                    .collect();
+                (0..n)
+                    .map(|i| self.random(&mut rng, &prefixes[i % prefixes.len()]))
+                    .collect()
+            }
+            Dataset::ShareGpt => self.sharegpt(&mut rng, &read(args)?, n),
+            Dataset::Trace => self.trace(&read(args)?, n),
+        }
+    }
+
+    /// Random requests to begin with, which none of the run is like.
+    pub(super) fn warmups(&self) -> Result<Vec<Sample>, Failure> {
+        let mut rng = StdRng::seed_from_u64(!self.args.seed);
+        (0..self.args.num_warmups)
+            .map(|_| self.random(&mut rng, &[]))
+            .collect()
+    }
+
     fn ids(&self, rng: &mut StdRng, n: usize) -> Vec<u32> {
         (0..n)
             .map(|_| rng.random_range(FIRST_ID..self.args.vocab_size))
@@ -324,6 +328,10 @@ mod tests {
         *args
     }
 
+    fn samples(args: &BenchServe) -> Result<Vec<Sample>, Failure> {
+        Maker::new(args)?.samples()
+    }
+
     fn ids(sample: &Sample) -> Vec<u32> {
         match &sample.prompt {
             Prompt::Ids(ids) => ids.clone(),
@@ -347,7 +355,13 @@ mod tests {
                 .all(|id| (16..1000).contains(&id))
         );
         assert_eq!(samples, super::samples(&args).unwrap());
-        let warm: HashSet<_> = warmups(&args).unwrap().iter().map(ids).collect();
+        let warm: HashSet<_> = Maker::new(&args)
+            .unwrap()
+            .warmups()
+            .unwrap()
+            .iter()
+            .map(ids)
+            .collect();
         assert!(distinct.is_disjoint(&warm));
     }
 

@@ -61,7 +61,7 @@ impl Client {
             (Api::Chat, Prompt::Text(text)) => {
                 put("messages", json!([{"role": "user", "content": text}]));
             }
-            // Chats are always text, see `dataset::samples`.
+            // Chats are always text, see `dataset::Maker`.
             (Api::Chat, Prompt::Ids(_)) => put("messages", json!([])),
         }
         let limit = match self.api {

@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
-use super::dataset::{Sample, samples, warmups};
+use super::dataset::{Maker, Sample};
 use super::metrics::{Outcome, answered, details, figures};
 use super::send::Client;
 use super::{arrival, report};
@@ -36,7 +36,8 @@ async fn serve(args: &BenchServe) -> Result<(), Failure> {
         Some(model) => model.clone(),
         None => first_model(&server).await?,
     };
-    let (samples, warmups) = (samples(args)?, warmups(args)?);
+    let maker = Maker::new(args)?;
+    let (samples, warmups) = (maker.samples()?, maker.warmups()?);
     let client = Arc::new(Client::new(server, &model, args)?);
     warm_up(&client, warmups).await?;
     let (outcomes, duration) = offer(args, &client, samples).await?;
