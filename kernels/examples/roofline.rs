@@ -172,7 +172,7 @@ fn peak(cpu: &Cpu) -> f64 {
         #[cfg(target_arch = "x86_64")]
         match cpu.isa() {
             // SAFETY: the handle exists on this instruction set only where the machine has it.
-            Isa::Avx512Vnni | Isa::Avx512 => unsafe { x86::fma512(FMAS / 16) },
+            Isa::Amx | Isa::Avx512Vnni | Isa::Avx512 => unsafe { x86::fma512(FMAS / 16) },
             // SAFETY: as above.
             Isa::AvxVnni | Isa::Avx2 => unsafe { x86::fma256(FMAS / 8) },
             _ => {}

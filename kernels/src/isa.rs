@@ -7,7 +7,9 @@ use std::{fmt, str::FromStr};
 #[cfg(target_arch = "aarch64")]
 use crate::arm::{bytes::NeonDot, neon::Neon};
 #[cfg(target_arch = "x86_64")]
-use crate::x86::{avx2::Avx2, avx512::Avx512, bytes256::AvxVnni, bytes512::Vnni};
+use crate::plan;
+#[cfg(target_arch = "x86_64")]
+use crate::x86::{amx::Amx, avx2::Avx2, avx512::Avx512, bytes256::AvxVnni, bytes512::Vnni};
 use crate::{
     generic::{Op, int::DotOp},
     portable::Portable,
@@ -16,6 +18,8 @@ use crate::{
 /// An instruction set the kernels have a leaf for. All of them give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Isa {
+    /// x86-64 with AMX INT8 beside AVX-512 with VNNI.
+    Amx,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512Vnni,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
@@ -33,7 +37,8 @@ pub enum Isa {
 }
 
 /// Best first.
-const ALL: [Isa; 7] = [
+const ALL: [Isa; 8] = [
+    Isa::Amx,
     Isa::Avx512Vnni,
     Isa::Avx512,
     Isa::AvxVnni,
@@ -64,6 +69,7 @@ impl Isa {
     /// As it is written on a command line.
     pub fn name(self) -> &'static str {
         match self {
+            Isa::Amx => "amx",
             Isa::Avx512Vnni => "avx512-vnni",
             Isa::Avx512 => "avx512",
             Isa::AvxVnni => "avx-vnni",
@@ -77,6 +83,7 @@ impl Isa {
     /// What a processor must have for it.
     fn needs(self) -> &'static str {
         match self {
+            Isa::Amx => "amx-tile and amx-int8",
             Isa::Avx512Vnni => "avx512f, avx512bw, avx512dq, avx512vl and avx512vnni",
             Isa::Avx512 => "avx512f, avx512bw, avx512dq and avx512vl",
             Isa::AvxVnni => "avx2, fma, f16c and avxvnni",
@@ -111,6 +118,8 @@ impl FromStr for Isa {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Choice {
     #[cfg(target_arch = "x86_64")]
+    Amx(Amx),
+    #[cfg(target_arch = "x86_64")]
     Vnni(Vnni),
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
@@ -123,6 +132,9 @@ pub(crate) enum Choice {
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
     Portable(Portable),
+    /// Plain Rust as a leaf with tiles.
+    #[cfg(test)]
+    Tiled,
 }
 
 impl Choice {
@@ -130,6 +142,11 @@ impl Choice {
     /// Why this machine, or this build, lacks it.
     pub(crate) fn new(isa: Isa) -> Result<Choice, String> {
         let choice = match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => {
+                let right = |amx| plan::is_right(Choice::Amx(amx));
+                return Amx::new(right).map(Choice::Amx);
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => Vnni::new().map(Choice::Vnni),
             #[cfg(target_arch = "x86_64")]
@@ -159,6 +176,8 @@ impl Choice {
         unsafe {
             match self {
                 #[cfg(target_arch = "x86_64")]
+                Choice::Amx(isa) => isa.vnni().avx512().run(op),
+                #[cfg(target_arch = "x86_64")]
                 Choice::Vnni(isa) => isa.avx512().run(op),
                 #[cfg(target_arch = "x86_64")]
                 Choice::Avx512(isa) => isa.run(op),
@@ -171,6 +190,8 @@ impl Choice {
                 #[cfg(target_arch = "aarch64")]
                 Choice::Neon(isa) => isa.run(op),
                 Choice::Portable(isa) => isa.run(op),
+                #[cfg(test)]
+                Choice::Tiled => Portable.run(op),
             }
         }
     }
@@ -185,6 +206,8 @@ impl Choice {
         unsafe {
             match self {
                 #[cfg(target_arch = "x86_64")]
+                Choice::Amx(isa) => isa.run_dot(op),
+                #[cfg(target_arch = "x86_64")]
                 Choice::Vnni(isa) => isa.run_dot(op),
                 #[cfg(target_arch = "x86_64")]
                 Choice::Avx512(isa) => isa.run_dot(op),
@@ -197,6 +220,8 @@ impl Choice {
                 #[cfg(target_arch = "aarch64")]
                 Choice::Neon(isa) => isa.run_dot(op),
                 Choice::Portable(isa) => isa.run_dot(op),
+                #[cfg(test)]
+                Choice::Tiled => Portable.run_tiled(op),
             }
         }
     }

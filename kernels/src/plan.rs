@@ -6,6 +6,8 @@
 mod attend;
 mod ffn;
 mod operand;
+#[cfg(target_arch = "x86_64")]
+mod proof;
 
 use std::cell::Cell;
 
@@ -40,6 +42,8 @@ thread_local! {
 pub(crate) use attend::attend;
 pub(crate) use ffn::ffn;
 use operand::{Form, grown, product};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use proof::is_right;
 
 pub(crate) fn is_small(bytes: usize, macs: usize) -> bool {
     bytes / BYTES_PER_NS + macs / MACS_PER_NS < SERIAL_NS

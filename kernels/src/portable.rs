@@ -4,6 +4,8 @@
 
 use half::bf16;
 
+#[cfg(test)]
+use crate::generic::int::{FULL, Tile};
 use crate::generic::{
     LANES, Lanes, Op,
     int::{Dot, DotOp},
@@ -27,6 +29,14 @@ impl Portable {
     pub(crate) unsafe fn run_dot<O: DotOp>(self, op: O) -> O::Out {
         // SAFETY: as above.
         unsafe { op.run::<Bytes>() }
+    }
+
+    /// # Safety
+    /// What `O` asks for besides the instruction set.
+    #[cfg(test)]
+    pub(crate) unsafe fn run_tiled<O: DotOp>(self, op: O) -> O::Out {
+        // SAFETY: as above.
+        unsafe { op.run::<Tiled>() }
     }
 }
 
@@ -198,5 +208,72 @@ impl Dot for Bytes {
     #[inline(always)]
     unsafe fn float(sum: [i32; LANES]) -> F32x16 {
         F32x16(sum.map(|sum| sum as f32))
+    }
+}
+
+/// Tiles as a leaf with them has them, to hold their layout against the rule where no machine has tiles.
+#[cfg(test)]
+#[derive(Clone, Copy)]
+struct Tiled;
+
+#[cfg(test)]
+impl Dot for Tiled {
+    type Float = F32x16;
+    type Sum = [i32; LANES];
+    type Weights = [i8; LINE];
+    type Word = [i8; 4];
+
+    const ROWS: usize = FULL;
+    const PANELS: usize = 1;
+    const OFFSET8: i32 = 0;
+    const OFFSET4: i32 = 0;
+    const TILES: bool = true;
+
+    unsafe fn sum(x: i32) -> [i32; LANES] {
+        [x; LANES]
+    }
+
+    unsafe fn load8(p: *const u8) -> [i8; LINE] {
+        // SAFETY: the same contract.
+        unsafe { Bytes::load8(p) }
+    }
+
+    unsafe fn load4(p: *const u8) -> [[i8; LINE]; 2] {
+        // SAFETY: the same contract.
+        unsafe { Bytes::load4(p) }
+    }
+
+    unsafe fn word(p: *const u32) -> [i8; 4] {
+        // SAFETY: the same contract.
+        unsafe { Bytes::word(p) }
+    }
+
+    unsafe fn dot(acc: [i32; LANES], w: [i8; LINE], x: [i8; 4]) -> [i32; LANES] {
+        // SAFETY: the same contract.
+        unsafe { Bytes::dot(acc, w, x) }
+    }
+
+    unsafe fn float(sum: [i32; LANES]) -> F32x16 {
+        // SAFETY: the same contract.
+        unsafe { Bytes::float(sum) }
+    }
+
+    unsafe fn tile<const BITS: usize>(sums: &mut Tile, x: *const u32, w: *const u8, quads: usize) {
+        // Rows of x in the first tile operand have so many words.
+        let wide = quads.min(16);
+        for quad in 0..quads {
+            let (tile, column) = (quad / wide, quad % wide);
+            for row in 0..FULL {
+                // SAFETY: the words and lines of one group, by the trait's contract.
+                unsafe {
+                    let x = Bytes::word(x.add(tile * FULL * wide + row * wide + column));
+                    let w = match BITS {
+                        8 => Bytes::load8(w.add(quad * LINE)),
+                        _ => Bytes::load4(w.add(quad / 2 * LINE))[quad % 2],
+                    };
+                    sums.0[row] = Bytes::dot(sums.0[row], w, x);
+                }
+            }
+        }
     }
 }

@@ -21,6 +21,13 @@ const QUAD: usize = 4;
 /// How far ahead of the multiplication weights are asked for, in bytes.
 const AHEAD: usize = 4096;
 
+/// Rows of x in a tile of a leaf that has tiles, and words of a row that lie side by side in one.
+pub(crate) const FULL: usize = 16;
+
+/// Sums of 16 rows of x times 16 rows of weights.
+#[repr(C, align(64))]
+pub(crate) struct Tile(pub(crate) [[i32; LANES]; FULL]);
+
 /// Multiplication of bytes on one instruction set.
 ///
 /// # Safety
@@ -36,8 +43,10 @@ pub(crate) trait Dot: Copy {
     /// Four elements of x for every row of weights.
     type Word: Copy;
 
-    /// Most rows of x in a tile: 1, 2, 4, 8 or 12.
+    /// Most rows of x in a tile: 1, 2, 4, 8 or 12, or [`FULL`] on a leaf with tiles.
     const ROWS: usize;
+    /// Whether [`Dot::tile`] is there.
+    const TILES: bool = false;
     /// Most panels in a tile: 1 or 2.
     const PANELS: usize;
     /// What `load8` leaves added to each weight.
@@ -54,6 +63,17 @@ pub(crate) trait Dot: Copy {
     /// Adds, row by row, the four products of bytes; x is signed and not -128.
     unsafe fn dot(acc: Self::Sum, w: Self::Weights, x: Self::Word) -> Self::Sum;
     unsafe fn float(sum: Self::Sum) -> Self::Float;
+
+    /// Adds the products of one group of `quads` words: `x` as a full tile has them, `w` the lines of the group.
+    #[inline(always)]
+    unsafe fn tile<const BITS: usize>(
+        _sums: &mut Tile,
+        _x: *const u32,
+        _w: *const u8,
+        _quads: usize,
+    ) {
+        unreachable!("a leaf without tiles")
+    }
 }
 
 /// An operation on a leaf's multiplication of bytes.
@@ -114,13 +134,23 @@ impl Groups {
 }
 
 /// Quantised rows in tiles of `most` rows, the last as [`tile_rows`] says, [`Groups::tile_lines`] apart. A tile of `n`
-/// rows has words of 32 bits: `[words][n]` of x, `[count][n]` scales, `[count][n]` sums of the integers of a group.
+/// rows has words of 32 bits: `[words][n]` of x, `[count][n]` scales, `[count][n]` sums of the integers of a group. A tile of
+/// [`FULL`] rows has x as [`run`] says instead: `[words / run][n][run]`.
 #[derive(Clone, Copy)]
 pub(crate) struct QuantRows<'a> {
     pub(crate) lines: &'a [Line],
     pub(crate) m: usize,
     pub(crate) most: usize,
     pub(crate) groups: Groups,
+}
+
+/// Words of a row that lie side by side in a tile of `rows`.
+fn run(rows: usize, group: usize) -> usize {
+    if rows == FULL {
+        FULL.min(group / QUAD)
+    } else {
+        1
+    }
 }
 
 /// Quantises whole groups of the rows of one tile.
@@ -165,8 +195,9 @@ impl Op for Quantise<'_> {
                 let g = self.from + g;
                 // SAFETY: the instruction set and the tile are the caller's promise; group `g` and row `r` lie in it.
                 unsafe {
-                    let words = tile.add(g * groups.group / QUAD * rows + r);
-                    let (scale, sum) = quantise::<V>(x, groups.group / LANES, words, rows);
+                    let run = run(rows, groups.group);
+                    let words = tile.add(g * groups.group / QUAD * rows + r * run);
+                    let (scale, sum) = quantise::<V>(x, groups.group / LANES, words, rows, run);
                     let scales = tile.add(groups.words() * rows);
                     *scales.add(g * rows + r) = scale.to_bits();
                     *scales.add((groups.count + g) * rows + r) = sum as u32;
@@ -176,8 +207,8 @@ impl Op for Quantise<'_> {
     }
 }
 
-/// Quantises one group, `x` and zeros up to `chunks` times 16 elements, into words `stride` apart. Gives the scale and
-/// the sum of the integers.
+/// Quantises one group, `x` and zeros up to `chunks` times 16 elements, into words of a tile of `rows`: runs of
+/// `run` words, `rows` runs apart. Gives the scale and the sum of the integers.
 ///
 /// # Safety
 /// The machine has the instruction set of `V`, `x.len() <= 16 * chunks <= 128`, and `words` is valid for all of them.
@@ -186,7 +217,8 @@ unsafe fn quantise<V: Lanes>(
     x: &[f32],
     chunks: usize,
     words: *mut u32,
-    stride: usize,
+    rows: usize,
+    run: usize,
 ) -> (f32, i32) {
     // SAFETY: the caller's promise.
     unsafe {
@@ -215,7 +247,10 @@ unsafe fn quantise<V: Lanes>(
             let bytes = lanes.map(|lane| lane.to_bits() as u8);
             for i in 0..LANES / QUAD {
                 let word = [0, 1, 2, 3].map(|j| bytes[i * QUAD + j]);
-                *words.add((chunk * LANES / QUAD + i) * stride) = u32::from_le_bytes(word);
+                let at = chunk * LANES / QUAD + i;
+                // A run is a power of two.
+                let (before, inside) = (at & !(run - 1), at & (run - 1));
+                *words.add(before * rows + inside) = u32::from_le_bytes(word);
             }
         }
         let scale = match (odd, counts) {
@@ -305,6 +340,7 @@ impl Product<'_> {
                     2 => self.tile::<D, P, 2>(panel, at),
                     4 => self.tile::<D, P, 4>(panel, at),
                     8 => self.tile::<D, P, 8>(panel, at),
+                    _ if D::TILES => self.full::<D, P>(panel, at),
                     _ => self.tile::<D, P, 12>(panel, at),
                 }
             }
@@ -324,18 +360,82 @@ impl Product<'_> {
             }
         };
         for p in 0..P {
-            let col = (panel + p) * LANES;
-            let width = LANES.min(self.w.rows - col);
             for c in 0..C.min(self.x.m - at) {
-                // SAFETY: row `at + c < m` and `width` columns from `col` on lie in the output, and are this task's.
-                unsafe {
-                    let to = self.out.place(at + c, col);
-                    if width == LANES {
-                        acc[p][c].store(to);
-                    } else {
-                        store_part(acc[p][c], to, width);
-                    }
+                // SAFETY: row `at + c < m` is there, and the panel is this task's.
+                unsafe { self.store(acc[p][c], at + c, panel + p) }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`Product`]; the row and the panel exist.
+    #[inline(always)]
+    unsafe fn store<V: Lanes>(&self, x: V, row: usize, panel: usize) {
+        let col = panel * LANES;
+        let width = LANES.min(self.w.rows - col);
+        let to = self.out.place(row, col);
+        // SAFETY: `width` columns from `col` on lie in the output.
+        unsafe {
+            if width == LANES {
+                x.store(to);
+            } else {
+                store_part(x, to, width);
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`Product`]; panels `panel..panel + P` and the full tile at `at` exist.
+    #[inline(always)]
+    unsafe fn full<D: Dot, const P: usize>(&self, panel: usize, at: usize) {
+        for p in panel..panel + P {
+            // SAFETY: handed through.
+            unsafe {
+                match self.w.int {
+                    Int::Int8 => self.tiles::<D, 8>(p, at),
+                    Int::Int4 => self.tiles::<D, 4>(p, at),
                 }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`Product`]; the panel and the full tile at `at` exist.
+    #[inline(always)]
+    unsafe fn tiles<D: Dot, const BITS: usize>(&self, panel: usize, at: usize) {
+        let Groups { group, count } = self.x.groups;
+        let quads = group / QUAD;
+        let tile_lines = self.x.groups.tile_lines(FULL);
+        let tile = &self.x.lines[at / FULL * tile_lines..][..tile_lines];
+        let bytes = self.w.panel_bytes();
+        let weights = &self.w.data[panel * bytes..][..bytes];
+        let weight_scales = &self.w.scales[panel * count * LANES..][..count * LANES];
+        let offset = if BITS == 8 { D::OFFSET8 } else { D::OFFSET4 };
+        let group_bytes = quads * BITS / 8 * LINE;
+        assert!(bytes >= count * group_bytes);
+        // SAFETY: a panel is `count` groups of lines, checked above, and its scales are as many sixteens; the words of the
+        // tile are 16 for each quad, its scales and sums 16 for each group.
+        unsafe {
+            let words = tile.as_ptr().cast::<u32>();
+            let scales = words.add(FULL * count * quads).cast::<f32>();
+            let sums = scales.add(FULL * count).cast::<i32>();
+            let mut acc = [D::Float::splat(0.0); FULL];
+            let mut dots = Tile([[0; LANES]; FULL]);
+            for g in 0..count {
+                for r in 0..FULL {
+                    dots.0[r] = [-offset * *sums.add(g * FULL + r); LANES];
+                }
+                let x = words.add(g * quads * FULL);
+                D::tile::<BITS>(&mut dots, x, weights.as_ptr().add(g * group_bytes), quads);
+                let scale = D::Float::load_bf16(weight_scales.as_ptr().add(g * LANES).cast());
+                for r in 0..FULL {
+                    let dot = dots.0[r].map(|dot| dot as f32);
+                    let s = D::Float::splat(*scales.add(g * FULL + r));
+                    acc[r] = D::Float::load(dot.as_ptr()).fma(scale.mul(s), acc[r]);
+                }
+            }
+            for r in 0..FULL.min(self.x.m - at) {
+                self.store(acc[r], at + r, panel);
             }
         }
     }

@@ -57,7 +57,7 @@ unsafe fn run_madd<O: DotOp>(op: O) -> O::Out {
 
 /// `vpdpbusd` takes unsigned weights as they are stored.
 #[derive(Clone, Copy)]
-struct Dpbusd;
+pub(super) struct Dpbusd;
 
 // SAFETY, for every block below: the trait's contract gives the instruction set and valid pointers; all loads are the
 // unaligned ones.
