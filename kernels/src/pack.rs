@@ -157,6 +157,30 @@ pub fn value(
     (i32::from(stored) - int.offset()) as f32 * scale
 }
 
+/// One row of a packed matrix, widened into `out` `[cols]`: what [`value`] gives, all at once.
+///
+/// # Panics
+/// When `group` is not one of [`GROUPS`], or the row lies outside `data`.
+pub fn widen_row(
+    int: Int,
+    group: usize,
+    data: &[u8],
+    scales: &[bf16],
+    row: usize,
+    out: &mut [f32],
+) {
+    check(group);
+    let groups = out.len().div_ceil(group);
+    for (g, out) in out.chunks_mut(group).enumerate() {
+        let scale = scales[scale_at(groups, row, g)].to_f32();
+        for (i, out) in out.iter_mut().enumerate() {
+            let (at, shift) = place(int, groups * group, row, g * group + i);
+            let stored = data[at] >> shift & (u8::MAX >> (8 - int.bits()));
+            *out = (i32::from(stored) - int.offset()) as f32 * scale;
+        }
+    }
+}
+
 pub(crate) fn check(group: usize) {
     assert!(
         GROUPS.contains(&group),

@@ -141,6 +141,9 @@ pub fn logits(
     progress: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<LogitError, ModelError> {
     comparable(a, b)?;
+    if texts.is_empty() {
+        return Err(ModelError::input("prompts", "there are none"));
+    }
     let rows_a = whole::final_rows(a, Dtype::Auto, cpu, texts, &|n, of| progress(n, 2 * of))?;
     let rows_b = whole::final_rows(b, Dtype::Auto, cpu, texts, &|n, of| {
         progress(of + n, 2 * of)

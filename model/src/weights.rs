@@ -243,6 +243,10 @@ impl Matrix {
 
     /// Widens one row into `out` `[cols]`: what an embedding is.
     pub fn widen_row(&self, row: usize, out: &mut [f32]) {
+        if let Format::Packed { int, group } = self.format {
+            let (data, scales) = (self.data.as_ref(), self.scales.of());
+            return pack::widen_row(int, group, data, scales, row, out);
+        }
         out.iter_mut()
             .enumerate()
             .for_each(|(col, o)| *o = self.value(row, col));
@@ -515,6 +519,11 @@ mod tests {
                     (range.len(), 200, 200, range.len())
                 );
                 for (i, row) in range.enumerate() {
+                    let mut wide = vec![0.0; 200];
+                    matrix.widen_row(row, &mut wide);
+                    let same =
+                        |(col, w): (usize, &f32)| w.to_bits() == matrix.value(row, col).to_bits();
+                    assert!(wide.iter().enumerate().all(same));
                     for col in 0..200 {
                         assert_eq!(
                             cut.value(i, col).to_bits(),

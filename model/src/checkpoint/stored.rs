@@ -153,10 +153,13 @@ impl<'a> StoredWeight<'a> {
                 group,
                 data,
                 scales,
-            } => rows
-                .flat_map(|row| (0..cols).map(move |col| (row, col)))
-                .map(|(row, col)| pack::value(*int, *group, cols, data, scales, row, col))
-                .collect(),
+            } => {
+                let mut values = vec![0.0; rows.len() * cols];
+                for (row, values) in rows.zip(values.chunks_exact_mut(cols)) {
+                    pack::widen_row(*int, *group, data, scales, row, values);
+                }
+                values
+            }
         })
     }
 
