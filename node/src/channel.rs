@@ -69,11 +69,30 @@ impl Dialer {
     /// # Errors
     /// `address` has no host or port, or a scheme that this dialer does not speak.
     pub fn lazy(&self, address: &str) -> Result<Channel, AddressError> {
-        let endpoint = self.endpoint(address)?;
-        Ok(match self {
+        Ok(self.lazily(self.endpoint(address)?))
+    }
+
+    /// The same for a peer whose silence must not last: it is pinged when nothing has come from it
+    /// for `quiet`, and the connection is given up when that has no answer within `limit`. How
+    /// long an answer to a request takes does not matter.
+    ///
+    /// # Errors
+    /// As [`Dialer::lazy`].
+    pub fn lazy_alert(
+        &self,
+        address: &str,
+        quiet: Duration,
+        limit: Duration,
+    ) -> Result<Channel, AddressError> {
+        let endpoint = self.endpoint(address)?.http2_keep_alive_interval(quiet);
+        Ok(self.lazily(endpoint.keep_alive_timeout(limit)))
+    }
+
+    fn lazily(&self, endpoint: Endpoint) -> Channel {
+        match self {
             Dialer::Plain => endpoint.connect_lazy(),
             _ => endpoint.connect_with_connector_lazy(self.connector()),
-        })
+        }
     }
 
     /// Whether `address` can be dialled, without dialling it.

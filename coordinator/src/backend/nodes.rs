@@ -17,9 +17,14 @@ use crate::state::ClusterState;
 
 /// ErrorInfo reason: no request can be served now.
 const REASON_NOT_READY: &str = "CLUSTER_NOT_READY";
-/// A node that has just been lost to a stream comes last for this long; its
-/// lease says the same, only later.
-const SUSPICION: Duration = Duration::from_secs(2);
+/// A node that has just been lost to a stream comes last for this long; by then
+/// its lease says the same, by default.
+const SUSPICION: Duration = Duration::from_secs(5);
+/// A node that has said nothing for this long is asked for a sign of life. It
+/// gives one at any time: not its engine does, which may be at a long step.
+const QUIET: Duration = Duration::from_millis(500);
+/// Without one its streams leave it after this long.
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// The attention nodes, and what is out at each from here.
 pub(super) struct Nodes {
@@ -88,7 +93,7 @@ impl Nodes {
                     .get(&node.id)
                     .is_some_and(|link| link.address == node.address);
                 if !known {
-                    match self.dialer.lazy(&node.address) {
+                    match self.dialer.lazy_alert(&node.address, QUIET, SILENCE) {
                         Ok(channel) => links.insert(node.id, Link::new(channel, &node.address)),
                         Err(error) => {
                             tracing::warn!(node = node.name, "{error}");

@@ -1,8 +1,8 @@
 //! One stream on its way to the client, whichever node it comes from.
 //!
-//! What moves a stream: a broken connection, a node that is no longer a member
-//! (its lease ran out: the only way to notice one that is merely silent), a
-//! node that drains or whose engine has stopped. What does not: EXPERT_LOST.
+//! What moves a stream: a broken connection, one whose other end gives no sign of
+//! life any more, a node that is no longer a member (its lease ran out), a node
+//! that drains or whose engine has stopped. What does not: EXPERT_LOST.
 //! The node has tried by the newest placement until the exchange's deadline,
 //! and another one would wait for the same experts by the same placement; and
 //! whatever a node says of the request itself.
@@ -278,10 +278,11 @@ impl Home {
 fn judge(ticket: &Ticket, status: Status) -> Fault {
     let source = std::error::Error::source(&status).map(chain);
     match (source, reason_of(&status), status.code()) {
-        // A connection that did not come about.
+        // A connection that did not come about, or was given up because nothing came by it.
         (Some(source), _, Code::Unavailable) => Fault::Unreached(lost(ticket, &source)),
+        (_, None, Code::Unavailable) => Fault::Unreached(lost(ticket, status.message())),
         (Some(source), ..) => Fault::Lost(lost(ticket, &source)),
-        (_, _, Code::ResourceExhausted) | (_, None, Code::Unavailable) => Fault::Refused(status),
+        (_, _, Code::ResourceExhausted) => Fault::Refused(status),
         (_, Some(reason), _) if REASONS_TO_LEAVE.contains(&reason.as_str()) => {
             Fault::Refused(status)
         }
