@@ -135,6 +135,49 @@ pub fn quantize(
     }
 }
 
+/// Packs elements that somebody else has chosen: `value(row, column)`, to be multiplied by `scale(row, group)`. What is
+/// beyond the range of `int` becomes its end.
+///
+/// # Panics
+/// As [`quantize`].
+pub fn lay(
+    int: Int,
+    group: usize,
+    (rows, cols): (usize, usize),
+    value: impl Fn(usize, usize) -> i8,
+    scale: impl Fn(usize, usize) -> bf16,
+    data: &mut [u8],
+    scales: &mut [bf16],
+) {
+    let right = (
+        bytes(int, rows, cols, group),
+        self::scales(rows, cols, group),
+    );
+    assert_eq!(
+        (data.len(), scales.len()),
+        right,
+        "lay: as `bytes` and `scales` say"
+    );
+    data.fill(match int {
+        Int::Int4 => 0x88,
+        Int::Int8 => 0x80,
+    });
+    scales.fill(bf16::ZERO);
+    let groups = cols.div_ceil(group);
+    let (low, high) = int.range();
+    for row in 0..rows {
+        for g in 0..groups {
+            scales[scale_at(groups, row, g)] = scale(row, g);
+        }
+        for col in 0..cols {
+            let value = i32::from(value(row, col)).clamp(low as i32, high as i32);
+            let (at, shift) = place(int, groups * group, row, col);
+            let mask = (u8::MAX >> (8 - int.bits())) << shift;
+            data[at] = data[at] & !mask | ((value + int.offset()) as u8) << shift;
+        }
+    }
+}
+
 /// One element of a packed matrix of `cols` columns, widened.
 ///
 /// # Panics

@@ -23,10 +23,10 @@ use std::sync::{Arc, OnceLock};
 use guild_kernels::pack;
 use manifest::{Manifest, Verification};
 pub use schema::{TensorSpec, schema};
-pub(crate) use storage::{blob_name, parts, scales_name};
+pub(crate) use storage::{IN_WORD, blob_name, parts, scales_name};
 pub(crate) use stored::StoredWeight;
 
-use crate::config::{Packed, Role};
+use crate::config::{Form, Packed, Role};
 use crate::weights::{ALIGNMENT, Format};
 use crate::{Config, ModelError};
 
@@ -132,13 +132,15 @@ pub enum Stored {
     F8E4M3,
     /// Bytes of a packed weight.
     U8,
+    /// Integers of 4 bits, eight in each.
+    I32,
 }
 
 impl Stored {
     /// Bytes of one element.
     pub fn bytes(self) -> usize {
         match self {
-            Stored::F32 => 4,
+            Stored::F32 | Stored::I32 => 4,
             Stored::Bf16 | Stored::F16 => 2,
             Stored::F8E4M3 | Stored::U8 => 1,
         }
@@ -152,6 +154,7 @@ impl Stored {
             Stored::F16 => "F16",
             Stored::F8E4M3 => "F8_E4M3",
             Stored::U8 => "U8",
+            Stored::I32 => "I32",
         }
     }
 
@@ -176,7 +179,7 @@ impl Stored {
                 .position(|&b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
             Stored::F8E4M3 => bytes.iter().position(|&b| b & 0x7f == 0x7f),
             // Integers all; it is their scales that can be no number.
-            Stored::U8 => None,
+            Stored::U8 | Stored::I32 => None,
         }
     }
 }
@@ -281,8 +284,8 @@ impl Checkpoint {
     /// Experts that are not packed, files without a manifest, or blobs that do not lie at multiples of 64.
     pub fn with_mapped_experts(self) -> Result<Checkpoint, ModelError> {
         let refused = |reason: String| Err(ModelError::file(self.dir(), reason));
-        let packed = self.config().packed.and_then(|p| p.experts);
-        if packed.is_none() {
+        let ours = self.config().packed.filter(|p| p.form == Form::Guild);
+        if ours.and_then(|p| p.experts).is_none() {
             return refused(
                 "has no packed experts to be mapped; `guild quantize` writes them".into(),
             );
@@ -409,12 +412,13 @@ impl Checkpoint {
         if !self.config().is_moe(layer) {
             return 0;
         }
-        if self.config().packed.is_some_and(|p| p.experts.is_some()) {
-            return self.stored_bytes(&blob_name(layer, 0));
-        }
+        let bytes = |spec: &TensorSpec| match parts(self.config(), spec) {
+            Some(parts) => { parts.first() }.map_or(0, |part| self.stored_bytes(&part.name)),
+            None => self.stored_bytes(&spec.name),
+        };
         schema::expert(self.config(), layer, 0)
             .iter()
-            .map(|spec| self.stored_bytes(&spec.name))
+            .map(bytes)
             .sum()
     }
 
@@ -467,17 +471,27 @@ impl Checkpoint {
     /// # Errors
     /// A missing tensor, or a value that is not finite.
     pub fn weight_f32(&self, name: &str) -> Result<(Vec<f32>, Vec<usize>), ModelError> {
-        let weight = self.stored_weight(&format!("{name}.weight"))?;
+        let name = format!("{name}.weight");
+        let shape = match self.config().packed {
+            Some(_) => { schema(self.config()).find(|s| s.name == name) }.map(|s| s.shape),
+            None => None,
+        };
+        let weight = self.stored_weight(&name, &shape.unwrap_or_default())?;
         let (rows, cols) = weight.shape();
         Ok((weight.widened(0..rows)?, vec![rows, cols]))
     }
 
-    /// A tensor that the configuration calls for, in whatever form it is stored, to be widened row by row.
+    /// A tensor that the configuration calls for with this shape, in whatever form it is stored, to be widened row by
+    /// row.
     ///
     /// # Errors
     /// A missing tensor, or scales that cannot be used.
-    pub(crate) fn stored_weight(&self, name: &str) -> Result<StoredWeight<'_>, ModelError> {
-        StoredWeight::find(self, name)
+    pub(crate) fn stored_weight(
+        &self,
+        name: &str,
+        shape: &[usize],
+    ) -> Result<StoredWeight<'_>, ModelError> {
+        StoredWeight::find(self, name, shape)
     }
 
     /// Whether a tensor is what the main model has in its place, bit for bit: copies of embedding and head that MTP
@@ -568,6 +582,7 @@ impl<'a> TensorView<'a> {
         let name = match self.dtype() {
             Stored::F8E4M3 => format!("{}_scale_inv", self.name),
             Stored::U8 if !self.name.ends_with(".blob") => scales_name(self.name),
+            Stored::I32 => scales_name(self.name),
             _ => return Ok(None),
         };
         self.checkpoint.tensor(&name).map(Some)
@@ -586,7 +601,7 @@ impl<'a> TensorView<'a> {
         self.check_finite()?;
         let bytes = self.bytes();
         Ok(match self.dtype() {
-            Stored::U8 => {
+            Stored::U8 | Stored::I32 => {
                 let reason = "is packed: its bytes are no numbers";
                 return Err(ModelError::tensor(self.file(), self.name, reason));
             }

@@ -96,7 +96,10 @@ pub fn weights(
             [rows, cols] => (rows, cols),
             _ => (1, spec.elements() as usize),
         };
-        let (a, b) = (a.stored_weight(&spec.name)?, b.stored_weight(&spec.name)?);
+        let (a, b) = (
+            a.stored_weight(&spec.name, &spec.shape)?,
+            b.stored_weight(&spec.name, &spec.shape)?,
+        );
         let band = (BAND / cols.max(1)).max(1);
         let (mut signal, mut noise, mut max) = (0.0f64, 0.0f64, 0.0f64);
         for first in (0..rows).step_by(band) {

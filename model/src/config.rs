@@ -16,8 +16,8 @@ mod fields;
 pub(crate) mod packed;
 mod read;
 
-pub use packed::Packed;
 pub(crate) use packed::Role;
+pub use packed::{Form, Packed};
 
 /// Epsilon of `q_a_layernorm` and `kv_a_layernorm`: the published models use the norm's
 /// default here, whatever `rms_norm_eps` says.

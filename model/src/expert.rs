@@ -12,6 +12,7 @@ pub use self::arriving::Arriving;
 pub(crate) use self::layout::Placed;
 use self::layout::{HEADER, Layout, NAMES};
 use crate::checkpoint::{Dtype, Mapped, TensorView, blob_name};
+use crate::config::Form;
 pub use crate::weights::Breathe;
 use crate::weights::{self, Blob, Format, Loader, Matrix, PIECE};
 use crate::{Checkpoint, Config, ModelError};
@@ -295,12 +296,17 @@ impl<'a> Source<'a> {
                 format!("{expert} of a layer with {}", cfg.n_routed_experts),
             ));
         }
-        if cfg.packed.is_some_and(|p| p.experts.is_some()) {
-            return Ok(Source::Blob(ckpt.tensor(&blob_name(layer, expert))?));
-        }
+        let packed = cfg.packed.filter(|p| p.experts.is_some());
+        let ending = match packed.map(|p| p.form) {
+            Some(Form::Guild) => {
+                return Ok(Source::Blob(ckpt.tensor(&blob_name(layer, expert))?));
+            }
+            Some(Form::CompressedTensors) => "weight_packed",
+            None => "weight",
+        };
         let tensor = |name: &str| {
             ckpt.tensor(&format!(
-                "model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"
+                "model.layers.{layer}.mlp.experts.{expert}.{name}_proj.{ending}"
             ))
         };
         let [gate, up, down] = NAMES;

@@ -54,7 +54,7 @@ impl Format {
                 group: packed.group,
             })
         };
-        if view.dtype() == Stored::U8 {
+        if matches!(view.dtype(), Stored::U8 | Stored::I32) {
             let stored = view.packed().and_then(packed);
             return stored.filter(|_| dtype == Dtype::Auto).ok_or_else(|| {
                 let reason = format!("is packed and cannot become {dtype}; use --dtype auto");
@@ -62,7 +62,8 @@ impl Format {
             });
         }
         Ok(match (dtype, view.dtype()) {
-            (Dtype::F32, _) | (Dtype::Auto, Stored::F32 | Stored::F16 | Stored::U8) => Format::F32,
+            (Dtype::F32, _)
+            | (Dtype::Auto, Stored::F32 | Stored::F16 | Stored::U8 | Stored::I32) => Format::F32,
             (Dtype::Bf16, _) | (Dtype::Auto, Stored::Bf16) => Format::Bf16,
             (Dtype::Auto, Stored::F8E4M3) => Format::Fp8,
             (Dtype::Fp8, _) => match role {
@@ -191,15 +192,24 @@ impl Matrix {
         cols: usize,
         dtype: Dtype,
     ) -> Result<Matrix, ModelError> {
-        let view = ckpt.tensor(&format!("{name}.weight"))?;
-        let format = Format::of(&view, dtype)?;
+        Matrix::of(&ckpt.tensor(&format!("{name}.weight"))?, rows, cols, dtype)
+    }
+
+    /// The same of a tensor that was looked up.
+    pub(crate) fn of(
+        view: &TensorView<'_>,
+        rows: usize,
+        cols: usize,
+        dtype: Dtype,
+    ) -> Result<Matrix, ModelError> {
+        let format = Format::of(view, dtype)?;
         let (data, scales) = format.bytes(rows, cols).ok_or_else(|| {
             let reason = "is larger than any memory";
             ModelError::tensor(view.file(), view.name(), reason)
         })?;
         let (mut data, mut scales) = (Blob::with_len(data), Blob::with_len(scales));
         let (to, to_scales) = (data.as_mut(), scales.as_mut());
-        read_weight(&view, rows, cols, format, to, to_scales, &|| ())?;
+        read_weight(view, rows, cols, format, to, to_scales, &|| ())?;
         Ok(Matrix {
             rows,
             cols,

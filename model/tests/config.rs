@@ -321,6 +321,10 @@ fn faults_are_refused_with_their_field() {
         ("quantization_config", json!({"quantization_config": true})),
         (
             "quantization_config.quant_method",
+            quantized(json!({"quant_method": "gptq"})),
+        ),
+        (
+            "quantization_config.format",
             quantized(json!({"quant_method": "compressed-tensors"})),
         ),
         (

@@ -227,14 +227,14 @@ impl Raw {
             safetensors::Dtype::F16 => Some(Stored::F16),
             safetensors::Dtype::F8_E4M3 => Some(Stored::F8E4M3),
             safetensors::Dtype::U8 => Some(Stored::U8),
+            safetensors::Dtype::I32 => Some(Stored::I32),
             _ => None,
         }
     }
 
     fn supported(self, packed: bool) -> Option<Entry> {
-        let dtype = self
-            .stored()
-            .filter(|&dtype| packed || dtype != Stored::U8)?;
+        let integers = |dtype| matches!(dtype, Stored::U8 | Stored::I32);
+        let dtype = self.stored().filter(|&dtype| packed || !integers(dtype))?;
         Some(Entry {
             shard: self.shard,
             dtype,
@@ -361,7 +361,7 @@ impl Checker<'_> {
             ));
         };
         if !spec.accepts(dtype) {
-            let why = if dtype == Stored::U8 {
+            let why = if matches!(dtype, Stored::U8 | Stored::I32) {
                 "quantization_config does not say that it is packed"
             } else if self.config.fp8 {
                 "only linear layers may be FP8"

@@ -28,7 +28,7 @@ impl TensorSpec {
         match dtype {
             Stored::F32 | Stored::Bf16 | Stored::F16 => true,
             Stored::F8E4M3 => self.quantizable,
-            Stored::U8 => false,
+            Stored::U8 | Stored::I32 => false,
         }
     }
 }

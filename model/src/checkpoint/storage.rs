@@ -1,6 +1,6 @@
 //! In which tensors a packed checkpoint keeps what a configuration calls for.
 //!
-//! Secret: names and shapes of packed tensors. A matrix keeps its name and has its bytes as U8, a row per panel of 16
+//! Secret: names and shapes of packed tensors, ours and those of the `compressed-tensors` library. A matrix keeps its name and has its bytes as U8, a row per panel of 16
 //! outputs, and its scales beside it as BF16; a routed expert is one U8 tensor, which is the expert's blob as it lies
 //! in memory.
 
@@ -8,9 +8,11 @@ use guild_kernels::pack;
 
 use super::{Stored, TensorSpec};
 use crate::Config;
-use crate::config::Role;
+use crate::config::{Form, Role};
 use crate::expert;
 
+/// Integers of 4 bits in an int32.
+pub(crate) const IN_WORD: usize = 8;
 /// Rows of a panel.
 const PANEL: usize = 16;
 
@@ -33,6 +35,20 @@ pub(crate) fn parts(c: &Config, spec: &TensorSpec) -> Option<Vec<Part>> {
     let role = Role::of(&spec.name);
     let int = c.packed.as_ref()?.of(role)?;
     let group = c.packed.as_ref()?.group;
+    if c.packed.as_ref()?.form == Form::CompressedTensors {
+        let [rows, cols] = spec.shape[..] else {
+            return None;
+        };
+        let part = |ending: &str, dtype, across| Part {
+            name: format!("{}_{ending}", spec.name),
+            dtype,
+            shape: vec![rows, across],
+        };
+        return Some(vec![
+            part("packed", Stored::I32, cols.div_ceil(IN_WORD)),
+            part("scale", Stored::Bf16, cols.div_ceil(group)),
+        ]);
+    }
     if role == Role::Expert {
         let blob = |name: &str| Part {
             name: format!("{name}.blob"),
@@ -62,5 +78,5 @@ pub(crate) fn parts(c: &Config, spec: &TensorSpec) -> Option<Vec<Part>> {
 
 /// Name of the scales of a packed matrix.
 pub(crate) fn scales_name(weight: &str) -> String {
-    format!("{weight}_scale")
+    format!("{}_scale", weight.strip_suffix("_packed").unwrap_or(weight))
 }

@@ -8,11 +8,11 @@ use std::ops::Range;
 use guild_kernels::pack::{self, Int};
 use half::bf16;
 
-use super::{Checkpoint, Stored, TensorView, e4m3_to_f32};
+use super::{Checkpoint, Dtype, Stored, TensorView, e4m3_to_f32};
 use crate::ModelError;
-use crate::config::{FP8_BLOCK, Role, packed};
+use crate::config::{self, FP8_BLOCK, Role, packed};
 use crate::expert;
-use crate::weights::odd_packed_scale;
+use crate::weights::{Matrix, odd_packed_scale};
 
 /// A tensor that the configuration calls for: a matrix, or a vector as a matrix of one row.
 pub(crate) struct StoredWeight<'a> {
@@ -24,6 +24,8 @@ pub(crate) struct StoredWeight<'a> {
 
 enum Form<'a> {
     Plain,
+    /// Laid anew as a node has it in memory.
+    Loaded(Matrix),
     Fp8 {
         scales: Vec<f32>,
     },
@@ -36,8 +38,27 @@ enum Form<'a> {
 }
 
 impl<'a> StoredWeight<'a> {
-    pub(super) fn find(ckpt: &'a Checkpoint, name: &str) -> Result<StoredWeight<'a>, ModelError> {
+    /// `shape` is that of the weight, whatever it is stored as.
+    pub(super) fn find(
+        ckpt: &'a Checkpoint,
+        name: &str,
+        shape: &[usize],
+    ) -> Result<StoredWeight<'a>, ModelError> {
         let cfg = ckpt.config();
+        if cfg
+            .packed
+            .is_some_and(|p| p.form == config::Form::CompressedTensors)
+            && let (Role::Expert, &[rows, cols]) = (Role::of(name), shape)
+        {
+            let view = ckpt.tensor(&format!("{name}_packed"))?;
+            let form = Form::Loaded(Matrix::of(&view, rows, cols, Dtype::Auto)?);
+            return Ok(StoredWeight {
+                view,
+                rows,
+                cols,
+                form,
+            });
+        }
         let role = Role::of(name);
         let packing = cfg
             .packed
@@ -61,9 +82,7 @@ impl<'a> StoredWeight<'a> {
         }
         let view = ckpt.tensor(name)?;
         if let Some((int, group)) = packing {
-            let rows_cols = super::schema(cfg).find(|spec| spec.name == name);
-            let Some([rows, cols]) = rows_cols.and_then(|s| <[usize; 2]>::try_from(s.shape).ok())
-            else {
+            let &[rows, cols] = shape else {
                 return Err(ModelError::tensor(view.file(), name, "is no matrix"));
             };
             let scales = view.scales()?.map_or(Vec::new(), |s| numbers(s.bytes()));
@@ -123,6 +142,7 @@ impl<'a> StoredWeight<'a> {
     pub(crate) fn format(&self) -> String {
         match &self.form {
             Form::Plain => self.view.dtype().name().to_lowercase(),
+            Form::Loaded(_) => "compressed-tensors".to_owned(),
             Form::Fp8 { .. } => "fp8".to_owned(),
             Form::Packed { int, group, .. } => format!("{}-g{group}", packed::name(*int)),
         }
@@ -137,6 +157,13 @@ impl<'a> StoredWeight<'a> {
         let elements = rows.start * cols..rows.end * cols;
         Ok(match &self.form {
             Form::Plain => self.plain(elements)?,
+            Form::Loaded(matrix) => {
+                let mut values = vec![0.0; rows.len() * cols];
+                for (row, values) in rows.zip(values.chunks_exact_mut(cols)) {
+                    matrix.widen_row(row, values);
+                }
+                values
+            }
             Form::Fp8 { scales } => {
                 let across = cols.div_ceil(FP8_BLOCK);
                 let mut values = self.plain(elements)?;
@@ -183,7 +210,7 @@ impl<'a> StoredWeight<'a> {
                 .map(|&b| half::f16::from_le_bytes(b).to_f32())
                 .collect(),
             Stored::F8E4M3 => bytes.iter().map(|&b| e4m3_to_f32(b)).collect(),
-            Stored::U8 => Vec::new(),
+            Stored::U8 | Stored::I32 => Vec::new(),
         })
     }
 }

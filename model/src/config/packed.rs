@@ -10,6 +10,9 @@
 //! }
 //! ```
 //!
+//! Routed experts as the `compressed-tensors` library packs them (`pack-quantized`: 4 bits, symmetric, grouped, as in
+//! Kimi-K2-Thinking) are read, too, and laid anew on their way into memory.
+//!
 //! A role that is not named is stored plainly, as every other checkpoint has it. Norms, biases and routers always are,
 //! and so is `kv_b_proj`: absorbed attention takes it apart by heads and transposes half of it.
 
@@ -22,6 +25,8 @@ use crate::ModelError;
 
 /// `quant_method` of packed checkpoints.
 pub(super) const METHOD: &str = "guild";
+/// `quant_method` of experts that another library has packed.
+pub(super) const FOREIGN: &str = "compressed-tensors";
 const VERSION: u64 = 1;
 
 /// What a tensor is, as far as its format goes.
@@ -44,7 +49,10 @@ pub(crate) enum Role {
 impl Role {
     /// By a tensor's full name.
     pub(crate) fn of(tensor: &str) -> Role {
-        let Some(name) = tensor.strip_suffix(".weight") else {
+        let weight = tensor
+            .strip_suffix(".weight")
+            .or(tensor.strip_suffix(".weight_packed"));
+        let Some(name) = weight else {
             return match tensor.ends_with(".blob") {
                 true => Role::Expert,
                 false => Role::Exact,
@@ -64,9 +72,21 @@ impl Role {
     }
 }
 
+/// How packed weights are stored; in memory they are alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Form {
+    /// As they lie in memory.
+    Guild,
+    /// Row after row, eight 4-bit integers in an int32, for routed experts alone.
+    CompressedTensors,
+}
+
 /// Weights as symmetric integers with one bf16 scale per row and group of columns. `None`: stored plainly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Packed {
+    /// Who has packed them.
+    pub form: Form,
     /// Columns that share a scale: 32, 64 or 128.
     pub group: usize,
     /// Routed experts.
@@ -87,6 +107,7 @@ impl Packed {
     /// Everything that can be, in 8 bits.
     pub fn int8(group: usize) -> Packed {
         Packed {
+            form: Form::Guild,
             group,
             experts: Some(Int::Int8),
             linear: Some(Int::Int8),
@@ -146,13 +167,7 @@ impl Packed {
             }
             None => return Err(q.bad("version", format!("missing; {VERSION}"))),
         }
-        let group = q.count("group_size", usize::MAX)?;
-        if !pack::GROUPS.contains(&group) {
-            return Err(q.bad(
-                "group_size",
-                format!("{group} is not served; 32, 64 or 128"),
-            ));
-        }
+        let group = known_group(q)?;
         let Some(formats) = q.object("formats")? else {
             return Err(q.bad("formats", "missing; an object of role and format"));
         };
@@ -162,6 +177,7 @@ impl Packed {
             prefix: &prefix,
         };
         let nothing = Packed {
+            form: Form::Guild,
             group,
             experts: None,
             linear: None,
@@ -190,6 +206,67 @@ impl Packed {
             ..nothing
         })
     }
+}
+
+impl Packed {
+    /// Reads a `quantization_config` of the `compressed-tensors` library. Which modules are packed is seen by their
+    /// tensors: experts must be, others must not.
+    pub(super) fn read_foreign(q: &Fields<'_>) -> Result<Packed, ModelError> {
+        expect(q, "format", &json!("pack-quantized"))?;
+        expect(q, "kv_cache_scheme", &Value::Null)?;
+        let groups = q.object("config_groups")?;
+        let mut groups = groups.into_iter().flatten();
+        let (Some((name, Value::Object(group))), None) = (groups.next(), groups.next()) else {
+            return Err(q.bad("config_groups", "must be an object of one group"));
+        };
+        let prefix = format!("{}config_groups.{name}.", q.prefix);
+        let group = Fields {
+            map: group,
+            prefix: &prefix,
+        };
+        expect(&group, "input_activations", &Value::Null)?;
+        expect(&group, "output_activations", &Value::Null)?;
+        let Some(weights) = group.object("weights")? else {
+            return Err(group.bad("weights", "missing"));
+        };
+        let prefix = format!("{prefix}weights.");
+        let weights = Fields {
+            map: weights,
+            prefix: &prefix,
+        };
+        expect(&weights, "num_bits", &json!(4))?;
+        expect(&weights, "type", &json!("int"))?;
+        expect(&weights, "strategy", &json!("group"))?;
+        expect(&weights, "symmetric", &json!(true))?;
+        expect(&weights, "actorder", &Value::Null)?;
+        Ok(Packed {
+            form: Form::CompressedTensors,
+            group: known_group(&weights)?,
+            experts: Some(Int::Int4),
+            linear: None,
+            embedding: None,
+            head: None,
+        })
+    }
+}
+
+/// Refuses a field that says something else than what is served.
+fn expect(f: &Fields<'_>, key: &str, right: &Value) -> Result<(), ModelError> {
+    match f.map.get(key).unwrap_or(&Value::Null) {
+        found if found == right => Ok(()),
+        found => Err(f.bad(key, format!("{found} is not served; only {right}"))),
+    }
+}
+
+fn known_group(f: &Fields<'_>) -> Result<usize, ModelError> {
+    let group = f.count("group_size", usize::MAX)?;
+    if pack::GROUPS.contains(&group) {
+        return Ok(group);
+    }
+    Err(f.bad(
+        "group_size",
+        format!("{group} is not served; 32, 64 or 128"),
+    ))
 }
 
 /// As it is written.

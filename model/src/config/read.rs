@@ -378,11 +378,13 @@ fn quantization(f: &Fields<'_>) -> Result<(bool, Option<Packed>), ModelError> {
     };
     match q.text("quant_method")? {
         Some("fp8") => fp8(&q).map(|()| (true, None)),
+        Some(packed::FOREIGN) => Ok((false, Some(Packed::read_foreign(&q)?))),
         Some(packed::METHOD) => Ok((false, Some(Packed::read(&q)?))),
         other => {
             let found = other.map_or("missing".into(), |m| format!("`{m}` is not served"));
-            let ours = packed::METHOD;
-            Err(q.bad("quant_method", format!("{found}; only fp8 and {ours}")))
+            let (ours, foreign) = (packed::METHOD, packed::FOREIGN);
+            let reason = format!("{found}; only fp8, {ours} and {foreign}");
+            Err(q.bad("quant_method", reason))
         }
     }
 }

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 
 use super::{Format, PANEL, fp8};
 use crate::ModelError;
-use crate::checkpoint::{Stored, TensorView, e4m3_to_f32};
+use crate::checkpoint::{IN_WORD, Stored, TensorView, e4m3_to_f32};
 use crate::config::FP8_BLOCK;
 
 /// Bytes that are copied and looked at at a time; they stay in a core's cache. A multiple of every element's size.
@@ -31,8 +31,10 @@ pub(crate) fn weight(
     scales: &mut [u8],
     breathe: Breathe<'_>,
 ) -> Result<(), ModelError> {
-    if view.dtype() == Stored::U8 {
-        return packed(view, rows, cols, format, data, scales, breathe);
+    match view.dtype() {
+        Stored::U8 => return packed(view, rows, cols, format, data, scales, breathe),
+        Stored::I32 => return foreign(view, rows, cols, format, data, scales, breathe),
+        Stored::F32 | Stored::Bf16 | Stored::F16 | Stored::F8E4M3 => {}
     }
     expect_shape(view, &[rows, cols])?;
     let block_scales = match view.dtype() {
@@ -59,7 +61,7 @@ pub(crate) fn weight(
         (Stored::F32, Format::Bf16) => narrow(view, data, breathe, f32_of),
         (Stored::F16, Format::Bf16) => narrow(view, data, breathe, f16_of),
         (Stored::F8E4M3, Format::Bf16) => narrow(view, data, breathe, scaled),
-        (Stored::U8, _) => Err(refused(view, "is packed".into())),
+        (Stored::U8 | Stored::I32, _) => Err(refused(view, "is packed".into())),
         (stored, Format::Fp8 | Format::Packed { .. }) => {
             let mut to = Quantized {
                 format,
@@ -71,7 +73,9 @@ pub(crate) fn weight(
                 Stored::F32 => quantize(view, rows, &mut to, breathe, f32_of),
                 Stored::Bf16 => quantize(view, rows, &mut to, breathe, bf16_of),
                 Stored::F16 => quantize(view, rows, &mut to, breathe, f16_of),
-                Stored::F8E4M3 | Stored::U8 => quantize(view, rows, &mut to, breathe, scaled),
+                Stored::F8E4M3 | Stored::U8 | Stored::I32 => {
+                    quantize(view, rows, &mut to, breathe, scaled)
+                }
             }
         }
     }
@@ -103,6 +107,42 @@ fn packed(
         )),
         None => Ok(()),
     }
+}
+
+/// Lays a weight anew that another library has packed: the same integers, the same scales.
+fn foreign(
+    view: &TensorView<'_>,
+    rows: usize,
+    cols: usize,
+    format: Format,
+    data: &mut [u8],
+    scales: &mut [u8],
+    breathe: Breathe<'_>,
+) -> Result<(), ModelError> {
+    let (Format::Packed { int, group }, Some(their_scales)) = (format, view.scales()?) else {
+        return Err(refused(view, "is packed without scales".into()));
+    };
+    let (across, groups) = (cols.div_ceil(IN_WORD), cols.div_ceil(group));
+    expect_shape(view, &[rows, across])?;
+    expect_shape(&their_scales, &[rows, groups])?;
+    let (words, theirs) = (stored(view)?, stored(&their_scales)?);
+    breathe();
+    let theirs: Vec<bf16> = { theirs.as_chunks().0.iter() }
+        .map(|&b| bf16::from_le_bytes(b))
+        .collect();
+    if let Some(at) = odd_packed_scale(int, &theirs) {
+        let reason = format!("element {at} is no scale; the checkpoint is damaged");
+        return Err(refused(&their_scales, reason));
+    }
+    // Little endian: two integers a byte, the first in the low half.
+    let value = |row: usize, col: usize| {
+        let byte = words[row * across * size_of::<i32>() + col / 2];
+        (byte >> (4 * (col % 2)) & 15) as i8 - 8
+    };
+    let scale = |row: usize, g: usize| theirs[row * groups + g];
+    pack::lay(int, group, (rows, cols), value, scale, data, cast(scales));
+    breathe();
+    Ok(())
 }
 
 /// A weight that is quantised on its way into memory.
@@ -192,7 +232,9 @@ pub(crate) fn floats(view: &TensorView<'_>, shape: &[usize]) -> Result<Vec<f32>,
             f16::from_le_bytes(b).to_f32()
         })?,
         Stored::F8E4M3 => convert(view, &mut values, at_once, |_, [b]| e4m3_to_f32(b))?,
-        Stored::U8 => return Err(refused(view, "is packed: its bytes are no numbers".into())),
+        Stored::U8 | Stored::I32 => {
+            return Err(refused(view, "is packed: its bytes are no numbers".into()));
+        }
     }
     Ok(values)
 }
