@@ -26,7 +26,10 @@ mod quantize;
 mod security;
 
 pub(crate) use balance::{Balance, PlannerArg};
-pub(crate) use bench::{Api, Bench, BenchCommand, BenchCompare, BenchServe, Dataset, Objective};
+pub(crate) use bench::{
+    Api, Bench, BenchCommand, BenchCompare, BenchKernels, BenchModel, BenchServe, Dataset,
+    Objective,
+};
 pub(crate) use colocated::Colocated;
 pub(crate) use experts::{
     Experts, ExpertsCommand, ExpertsDrain, ExpertsEplb, ExpertsLoad, ExpertsLs, ExpertsPlan,

@@ -119,6 +119,11 @@ impl Trunk {
         self.mtp.as_ref()
     }
 
+    /// Resident bytes of the embedding, of which a token needs one row.
+    pub fn embedding_bytes(&self) -> u64 {
+        self.embedding.bytes()
+    }
+
     /// Resident bytes of weights.
     pub fn bytes(&self) -> u64 {
         let head = if self.config.tie_word_embeddings {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{Access, Common};
+use super::{Access, Common, Compute, KvDtype};
 use crate::failure::EXIT_CODES;
 
 #[derive(Clone, Debug, Args)]
@@ -21,6 +21,10 @@ pub(crate) enum BenchCommand {
     Serve(Box<BenchServe>),
     /// Two results side by side; fails when the second is worse
     Compare(BenchCompare),
+    /// Kernels of this machine beside what it allows: products, experts, attention
+    Kernels(BenchKernels),
+    /// A whole model in this process, without servers, beside what the machine allows
+    Model(BenchModel),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -163,6 +167,87 @@ pub(crate) struct BenchCompare {
     /// One JSON object instead of a table
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Examples:
+  guild bench kernels
+  guild bench kernels --only mla --rounds 3
+  guild bench kernels --json | jq 'select(.ratio < 0.5)'
+
+Every case is measured in turns with the machine itself, and medians are given. The floor is the
+rate at which the case's bytes are read, or its operations done, if nothing else took time:
+whichever takes longer. A run takes some minutes, and 6 GB.
+
+{EXIT_CODES}"))]
+pub(crate) struct BenchKernels {
+    /// Threads; 0: one per physical core
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1024), value_name = "N")]
+    pub(crate) threads: u16,
+    /// Rounds that the medians are taken of
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
+    pub(crate) rounds: u32,
+    /// Only cases whose name has this in it, or whose format it is
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) only: Option<String>,
+    /// Tiny shapes and one round, to try the command out
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// One JSON object a line: name, format, m, value, unit, floor, ratio, threads, bound
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = format!("Examples:
+  guild bench model --model models/demo --prefill 256,480
+  guild bench model --model M --prefill 512,2048 --decode 64 --batch 1,16
+  guild bench model --model M --prefill 8192 --decode 64 --batch 1 --context 8192 --kv-dtype bf16
+
+Prompts are of random tokens, other ones for each request. The floor is the time that reading the
+weights and latents of a step takes, or its arithmetic: whichever is more.
+
+{EXIT_CODES}"))]
+pub(crate) struct BenchModel {
+    /// Folder of the checkpoint
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Lengths of prompts that are run alone
+    #[arg(long, value_delimiter = ',', default_value = "512", value_parser = clap::value_parser!(u32).range(1..=10_000_000), value_name = "N,N")]
+    pub(crate) prefill: Vec<u32>,
+    /// Tokens that each request of a batch decodes; 0: none
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub(crate) decode: u32,
+    /// Requests that decode at the same time
+    #[arg(long, value_delimiter = ',', default_value = "1,16", value_parser = clap::value_parser!(u32).range(1..=4096), value_name = "N,N")]
+    pub(crate) batch: Vec<u32>,
+    /// Tokens before those that are decoded
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    pub(crate) context: u32,
+    /// How the latent KV cache stores rows; auto: f32
+    #[arg(
+        long,
+        value_enum,
+        default_value_t,
+        value_name = "auto|f32|bf16|fp8",
+        hide_possible_values = true
+    )]
+    pub(crate) kv_dtype: KvDtype,
+    /// Rounds that the medians are taken of
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
+    pub(crate) rounds: u32,
+    /// Same seed, same prompts
+    #[arg(long, default_value_t = 0, value_name = "S")]
+    pub(crate) seed: u64,
+    /// One JSON object a line: name, format, m, value, unit, floor, ratio, threads, bound
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) compute: Compute,
     #[command(flatten)]
     pub(crate) common: Common,
 }

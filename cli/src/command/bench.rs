@@ -3,7 +3,10 @@
 mod arrival;
 mod compare;
 mod dataset;
+mod figures;
+mod kernels;
 mod metrics;
+mod model;
 mod plot;
 mod report;
 mod send;
@@ -16,5 +19,7 @@ pub(super) fn run(args: &Bench) -> Result<(), Failure> {
     match &args.command {
         BenchCommand::Serve(args) => serve::run(args),
         BenchCommand::Compare(args) => compare::run(args),
+        BenchCommand::Kernels(args) => kernels::run(args),
+        BenchCommand::Model(args) => model::run(args),
     }
 }
