@@ -30,6 +30,11 @@ const EXP_MACS: usize = 16;
 /// `l[i] + l[i + 8]`, `+ 4`, `+ 2`, `+ 1`. A result row depends on its own input row alone. NaN results are NaN
 /// everywhere, but which NaN is not defined.
 ///
+/// Weights of 8 and 4 bits ([`crate::pack`]) have a rule of their own: a row of x is quantised to 8 bits in the groups of
+/// the weights (`s = max |x| / 127`, the nearest integer of `x / s`), a group's dot product is an exact integer, and an
+/// output is the chain `fma(dot, weight scale * s, acc)` over the groups in ascending order from +0.0. A group of x with a
+/// number that is not finite makes its row NaN.
+///
 /// Shapes are the caller's duty: a wrong one panics with a message and never touches foreign memory.
 #[derive(Clone)]
 pub struct Cpu {

@@ -51,10 +51,12 @@ proptest! {
             for col in 0..cols {
                 let (from, to) = (w.from[row * cols + col], w.value(row, col));
                 let scale = w.scale(row, col / group).abs();
-                // Half a step, and at the ends of 4 bits what rounding the scale cuts off.
-                let bound = match int {
-                    Int::Int8 => 0.75,
-                    Int::Int4 => 1.05,
+                // Half a step; at the ends of the range, what rounding the scale or a better one for the others cuts off.
+                let integer = if scale == 0.0 { 0.0 } else { (to / w.scale(row, col / group)).round() };
+                let bound = match (int, integer) {
+                    (Int::Int8, -127.0 | 127.0) => 0.75,
+                    (Int::Int4, -8.0 | 7.0) => 1.8,
+                    _ => 0.5001,
                 } * scale;
                 prop_assert!((from - to).abs() <= bound.max(1e-38), "[{}, {}] {} {} {}", row, col, from, to, scale);
             }
