@@ -8,6 +8,7 @@ mod journal;
 mod plan;
 mod sides;
 
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -129,10 +130,7 @@ impl Job<'_> {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
             Err(e) => return Err(ModelError::file(out, format!("cannot be used: {e}"))),
         }
-        let mut partial = std::ffi::OsString::from(".");
-        partial.push(name);
-        partial.push(".partial");
-        let partial = parent.join(partial);
+        let partial = beside(parent, name);
         fs::create_dir_all(&partial)
             .map_err(|e| ModelError::file(&partial, format!("cannot be made: {e}")))?;
         Ok(partial)
@@ -193,6 +191,19 @@ impl Job<'_> {
             )?)),
         })
     }
+}
+
+/// What an interrupted run that was to write `out` has left, if there is something.
+pub fn unfinished(out: &Path) -> Option<PathBuf> {
+    let partial = beside(out.parent()?, out.file_name()?);
+    partial.exists().then_some(partial)
+}
+
+fn beside(parent: &Path, name: &OsStr) -> PathBuf {
+    let mut partial = OsString::from(".");
+    partial.push(name);
+    partial.push(".partial");
+    parent.join(partial)
 }
 
 /// How many units are made together.

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use guild_model::Checkpoint;
 use guild_model::checkpoint::Dtype;
-use guild_model::quantize::{Begun, Job};
+use guild_model::quantize::{self, Begun, Job};
 use guild_node::ExitKind;
 use serde::Serialize;
 
@@ -43,8 +43,12 @@ pub(crate) fn run(args: &Quantize) -> Result<(), Failure> {
     };
     let written = job
         .run(&tell, &|done, total| progress.at(done, total))
-        .map_err(|error| {
-            Failure::from(error).hint("what is finished stays; the same command goes on from there")
+        .map_err(|error| match quantize::unfinished(&args.out) {
+            Some(dir) => Failure::from(error).hint(format!(
+                "{} keeps what is finished: the same command goes on from there",
+                dir.display()
+            )),
+            None => Failure::from(error),
         })?;
     let summary = Summary {
         out: args.out.display().to_string(),
