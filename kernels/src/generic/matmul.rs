@@ -25,8 +25,6 @@ pub(crate) const BLOCK_COLS: usize = 1024;
 const SLAB_ROWS: usize = 60;
 /// Up to so many rows of `x`, a block of columns of them stays in L2 beside one weight panel.
 const FEW_ROWS: usize = 36;
-/// Rows of 8-bit weights that stay in L2.
-const L2_ROWS: usize = 24;
 /// Elements of x that stay in L1 beside weights.
 const NEAR: usize = 8192;
 /// Rows of weights in one task of the packed form, and whose accumulators the few-rows form parks.
@@ -119,13 +117,10 @@ impl<W: Weights> Op for Direct<'_, W> {
                 1 if V::REGISTERS >= 32 => self.panels::<V, 4, 1>(rows, 0),
                 2 if V::REGISTERS >= 32 => self.panels::<V, 4, 2>(rows, 0),
                 3..=4 if V::REGISTERS >= 32 => self.panels::<V, 6, 4>(rows, 0),
-                // Widening needs registers too; the second time the weights come from L2.
+                // Widening needs registers too.
                 5.. if V::REGISTERS >= 32 && W::WIDENS => {
-                    for row in rows.step_by(L2_ROWS) {
-                        let panel = row..self.to.min(row + L2_ROWS);
-                        for at in (0..m).step_by(4) {
-                            self.panels::<V, 4, 4>(panel.clone(), at);
-                        }
+                    for at in (0..m).step_by(8) {
+                        self.panels::<V, 2, 8>(rows.clone(), at);
                     }
                 }
                 5..=6 if V::REGISTERS >= 32 => self.panels::<V, 4, 6>(rows, 0),
