@@ -5,7 +5,8 @@
 //! threads; it must not know what a model, a token or a network is.
 //!
 //! Inside: `generic` holds the algorithms over 16 virtual lanes, `x86`, `arm` and `portable` the leaves that compile
-//! them, `isa` the one choice between leaves, `plan` and `pool` the cut into tasks, [`pack`] the layout of small integers, [`mod@file`] the mapping of checkpoints.
+//! them, `isa` the one choice between leaves, `plan` and `pool` the cut into tasks, [`pack`] the layout of
+//! small integers, [`mod@file`] the mapping of checkpoints.
 
 #[cfg(target_arch = "aarch64")]
 mod arm;
