@@ -6,7 +6,7 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -38,9 +38,15 @@ pub const WIDTH: usize = 64;
 
 pub type Key = (u32, u32);
 
+/// Another checkpoint than the golden one, for all tests of a binary.
+pub static INSTEAD: OnceLock<PathBuf> = OnceLock::new();
+
+pub fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3-basic")
+}
+
 pub fn checkpoint() -> Checkpoint {
-    let golden: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3-basic");
-    Checkpoint::open(&golden).unwrap()
+    Checkpoint::open(INSTEAD.get().unwrap_or(&golden())).unwrap()
 }
 
 pub fn expert((layer, expert): Key) -> Expert {
