@@ -56,8 +56,13 @@ impl Oracle {
 
     /// A cache for the main model and, if there is one, the MTP layer.
     pub fn cache(&self, pages: usize, page_tokens: usize) -> LatentCache {
+        self.cache_in(Format::F32, pages, page_tokens)
+    }
+
+    /// The same, rows stored in `format`.
+    pub fn cache_in(&self, format: Format, pages: usize, page_tokens: usize) -> LatentCache {
         let layers = self.trunk.layers().len() + usize::from(self.trunk.mtp().is_some());
-        LatentCache::new(self.trunk.config(), layers, pages, page_tokens, Format::F32)
+        LatentCache::new(self.trunk.config(), layers, pages, page_tokens, format)
     }
 
     /// One batch of pieces of sequences through the main model.

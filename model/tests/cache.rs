@@ -1,0 +1,87 @@
+//! What rounding cached latents does to a trained model, and that it does so alike however the tokens come.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+mod common;
+
+use common::golden;
+use common::oracle::{Oracle, Piece};
+use guild_model::Cpu;
+use guild_model::cache::Format;
+use guild_model::checkpoint::Dtype;
+
+/// Logits `[tokens, vocab]` with the cache in `format`, in chunks of `chunk` tokens.
+fn logits(model: &Oracle, tokens: &[u32], format: Format, chunk: usize) -> Vec<f32> {
+    let mut cache = model.cache_in(format, tokens.len().div_ceil(16), 16);
+    let pages: Vec<u32> = (0..cache.pages() as u32).rev().collect();
+    let mut all = Vec::new();
+    for (i, tokens) in tokens.chunks(chunk).enumerate() {
+        let piece = Piece {
+            tokens,
+            start: i * chunk,
+            pages: &pages,
+        };
+        all.extend(model.forward(&[piece], &mut cache).logits);
+    }
+    all
+}
+
+/// Mean over positions of KL(exact || other) in nats, and the share of positions with the same most probable token.
+fn distance(exact: &[f32], other: &[f32], vocab: usize) -> (f64, f64) {
+    let log_softmax = |logits: &[f32]| -> Vec<f64> {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
+        logits
+            .iter()
+            .map(|l| f64::from(l - max) - sum.ln())
+            .collect()
+    };
+    let best = |row: &[f32]| (0..vocab).max_by(|&a, &b| row[a].total_cmp(&row[b]));
+    let (mut kl, mut same) = (0.0, 0);
+    let rows = exact.chunks_exact(vocab).zip(other.chunks_exact(vocab));
+    for (exact, other) in rows.clone() {
+        let (p, q) = (log_softmax(exact), log_softmax(other));
+        kl += p
+            .iter()
+            .zip(&q)
+            .map(|(p, q)| p.exp() * (p - q))
+            .sum::<f64>();
+        same += usize::from(best(exact) == best(other));
+    }
+    let n = rows.len() as f64;
+    (kl / n, same as f64 / n)
+}
+
+/// Measured on the demo model: the bounds are some three times what was seen.
+#[test]
+fn rounded_latents_hardly_change_what_the_demo_says() {
+    let model = Oracle::open(&golden::demo(), Dtype::Auto, Cpu::new(2));
+    let vocab = model.trunk.config().vocab_size;
+    let tokens: Vec<u32> = golden::demo_greedy()
+        .into_iter()
+        .flat_map(|(prompt, continuation)| [prompt, continuation].concat())
+        .take(400)
+        .collect();
+    let exact = logits(&model, &tokens, Format::F32, 64);
+    for (format, most, least) in [
+        (Format::F32, 0.0, 1.0),
+        (Format::Bf16, 6e-4, 0.97),
+        (Format::Fp8, 1.2e-2, 0.96),
+    ] {
+        let rounded = logits(&model, &tokens, format, 64);
+        let (kl, same) = distance(&exact, &rounded, vocab);
+        println!("{format}: KL {kl:.2e} nats, {:.1} % same", same * 100.0);
+        assert!(
+            kl <= most && same >= least,
+            "{format}: KL {kl}, {same} same"
+        );
+        // Chunks and single tokens give the same bits, whatever the format.
+        let short = &tokens[..40];
+        let bits = |chunk| -> Vec<u32> {
+            let logits = logits(&model, short, format, chunk);
+            logits.iter().map(|l| l.to_bits()).collect()
+        };
+        let whole = bits(40);
+        assert_eq!(bits(1), whole, "{format}");
+        assert_eq!(bits(7), whole, "{format}");
+    }
+}
