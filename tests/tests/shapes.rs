@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+use guild_model::Checkpoint;
+use guild_model::quantize::{DEFAULT_SHARD_BYTES, Job};
 use guild_tests::client::{Answer, generate_all, generate_each, mixed_workload};
 use guild_tests::process::{Cluster, Shape, demo, golden_dir};
 
@@ -102,6 +104,35 @@ async fn fp8_and_grouped_checkpoints_keep_their_bits_across_shapes() {
                 &want,
                 &got,
             );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn packed_checkpoints_keep_their_bits_across_shapes_copied_mapped_or_quantised_at_load() {
+    for dtype in ["int4", "int8"] {
+        let dir = tempfile::tempdir().unwrap();
+        let model = dir.path().join(dtype);
+        Job {
+            source: &Checkpoint::open(&demo()).unwrap(),
+            dtype: dtype.parse().unwrap(),
+            shard_bytes: DEFAULT_SHARD_BYTES,
+            out: &model,
+        }
+        .run(&|_| (), &|_, _| ())
+        .unwrap();
+        let want = alone(&model, 2048).await;
+        for (shape, model, attention, expert, flags) in [
+            (Shape::Local, &model, 2, 3, ["--threads", "2"].as_slice()),
+            (Shape::Local, &demo(), 1, 2, &["--dtype", dtype]),
+            (Shape::Grpc, &model, 1, 2, &["--mmap"]),
+            (Shape::Processes, &model, 1, 2, &[]),
+            (Shape::Processes, &model, 2, 2, &["--mmap"]),
+        ] {
+            let what = format!("{dtype} {shape:?} {attention}x{expert} {flags:?}");
+            let cluster = Cluster::start(shape, model, attention, expert, flags);
+            let got = generate_all(&cluster.grpc, &mixed_workload(2048)).await;
+            assert_same(&what, &want, &got);
         }
     }
 }
