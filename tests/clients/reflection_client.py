@@ -55,6 +55,31 @@ if "guild.inference.v1.Inference" in expected:
     assert all(len(p.top) == 2 for e in events for p in e.chunk.logprobs)
     print("ok: generate by reflection,", tokens)
 
+    # Token ids alone have text where there is a tokenizer, and with it a constraint.
+    bound = Generate()
+    bound.token_ids.ids.extend([5, 6, 7])
+    bound.sampling.max_tokens = 20
+    bound.sampling.constraint.choice.texts.extend(["yes", "no"])
+    bound.priority, bound.tenant, bound.timing = -1, 7, True
+    events = list(generate(bound, timeout=30))
+    text = "".join(e.chunk.text for e in events if e.WhichOneof("event") == "chunk")
+    complete = events[-1].complete
+    assert complete.finish_reason == 1 and text in ("yes", "no", ""), (text, complete)
+    if text:
+        assert 0 < complete.usage.timing.first_token_ms <= complete.usage.timing.total_ms, complete
+    print("ok: a choice by reflection,", text or "as ids")
+
+    broken = Generate()
+    broken.CopyFrom(bound)
+    broken.sampling.constraint.regex = "("
+    try:
+        list(generate(broken, timeout=10))
+    except grpc.RpcError as error:
+        assert error.code() == grpc.StatusCode.INVALID_ARGUMENT and "regex" in str(dict(error.trailing_metadata())), error
+    else:
+        raise AssertionError("a broken regular expression was accepted")
+    print("ok: a broken constraint is refused by its field")
+
     bad = Generate()
     bad.token_ids.ids.append(int(vocab))
     try:

@@ -3,8 +3,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+use guild_proto::inference::v1::constraint::Form;
 use guild_proto::inference::v1::generate_request::Input;
-use guild_proto::inference::v1::{GenerateRequest, SamplingParams, TokenIds};
+use guild_proto::inference::v1::{Choice, Constraint, GenerateRequest, SamplingParams, TokenIds};
 use guild_tests::client::{generate, greedy, request};
 use guild_tests::http;
 use guild_tests::process::{Cluster, demo, golden_dir};
@@ -118,22 +119,68 @@ fn http_cases() -> Vec<(&'static str, Vec<u8>)> {
     fields.push((
         "tools",
         vec![
-            "[{\"type\":\"function\",\"function\":{\"name\":\"f\",\"parameters\":{}}}]",
             "5",
+            "[5]",
+            "[{\"type\":\"web_search\"}]",
+            "[{\"type\":\"function\",\"function\":{\"name\":\"f g\"}}]",
         ],
     ));
+    fields.push(("tool_choice", vec!["5", "\"required\"", "\"else\""]));
     fields.push((
         "response_format",
         vec![
-            "{\"type\":\"json_object\"}",
-            "{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"x\",\"schema\":{}}}",
             "5",
+            "{}",
+            "{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"x\"}}",
+            "{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"x\",\"schema\":{\"type\":\"wizard\"}}}",
+            "{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"x\",\"schema\":{\"$ref\":\"http://127.0.0.1/x\"}}}",
         ],
     ));
+    fields.push((
+        "structured_outputs",
+        vec![
+            "5",
+            "{\"regex\":\"(\"}",
+            "{\"regex\":\"\"}",
+            "{\"grammar\":\"start: nowhere\"}",
+            "{\"choice\":[]}",
+            "{\"choice\":[\"\"]}",
+            "{\"json\":\"{\"}",
+            "{\"regex\":\"a\",\"choice\":[\"b\"]}",
+            "{\"structural_tag\":\"x\"}",
+        ],
+    ));
+    fields.push(("priority", vec!["1.5", "\"x\""]));
+    fields.push(("timeout_ms", vec!["0", "-1", "\"x\""]));
+    fields.push(("user", vec!["5"]));
     cases.extend(
         with_fields(&chat, &fields)
             .into_iter()
             .map(|b| ("/v1/chat/completions", b.into_bytes())),
+    );
+
+    let deep_regex = json!({"model": "demo", "prompt": "a", "guided_regex": format!("{}a{}", "(".repeat(50_000), ")".repeat(50_000))});
+    let large_schema =
+        json!({"model": "demo", "prompt": "a", "guided_json": {"title": "a".repeat(1 << 20)}});
+    let endless = json!({"model": "demo", "prompt": "a", "guided_json": {"type": "object"}, "ignore_eos": true});
+    for body in [deep_regex, large_schema, endless] {
+        cases.push(("/v1/completions", body.to_string().into_bytes()));
+    }
+    let response = json!({"model": "demo", "input": "hi", "max_output_tokens": 2});
+    let fields = [
+        (
+            "input",
+            vec!["5", "[]", "[5]", "[{\"type\":\"item_reference\"}]"],
+        ),
+        ("store", vec!["true", "5"]),
+        ("previous_response_id", vec!["\"resp_1\""]),
+        ("max_output_tokens", vec!["0", "-1", "\"x\""]),
+        ("text", vec!["5", "{\"format\":{\"type\":\"x\"}}"]),
+    ];
+    cases.extend(
+        with_fields(&response, &fields)
+            .into_iter()
+            .map(|b| ("/v1/responses", b.into_bytes())),
     );
 
     // Bodies that are not what they say.
@@ -152,6 +199,7 @@ fn http_cases() -> Vec<(&'static str, Vec<u8>)> {
     for path in [
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/responses",
         "/tokenize",
         "/detokenize",
     ] {
@@ -216,6 +264,13 @@ fn http_cases() -> Vec<(&'static str, Vec<u8>)> {
         cases.push((path, b"{}".to_vec()));
     }
     cases
+}
+
+fn constraint(form: Form) -> Constraint {
+    Constraint {
+        form: Some(form),
+        after_token: None,
+    }
 }
 
 fn grpc_cases() -> Vec<(&'static str, GenerateRequest)> {
@@ -288,6 +343,42 @@ fn grpc_cases() -> Vec<(&'static str, GenerateRequest)> {
         ("zero max_tokens", with(&|s| s.max_tokens = Some(0))),
         ("huge max_tokens", with(&|s| s.max_tokens = Some(u32::MAX))),
         ("min above max", with(&|s| s.min_tokens = Some(100))),
+        (
+            "a constraint of nothing",
+            with(&|s| s.constraint = Some(Constraint::default())),
+        ),
+        (
+            "a broken regular expression",
+            with(&|s| s.constraint = Some(constraint(Form::Regex("(".into())))),
+        ),
+        (
+            "a broken schema",
+            with(&|s| s.constraint = Some(constraint(Form::JsonSchema("{".into())))),
+        ),
+        (
+            "a broken grammar",
+            with(&|s| s.constraint = Some(constraint(Form::Grammar("start: x".into())))),
+        ),
+        (
+            "no choice",
+            with(&|s| s.constraint = Some(constraint(Form::Choice(Choice::default())))),
+        ),
+        (
+            "a constraint without an end",
+            with(&|s| {
+                s.constraint = Some(constraint(Form::JsonObject(true)));
+                s.ignore_eos = true;
+            }),
+        ),
+        (
+            "a constraint behind no token",
+            with(&|s| {
+                s.constraint = Some(Constraint {
+                    after_token: Some(5000),
+                    ..constraint(Form::JsonObject(true))
+                });
+            }),
+        ),
         (
             "unknown model",
             GenerateRequest {

@@ -35,6 +35,15 @@ fn the_openai_package_is_served() {
 }
 
 #[test]
+fn the_openai_package_gets_what_it_asks_outputs_to_be() {
+    let cluster = Cluster::up(&demo());
+    run_client(
+        "openai_structured.py",
+        &[&format!("http://{}/v1", cluster.http), "demo"],
+    );
+}
+
+#[test]
 fn the_openai_package_is_served_by_separate_processes() {
     let cluster = Cluster::start(Shape::Processes, &demo(), 2, 2, &[]);
     run_client(

@@ -149,7 +149,6 @@ impl Dialect {
             None => Value::from(mark).to_string(),
         };
         let literal = |text: String| Value::from(text).to_string();
-        let more = most.saturating_sub(1);
         let between = match self {
             Dialect::V3 => literal("\n".into()) + " ",
             Dialect::V31 | Dialect::Kimi => String::new(),
@@ -159,10 +158,11 @@ impl Dialect {
         } else {
             mark(marks.begin) + " "
         };
-        let mut lark = format!(
-            "calls: {begin}call ({between}call){{0,{more}}} {}\n",
-            mark(marks.end)
-        );
+        let more = match most.saturating_sub(1) {
+            0 => String::new(),
+            more => format!("({between}call){{0,{more}}} "),
+        };
+        let mut lark = format!("calls: {begin}call {more}{}\n", mark(marks.end));
         let names: Vec<String> = (0..tools.len()).map(|i| format!("call{i}")).collect();
         lark += &format!("call: {}\n", names.join(" | "));
         for (i, (name, schema)) in tools.iter().enumerate() {

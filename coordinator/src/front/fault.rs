@@ -288,7 +288,11 @@ impl Fault {
     /// Gives fields the names they have in the client's own request.
     pub(super) fn rename(mut self, name: impl Fn(&str) -> String) -> Self {
         for (field, _) in &mut self.violations {
-            *field = name(field);
+            let named = name(field);
+            if named != *field {
+                self.message = self.message.replacen(field.as_str(), &named, 1);
+            }
+            *field = named;
         }
         self
     }

@@ -114,8 +114,14 @@ impl Reader {
 
     /// What was held back; the text has ended.
     pub(super) fn finish(&mut self) -> Vec<Part> {
-        let rest = std::mem::take(&mut self.held);
+        let mut rest = std::mem::take(&mut self.held);
         let mut parts = Vec::new();
+        if let (At::Arguments, Some(dialect)) = (self.at, self.listening.calls)
+            && let Err(sure) = find(&rest, dialect.marks().close)
+        {
+            // The call has been cut off within its last mark.
+            rest.truncate(sure);
+        }
         match self.at {
             At::Reasoning => show(&mut parts, Part::Reasoning, &rest),
             At::Start | At::Content => show(&mut parts, Part::Content, &rest),
@@ -390,6 +396,11 @@ mod tests {
 
     #[test]
     fn a_call_that_is_cut_off_shows_what_there_is() {
+        let marked = "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁e";
+        assert_eq!(
+            parts(calls(Dialect::V31), marked),
+            [call("f", ""), arguments("{}")]
+        );
         let text = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{\"city\": \"K";
         assert_eq!(
             parts(calls(Dialect::V31), text),
