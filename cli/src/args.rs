@@ -5,7 +5,7 @@ use std::str::FromStr as _;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use guild_attention_node::exchange::SUSPECT_AFTER;
-use guild_attention_node::{AttentionNodeConfig as Defaults, KvMemory};
+use guild_attention_node::{AttentionNodeConfig as Defaults, KvMemory, Speculate};
 use guild_coordinator::CoordinatorConfig as CoordinatorDefaults;
 use guild_expert_node::CopyFrom;
 use guild_model::cache::Format;
@@ -154,7 +154,29 @@ pub(crate) struct Engine {
     /// Requests that may wait for a place in the batch; further ones are refused
     #[arg(long, default_value_t = Defaults::MAX_WAITING as u32, value_name = "N", help_heading = "Engine")]
     pub(crate) max_waiting: u32,
-    /// Tokens of one step, prefill and decode together
+    /// Prompt tokens that may wait together; further requests are refused; 0: any number
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Engine")]
+    pub(crate) max_waiting_tokens: u32,
+    /// Requests that are expected to wait longer than these seconds are refused at once; 0: however long
+    #[arg(long, default_value_t = Defaults::MAX_WAIT.as_secs() as u32, value_name = "SECONDS", help_heading = "Engine")]
+    pub(crate) max_wait: u32,
+    /// Milliseconds that a step should take at most while tokens are generated: prompts are cut into chunks that keep
+    /// to it; 0: as long as --max-step-tokens rows take
+    #[arg(long, default_value_t = Defaults::ITL_TARGET.as_millis() as u32, value_name = "MS", help_heading = "Engine")]
+    pub(crate) itl_target: u32,
+    /// Compute every prompt anew instead of keeping what prompts that begin alike have in common
+    #[arg(long, help_heading = "Engine")]
+    pub(crate) no_prefix_cache: bool,
+    /// Draft tokens with the checkpoint's MTP module and check them in the next step; the output stays the same. auto:
+    /// one draft, as long as that is faster
+    #[arg(
+        long,
+        default_value_t,
+        value_name = "off|auto|N",
+        help_heading = "Engine"
+    )]
+    pub(crate) speculate: Speculate,
+    /// Tokens of one step, prefill, decode and drafts together
     #[arg(long, default_value_t = Defaults::MAX_STEP_TOKENS as u32, value_name = "N", help_heading = "Engine")]
     pub(crate) max_step_tokens: u32,
     /// Tokens of one page of the KV cache
@@ -175,6 +197,11 @@ impl Default for Engine {
             max_context: 0,
             max_running: Defaults::MAX_RUNNING as u32,
             max_waiting: Defaults::MAX_WAITING as u32,
+            max_waiting_tokens: 0,
+            max_wait: Defaults::MAX_WAIT.as_secs() as u32,
+            itl_target: Defaults::ITL_TARGET.as_millis() as u32,
+            no_prefix_cache: false,
+            speculate: Speculate::default(),
             max_step_tokens: Defaults::MAX_STEP_TOKENS as u32,
             page_tokens: Defaults::PAGE_TOKENS as u32,
             suspect_after: SUSPECT_AFTER.as_millis() as u32,

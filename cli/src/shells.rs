@@ -53,6 +53,12 @@ pub(crate) fn attention(
         page_tokens: engine.page_tokens as usize,
         max_running: engine.max_running as usize,
         max_waiting: engine.max_waiting as usize,
+        max_waiting_tokens: (engine.max_waiting_tokens > 0)
+            .then_some(engine.max_waiting_tokens as usize),
+        max_wait: some(Duration::from_secs(engine.max_wait.into())),
+        itl_target: some(Duration::from_millis(engine.itl_target.into())),
+        prefix_cache: !engine.no_prefix_cache,
+        speculate: engine.speculate,
         max_step_tokens: engine.max_step_tokens as usize,
         max_context: context(engine.max_context),
         patience: Patience {
@@ -133,6 +139,11 @@ pub(crate) fn coordinator(desk: &FrontDesk<'_>) -> CoordinatorConfig {
         api_keys: desk.door.keys.clone(),
         ..CoordinatorConfig::new(desk.model.clone())
     }
+}
+
+/// None where 0 stands for no limit.
+fn some(limit: Duration) -> Option<Duration> {
+    (!limit.is_zero()).then_some(limit)
 }
 
 fn context(max_context: u32) -> Option<usize> {
