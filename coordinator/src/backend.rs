@@ -7,11 +7,13 @@
 //! log-probabilities depend on nothing but the sequence, its client cannot
 //! tell. It uses the membership for who is there and knows nothing of text.
 //!
-//! - [`nodes`]: the choice of a node, and what is out at each.
+//! - [`nodes`]: who there is to choose from, and what is out at each.
+//! - [`prefix`]: the beginnings of prompts by name, so that a node that knows one is found again.
 //! - [`record`]: what a stream has been asked and has given; pure.
 //! - [`relay`]: the stream itself, from home to home.
 
 mod nodes;
+mod prefix;
 mod record;
 mod relay;
 

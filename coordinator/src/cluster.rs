@@ -19,7 +19,9 @@ use guild_proto::cluster::v1::{
     ReportLoadResponse, Role, StatusRequest, StatusResponse, WatchMigrationRequest,
     WatchPlacementRequest,
 };
-use guild_scheduler::membership::{self, Measured, Refused, Registration, Report, UnknownNode};
+use guild_scheduler::membership::{
+    self, Measured, Refused, Registration, Report, Serving, UnknownNode,
+};
 use tokio_stream::wrappers::WatchStream;
 use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status};
@@ -102,8 +104,14 @@ impl Cluster for ClusterService {
             epoch: beat.epoch,
             ready: beat.ready,
             reason: beat.reason,
-            running: beat.running,
-            waiting: beat.waiting,
+            serving: Serving {
+                running: beat.running,
+                waiting: beat.waiting,
+                outstanding_tokens: beat.outstanding_tokens,
+                free_pages: beat.free_pages,
+                cached_pages: beat.cached_pages,
+                tokens_run: beat.tokens_run,
+            },
             draining: beat.draining,
             measured: Measured {
                 rows_per_second: beat.rows_per_second,
@@ -115,7 +123,7 @@ impl Cluster for ClusterService {
         self.state
             .lead(|membership, now| {
                 // Requests may come to it through other coordinators.
-                if report.running > 0 {
+                if report.serving.running > 0 {
                     membership.mark_served();
                 }
                 membership.heartbeat(now, beat.node_id, beat.incarnation, report)
@@ -201,6 +209,12 @@ impl Cluster for ClusterService {
                     rows_per_second: node.report.measured.rows_per_second,
                     resident_bytes: node.report.measured.resident_bytes,
                     free_bytes: node.report.measured.free_bytes,
+                    running: node.report.serving.running,
+                    waiting: node.report.serving.waiting,
+                    outstanding_tokens: node.report.serving.outstanding_tokens,
+                    free_pages: node.report.serving.free_pages,
+                    cached_pages: node.report.serving.cached_pages,
+                    tokens_per_second: node.tokens_per_second,
                 })
                 .collect();
             let epoch = published.map_or(0, |p| p.placement.epoch());

@@ -94,6 +94,14 @@ pub struct Load {
     pub running: u32,
     /// Requests admitted and waiting.
     pub waiting: u32,
+    /// Tokens that may still have to be run for all of them.
+    pub outstanding_tokens: u64,
+    /// Pages of the cache that no request holds.
+    pub free_pages: u32,
+    /// Those of them whose contents are known.
+    pub cached_pages: u32,
+    /// Tokens run since the start.
+    pub tokens_run: u64,
 }
 
 /// Why a node cannot be a member.

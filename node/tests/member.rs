@@ -109,23 +109,6 @@ impl Cluster for Fake {
         self.seen.send(Seen::Watch(node, tx)).await.unwrap();
         Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
     }
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        Ok(Response::new(StatusResponse::default()))
-    }
-
-    async fn report_load(
-        &self,
-        _: Request<ReportLoadRequest>,
-    ) -> Result<Response<ReportLoadResponse>, Status> {
-        Err(Status::unimplemented("not in this test"))
-    }
-
-    async fn expert_load(
-        &self,
-        _: Request<ExpertLoadRequest>,
-    ) -> Result<Response<ExpertLoadResponse>, Status> {
-        Err(Status::unimplemented("not in this test"))
-    }
 }
 
 fn config(coordinator: &str) -> MemberConfig {
@@ -498,10 +481,13 @@ async fn news_does_not_wait_for_the_next_heartbeat() {
         Load {
             running: 2,
             waiting: 1,
+            outstanding_tokens: 640,
+            ..Load::default()
         },
     );
     let beat = next(&mut seen, ready_beat).await;
     assert_eq!((beat.epoch, beat.running, beat.waiting), (4, 2, 1));
+    assert_eq!(beat.outstanding_tokens, 640);
     member.set_draining();
     let beat = next(&mut seen, |s| match s {
         Seen::Beat(beat) if beat.draining => Some(beat),

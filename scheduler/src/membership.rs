@@ -42,7 +42,7 @@ pub use snapshot::{Snapshot, SnapshotError};
 pub use status::{DrainError, Drained, MigrateError, MigrationStatus, Outcome, Phase};
 pub use types::{
     Action, Loss, MAX_NODES, MAX_TEXT, Measured, Node, Placed, Published, Refused, Registration,
-    Report, Role, Settings, UnknownNode,
+    Report, Role, Serving, Settings, UnknownNode,
 };
 
 /// Highest epoch a node may report; no cluster lives long enough to pass it.
@@ -179,6 +179,7 @@ impl Membership {
                 process: new.process,
                 failure_domain: new.failure_domain,
                 speed: 0.0,
+                tokens_per_second: 0.0,
                 capacity_bytes: new.capacity_bytes,
                 incarnation: new.incarnation,
                 resident: 0,
@@ -215,6 +216,11 @@ impl Membership {
             truncate(failure);
         }
         node.speed = coarse(report.measured.rows_per_second, node.speed);
+        let since = now.saturating_sub(node.last_seen).as_secs_f64();
+        let run = |report: &Report| report.serving.tokens_run;
+        if since > 0.0 {
+            node.tokens_per_second = run(&report).saturating_sub(run(&node.report)) as f64 / since;
+        }
         let failed = report.failed.clone();
         let returns = node.role == Role::Expert && node.report.draining && !report.draining;
         // A process never loses what it has reported: what says less is late, or about the next.

@@ -1,5 +1,6 @@
-//! Attention nodes as places for requests: who can take one, who has least to
-//! do, who had better be left alone for a moment.
+//! Attention nodes as places for requests: who can take one, what each has to
+//! do, who had better be left alone for a moment. Which of them it is to be is
+//! decided in `scheduler`.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,11 +9,13 @@ use std::time::Duration;
 
 use guild_node::channel::Dialer;
 use guild_node::status;
+use guild_scheduler::affinity::{Affinity, Candidate, MAX_BLOCKS};
 use guild_scheduler::placement::NodeId;
 use tokio::time::{Instant, timeout};
 use tonic::Status;
 use tonic::transport::Channel;
 
+use super::prefix::{BLOCK, Names};
 use crate::state::ClusterState;
 
 /// ErrorInfo reason: no request can be served now.
@@ -25,12 +28,21 @@ const SUSPICION: Duration = Duration::from_secs(5);
 const QUIET: Duration = Duration::from_millis(500);
 /// Without one its streams leave it after this long.
 const SILENCE: Duration = Duration::from_secs(1);
+/// What a node has said of its load counts for this long.
+const FRESH: Duration = Duration::from_secs(5);
 
 /// The attention nodes, and what is out at each from here.
 pub(super) struct Nodes {
     state: Arc<ClusterState>,
     dialer: Dialer,
-    links: Mutex<HashMap<NodeId, Link>>,
+    names: Names,
+    known: Mutex<Known>,
+}
+
+struct Known {
+    links: HashMap<NodeId, Link>,
+    /// What each has run, as far as it was sent from here.
+    affinity: Affinity,
 }
 
 /// A connection to an attention node.
@@ -39,6 +51,11 @@ struct Link {
     address: String,
     /// Tokens of requests sent there from here that are still to be run.
     outstanding: Arc<AtomicUsize>,
+    /// When the node's newest report came, by the state's clock.
+    reported: Duration,
+    /// Tokens of others' requests by that report: those that other coordinators
+    /// have sent there.
+    of_others: u64,
     suspected_until: Option<Instant>,
 }
 
@@ -72,19 +89,35 @@ impl Nodes {
         Nodes {
             state,
             dialer,
-            links: Mutex::new(HashMap::new()),
+            names: Names::default(),
+            known: Mutex::new(Known {
+                links: HashMap::new(),
+                affinity: Affinity::new(BLOCK as u64, MAX_BLOCKS),
+            }),
         }
     }
 
-    /// Takes a place for `tokens` on the ready node with the fewest outstanding
-    /// ones; the lower id among equals. Nodes in `tried` are left out, nodes
-    /// under suspicion come last.
-    pub(super) fn choose(&self, tried: &[NodeId], tokens: usize) -> Option<Ticket> {
+    /// The beginning of a prompt, as [`Nodes::choose`] takes it.
+    pub(super) fn prefix(&self, tenant: u64, tokens: &[u32]) -> Vec<u64> {
+        self.names.of(tenant, tokens)
+    }
+
+    /// Takes a place for `tokens` on a ready node: the one that is expected to be
+    /// through with them first, by what is out there and what of `prefix` it has
+    /// run before. Nodes in `tried` are left out, nodes under suspicion come last.
+    pub(super) fn choose(&self, tried: &[NodeId], prefix: &[u64], tokens: usize) -> Option<Ticket> {
         let now = Instant::now();
-        let mut links = self.lock();
-        self.state.with(|membership, _| {
-            links.retain(|id, _| membership.node(*id).is_some());
-            let mut best: Option<((bool, usize, NodeId), String)> = None;
+        let mut known = self.lock();
+        let Known { links, affinity } = &mut *known;
+        self.state.with(|membership, time| {
+            links.retain(|id, _| {
+                let stays = membership.node(*id).is_some();
+                if !stays {
+                    affinity.forget(*id);
+                }
+                stays
+            });
+            let (mut trusted, mut suspected) = (Vec::new(), Vec::new());
             for node in membership
                 .serving()
                 .filter(|node| !tried.contains(&node.id))
@@ -101,34 +134,59 @@ impl Nodes {
                         }
                     };
                 }
-                let Some(link) = links.get(&node.id) else {
+                let Some(link) = links.get_mut(&node.id) else {
                     continue;
                 };
-                let suspected = link.suspected_until.is_some_and(|until| now < until);
-                let outstanding = link.outstanding.load(Ordering::Relaxed);
-                let rank = (suspected, outstanding, node.id);
-                if best.as_ref().is_none_or(|(least, _)| rank < *least) {
-                    best = Some((rank, node.name.clone()));
+                let told = node.report.serving.outstanding_tokens;
+                let candidate = Candidate {
+                    node: node.id,
+                    outstanding: link.outstanding(told, node.last_seen, time),
+                };
+                match link.suspected_until.is_some_and(|until| now < until) {
+                    true => suspected.push(candidate),
+                    false => trusted.push(candidate),
                 }
             }
-            let ((.., node), name) = best?;
-            let link = links.get(&node)?;
+            let candidates = if trusted.is_empty() {
+                suspected
+            } else {
+                trusted
+            };
+            let choice = affinity.choose(prefix, tokens as u64, &candidates)?;
+            let link = links.get(&choice.node)?;
+            let name = membership.node(choice.node)?.name.clone();
+            tracing::debug!(
+                node = name,
+                tokens,
+                expected_cached = choice.cached,
+                turned_away = choice.turned_away,
+                "a request has a node"
+            );
             // Before the request is out, because nothing may move under it.
             membership.mark_served();
-            link.outstanding.fetch_add(tokens, Ordering::Relaxed);
+            let left = tokens.saturating_sub(choice.cached as usize);
+            link.outstanding.fetch_add(left, Ordering::Relaxed);
             Some(Ticket {
-                node,
+                node: choice.node,
                 name,
                 channel: link.channel.clone(),
                 outstanding: Arc::clone(&link.outstanding),
-                left: tokens,
+                left,
             })
         })
     }
 
+    /// `node` has taken a request that begins with `prefix`.
+    pub(super) fn runs(&self, prefix: &[u64], node: NodeId) {
+        let mut known = self.lock();
+        if known.links.contains_key(&node) {
+            known.affinity.note(prefix, node);
+        }
+    }
+
     /// A stream has lost `node`: others are preferred for a while.
     pub(super) fn suspect(&self, node: NodeId) {
-        if let Some(link) = self.lock().get_mut(&node) {
+        if let Some(link) = self.lock().links.get_mut(&node) {
             link.suspected_until = Some(Instant::now() + SUSPICION);
         }
     }
@@ -162,8 +220,8 @@ impl Nodes {
         )
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, Link>> {
-        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -173,7 +231,46 @@ impl Link {
             channel,
             address: address.to_owned(),
             outstanding: Arc::default(),
+            reported: Duration::ZERO,
+            of_others: 0,
             suspected_until: None,
         }
+    }
+
+    /// Tokens that are out there: from here, and by what the node has `told` at
+    /// `when` those of others. `now` is of the same clock.
+    fn outstanding(&mut self, told: u64, when: Duration, now: Duration) -> u64 {
+        let mine = self.outstanding.load(Ordering::Relaxed) as u64;
+        if self.reported != when {
+            // What went there after the report was made counts as if it was in it.
+            self.reported = when;
+            self.of_others = told.saturating_sub(mine);
+        }
+        match now.saturating_sub(when) <= FRESH {
+            true => mine.saturating_add(self.of_others),
+            false => mine,
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_node_has_told_counts_beside_what_is_known_here_while_it_is_fresh() {
+        let channel = guild_node::channel::lazy("127.0.0.1:1").unwrap();
+        let mut link = Link::new(channel, "127.0.0.1:1");
+        let at = Duration::from_secs;
+        link.outstanding.store(100, Ordering::Relaxed);
+        assert_eq!(link.outstanding(250, at(1), at(1)), 250);
+        // What is sent from here afterwards is on top of it until the next report.
+        link.outstanding.store(160, Ordering::Relaxed);
+        assert_eq!(link.outstanding(250, at(1), at(2)), 310);
+        assert_eq!(link.outstanding(300, at(3), at(3)), 300);
+        assert_eq!(link.outstanding(300, at(3), at(30)), 160);
+        // It has done more than is known here.
+        assert_eq!(link.outstanding(10, at(31), at(31)), 160);
     }
 }

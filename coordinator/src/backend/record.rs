@@ -56,6 +56,16 @@ impl Record {
         &self.request.request_id
     }
 
+    /// Who asks.
+    pub(super) fn tenant(&self) -> u64 {
+        self.request.tenant
+    }
+
+    /// All tokens so far: the next node's prompt.
+    pub(super) fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
     /// Tokens of output so far.
     pub(super) fn emitted(&self) -> usize {
         self.tokens.len() - self.prompt

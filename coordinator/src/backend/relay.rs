@@ -178,9 +178,13 @@ impl Relay {
         let mut tried: Vec<NodeId> = Vec::new();
         let mut refusal = None;
         let mut outgrown = 0;
+        let prefix = self
+            .nodes
+            .prefix(self.record.tenant(), self.record.tokens());
         loop {
             let offers_left = lost.is_some() || tried.len() < MAX_OFFERS;
-            let ticket = offers_left.then(|| self.nodes.choose(&tried, self.record.to_run()));
+            let ticket =
+                offers_left.then(|| self.nodes.choose(&tried, &prefix, self.record.to_run()));
             let Some(ticket) = ticket.flatten() else {
                 if outgrown > 0 && outgrown == tried.len() {
                     return Ok(None);
@@ -202,6 +206,7 @@ impl Relay {
             tried.push(node);
             let fault = match self.offer(ticket, deadline).await {
                 Ok(home) => {
+                    self.nodes.runs(&prefix, node);
                     if lost.is_some() {
                         let (request, emitted) = (self.record.id(), self.record.emitted());
                         tracing::info!(request, emitted, node = name, "a stream goes on elsewhere");

@@ -227,6 +227,10 @@ impl Session {
                 free_bytes: now.measured.free_bytes,
                 failed_epoch,
                 failure,
+                outstanding_tokens: now.load.outstanding_tokens,
+                free_pages: now.load.free_pages,
+                cached_pages: now.load.cached_pages,
+                tokens_run: now.load.tokens_run,
             };
             let sent = Instant::now();
             let (at, coordinator, mut client) = self.coordinators.current();

@@ -300,6 +300,7 @@ impl SavedNode {
             },
             process: self.process.clone(),
             failure_domain: self.failure_domain.clone(),
+            tokens_per_second: 0.0,
             speed: self.speed,
             capacity_bytes: self.capacity_bytes,
             incarnation: self.incarnation,

@@ -91,6 +91,23 @@ pub struct Measured {
     pub free_bytes: Option<u64>,
 }
 
+/// What an attention node has before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Serving {
+    /// Requests running.
+    pub running: u32,
+    /// Requests waiting.
+    pub waiting: u32,
+    /// Tokens that may still have to be run for all of them.
+    pub outstanding_tokens: u64,
+    /// Pages of its cache that no request holds.
+    pub free_pages: u32,
+    /// Those of them whose contents are known.
+    pub cached_pages: u32,
+    /// Tokens run since its process started.
+    pub tokens_run: u64,
+}
+
 /// What a node says about itself.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Report {
@@ -100,10 +117,8 @@ pub struct Report {
     pub ready: bool,
     /// Why not.
     pub reason: String,
-    /// Requests running (attention nodes).
-    pub running: u32,
-    /// Requests waiting (attention nodes).
-    pub waiting: u32,
+    /// What it has before it (attention nodes).
+    pub serving: Serving,
     /// It is about to leave: nothing new goes there.
     pub draining: bool,
     /// What it has measured (expert nodes).
@@ -292,9 +307,11 @@ pub struct Node {
     pub speed: f64,
     /// Bytes for experts; 0 is unlimited.
     pub capacity_bytes: u64,
+    /// Tokens an attention node has run in a second between its last two reports.
+    pub tokens_per_second: f64,
     pub(super) incarnation: u64,
     /// Newest epoch whose experts it has.
     pub(super) resident: u64,
     /// When it was last heard of.
-    pub(super) last_seen: Duration,
+    pub last_seen: Duration,
 }

@@ -112,7 +112,7 @@ impl World {
     fn say_running(&mut self, at: usize) {
         let node = &mut self.attentions[at];
         // With the next heartbeat.
-        node.session.said.running = node.running.len() as u32;
+        node.session.said.serving.running = node.running.len() as u32;
     }
 
     /// The newest active placement becomes what is routed by.

@@ -312,7 +312,7 @@ impl World {
                 report,
             } => {
                 let beaten = self.with(at, |m, now| {
-                    if report.running > 0 {
+                    if report.serving.running > 0 {
                         m.mark_served();
                     }
                     m.heartbeat(now, node, incarnation, report)
