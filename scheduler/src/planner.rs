@@ -122,8 +122,9 @@ pub struct Policy {
     pub aim: Aim,
     /// A layer is left alone unless its objective (1 is perfect) falls by this.
     pub min_gain: f64,
-    /// What one copied expert must gain in its layer's objective: lambda.
-    pub min_gain_per_copy: f64,
+    /// What copied experts must gain in their layer's objective, for as many of
+    /// them as the layer has homes: lambda.
+    pub min_gain_per_layout: f64,
     /// An expert is hot, and gets a second home in another failure domain, when
     /// its load is this many times the mean of its layer.
     pub hot: f64,
@@ -153,7 +154,7 @@ impl Default for Policy {
             budget_bytes: u64::MAX,
             aim: Aim::Both,
             min_gain: 0.007_5,
-            min_gain_per_copy: 0.000_1,
+            min_gain_per_layout: 0.04,
             hot: 4.0,
             max_copies_per_layer: 64,
             fresh_gain: 0.25,

@@ -380,8 +380,12 @@ impl<'a> Board<'a> {
     pub(super) fn is_modest(&self, step: &Step) -> bool {
         let leave = step.edits().filter(|edit| edit.from.is_some()).count();
         let come = step.copies();
-        let all: usize = self.held.iter().map(Vec::len).sum();
-        come <= leave || all + come - leave <= self.nodes.max_homes
+        come <= leave || self.all_homes() + come - leave <= self.nodes.max_homes
+    }
+
+    /// Homes of the layer in all.
+    pub(super) fn all_homes(&self) -> usize {
+        self.held.iter().map(Vec::len).sum()
     }
 
     /// Homes that an expert is to keep.

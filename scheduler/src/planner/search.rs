@@ -33,6 +33,8 @@ struct Trail {
     objective: Vec<f64>,
     /// A fresh layout that beats all steps by far.
     fresh: Option<(Layer, usize, f64)>,
+    /// What one copy must gain.
+    least: f64,
     /// Steps taken so far.
     at: usize,
     /// Whether nothing more can be taken.
@@ -91,6 +93,7 @@ impl Trail {
             cost: vec![0],
             objective: vec![start],
             fresh: None,
+            least: policy.min_gain_per_layout / board.all_homes().max(1) as f64,
             at: 0,
             done: false,
         };
@@ -148,7 +151,7 @@ impl Trail {
             };
             if cost <= budget
                 && gain >= enough
-                && ratio >= policy.min_gain_per_copy
+                && ratio >= self.least
                 && best.is_none_or(|(highest, _)| ratio > highest)
             {
                 best = Some((ratio, to));
@@ -373,8 +376,7 @@ fn afresh(
             kept && (least < 2
                 || board.spans(new.iter().copied()) >= board.spans(old.iter().copied()))
         });
-    let homes = |board: &Board| board.held.iter().map(Vec::len).sum::<usize>();
-    let safe = safe && homes(&trial) <= board.nodes.max_homes.max(homes(board));
+    let safe = safe && trial.all_homes() <= board.nodes.max_homes.max(board.all_homes());
     let news = |(had, has): (&Vec<Option<u32>>, &Vec<u32>)| {
         has.iter().filter(|&&e| !had.contains(&Some(e))).count()
     };
