@@ -9,7 +9,7 @@ use std::time::Duration;
 use common::{Attention, Coordinator, LEASE, Node, Script, expect};
 use guild_node::member::{REASON_DIGEST, REASON_NUMERICS};
 use guild_node::status::reason_of;
-use guild_proto::cluster::v1::{PlacementState, RegisterRequest, Role};
+use guild_proto::cluster::v1::{PlacementState, RegisterRequest, Role, WatchPlacementRequest};
 use guild_proto::inference::v1::generate_response::Event;
 use tonic::Code;
 
@@ -149,6 +149,33 @@ async fn another_model_or_another_numerics_class_is_refused_with_both_values() {
         Code::InvalidArgument
     );
     assert_eq!(coordinator.status().await.nodes.len(), 1);
+}
+
+#[tokio::test]
+async fn what_a_process_watches_ends_when_another_one_takes_its_name() {
+    let coordinator = Coordinator::start().await;
+    let mut client = coordinator.cluster();
+    let request = |incarnation| RegisterRequest {
+        role: Role::Expert.into(),
+        name: "expert-1".into(),
+        address: "127.0.0.1:1".into(),
+        model_digest: coordinator.digest.clone(),
+        numerics_class: common::NUMERICS.into(),
+        incarnation,
+        ..RegisterRequest::default()
+    };
+    let first = client.register(request(1)).await.unwrap().into_inner();
+    let watch = WatchPlacementRequest {
+        node_id: first.node_id,
+    };
+    let old = client.watch_placement(watch).await.unwrap();
+    let mut old = old.into_inner();
+    let second = client.register(request(2)).await.unwrap().into_inner();
+    assert_ne!(first.node_id, second.node_id, "an id is one process's");
+    let ended = async { while let Ok(Some(_)) = old.message().await {} };
+    tokio::time::timeout(common::PATIENCE, ended).await.unwrap();
+    let gone = client.watch_placement(watch).await.unwrap_err();
+    assert_eq!(gone.code(), Code::NotFound);
 }
 
 #[tokio::test]

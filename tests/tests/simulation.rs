@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use guild_tests::sim::{Defect, Options, Report, run};
+use guild_tests::work::line;
 use serde_json::json;
 
 /// Histories of a plain run.
@@ -134,8 +135,8 @@ fn histories_break_no_promise_and_reach_every_rare_branch() {
     let seeds = number("GUILD_SIM_SEEDS", SEEDS);
     let begun = Instant::now();
     let (sum, failed) = sweep(from..from + seeds, Options::default(), false);
-    let line = json!({
-        "bar": "simulation",
+    line(&json!({
+        "case": "simulation",
         "seeds": seeds,
         "violations": failed.len(),
         "events": sum.events,
@@ -143,8 +144,7 @@ fn histories_break_no_promise_and_reach_every_rare_branch() {
         "virtual_s": sum.virtual_time / 1_000_000,
         "wall_s": (begun.elapsed().as_secs_f64() * 10.0).round() / 10.0,
         "sometimes": sum.sometimes,
-    });
-    println!("{line}");
+    }));
     for (seed, wrong) in failed.iter().take(20) {
         println!("seed {seed}: {wrong}\n  {}", how_to_replay(*seed));
     }
@@ -200,14 +200,13 @@ fn every_defect_put_in_on_purpose_is_found() {
         let begun = Instant::now();
         let (_, failed) = sweep(0..SEEDS_FOR_A_DEFECT, options, true);
         let first = failed.first_key_value();
-        let line = json!({
-            "bar": "simulation_finds_defects",
+        line(&json!({
+            "case": "simulation_finds_defect",
             "defect": format!("{defect:?}"),
             "seed": first.map(|(seed, _)| seed),
             "violation": first.map(|(_, wrong)| wrong),
             "wall_s": (begun.elapsed().as_secs_f64() * 10.0).round() / 10.0,
-        });
-        println!("{line}");
+        }));
         if first.is_none() {
             unfound.push(defect);
         }

@@ -1,5 +1,6 @@
-//! The bars: tests of real processes that fail under load, run as a whole. Each case leaves a line
-//! of JSON; this module knows which tests these are and shows what they have measured.
+//! The bars: tests in which something fails under load, run as a whole: real processes, the same
+//! decisions in virtual time, and an attention node whose experts go. Each case of the first two
+//! leaves a line of JSON; this module knows which tests these are and shows what they have measured.
 
 use std::fs;
 use std::path::Path;
@@ -10,15 +11,24 @@ use serde_json::Value;
 use crate::recipe::{FAIL_POINTS, Steps, cargo, runs, target_dir};
 use crate::system;
 
-/// The test binaries.
+/// The packages with bars.
+const PACKAGES: &[&str] = &["guild-tests", "guild-attention-node"];
+/// The test binaries; the shortest and most telling first.
 const BARS: &[&str] = &[
+    "simulation",
+    "failover",
     "chaos",
     "resume",
+    "colocated",
     "coordinators",
     "security",
     "bad_checkpoints",
     "bad_weights",
 ];
+/// Tells the simulation how many histories are asked for.
+const HISTORIES: &str = "GUILD_SIM_SEEDS";
+/// Histories of a long run.
+const LONG_HISTORIES: &str = "100000";
 /// Tells the tests how much is asked for.
 const EXTENT: &str = "GUILD_CHAOS";
 /// Tells the tests where their lines go.
@@ -47,9 +57,15 @@ pub(crate) fn run(long: bool) -> Result<()> {
     steps.run("build", cargo(&["build", "-p", "guild"]).args(features))?;
     let nextest = runs("cargo", &["nextest", "--version"]);
     let mut tests = match nextest {
-        true => cargo(&["nextest", "run", "-p", "guild-tests", "--no-fail-fast"]),
-        false => cargo(&["test", "-p", "guild-tests", "--no-fail-fast"]),
+        true => cargo(&["nextest", "run", "--no-fail-fast"]),
+        false => cargo(&["test", "--no-fail-fast"]),
     };
+    for package in PACKAGES {
+        tests.args(["-p", package]);
+    }
+    if long {
+        tests.env(HISTORIES, LONG_HISTORIES);
+    }
     if nextest && long {
         tests.args(["--profile", "long"]);
     }
@@ -89,8 +105,10 @@ fn show(report: &Path) -> Result<()> {
             let value = line.remove(*name).unwrap_or(Value::Null);
             row.push_str(&cell(&shown(&value), *width));
         }
+        // Lists and maps are for the file.
         let more = line
             .iter()
+            .filter(|(_, value)| !value.is_object() && !value.is_array())
             .map(|(name, value)| format!("{name}={}", shown(value)));
         eprintln!("{row}  {}", more.collect::<Vec<_>>().join(" "));
     }

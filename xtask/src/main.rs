@@ -28,10 +28,10 @@ enum Recipe {
         /// Only tests whose name contains this
         filter: Option<String>,
     },
-    /// The bars with real processes: nodes, networks, coordinators and stores that fail under load,
-    /// with limits on stalls; prints a table and leaves target/chaos.jsonl
+    /// The bars: nodes, networks, coordinators and stores that fail under load, as real processes
+    /// with limits on stalls and in simulated histories; prints a table and leaves target/chaos.jsonl
     Chaos {
-        /// Every combination, and outages of their full length: about an hour
+        /// Every combination, outages of their full length, 100,000 histories: about an hour and a half
         #[arg(long)]
         long: bool,
     },

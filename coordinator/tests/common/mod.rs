@@ -42,7 +42,7 @@ pub(crate) const NUMERICS: &str = "pretended";
 /// How long a stream waits for another attention node, unless a test says so.
 const RESUME_WAIT: Duration = Duration::from_millis(500);
 /// How long anything may take before a test gives up.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 fn checkpoint() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3-basic")
