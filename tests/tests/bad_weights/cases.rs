@@ -6,7 +6,9 @@ use std::path::Path;
 use guild_model::checkpoint::manifest::FILE as MANIFEST;
 use serde_json::{Value, json};
 
-use crate::file::{INDEX, Source, Templates, Tensor, Weights, edit_bytes, edit_json, edit_weights};
+use crate::file::{
+    INDEX, Source, Templates, Tensor, Weights, edit_bytes, edit_json, edit_weights, list,
+};
 
 /// One mutation of a copy of a source.
 pub(crate) struct Case {
@@ -14,6 +16,8 @@ pub(crate) struct Case {
     pub(crate) source: Source,
     /// All of these must be in the message.
     pub(crate) names: Vec<String>,
+    /// Whether the manifest lists what is wrong.
+    pub(crate) listed: bool,
     pub(crate) apply: Box<dyn Fn(&Path) + Send + Sync>,
 }
 
@@ -28,6 +32,7 @@ impl Case {
             what: format!("{source:?}: {}", what.into()),
             source,
             names: names.iter().map(|n| n.to_string()).collect(),
+            listed: false,
             apply: Box::new(apply),
         }
     }
@@ -51,12 +56,14 @@ impl Draw {
 }
 
 /// Kinds of tensors by a part of their names, and where each occurs.
-const CLASSES: [(&str, &[Source]); 16] = [
+const CLASSES: [(&str, &[Source]); 18] = [
     (
         "embed_tokens.weight",
-        &[Source::Fp8, Source::Shards, Source::Mtp],
+        &[Source::Fp8, Source::Shards, Source::Mtp, Source::Packed],
     ),
     ("lm_head.weight", &[Source::Fp8, Source::V2, Source::Demo]),
+    (".blob", &[Source::Packed]),
+    ("_proj.weight_scale", &[Source::Packed]),
     (
         "model.norm.weight",
         &[Source::Fp8, Source::Shards, Source::V2],
@@ -97,10 +104,9 @@ pub(crate) fn all(templates: &Templates) -> Vec<Case> {
                 .into_iter()
                 .filter(|t| t.name.contains(class))
                 .collect();
-            let flips = if class == "_scale_inv" {
-                4 * FLIPS
-            } else {
-                FLIPS
+            let flips = match class {
+                "_scale_inv" | ".blob" => 4 * FLIPS,
+                _ => FLIPS,
             };
             for _ in 0..flips {
                 let tensor = draw_of(draw, &of_class);
@@ -115,6 +121,7 @@ pub(crate) fn all(templates: &Templates) -> Vec<Case> {
         all.extend(kinds(draw, templates, source));
         all.extend(contents(draw, templates, source));
     }
+    all.extend(packed());
     all.extend(shards());
     all.extend(small_files());
     all.extend(manifests());
@@ -253,6 +260,7 @@ fn kinds(draw: &mut Draw, templates: &Templates, source: Source) -> Vec<Case> {
     let other = |t: &Tensor| match t.dtype.as_str() {
         "BF16" => ("F16", "I16"),
         "F32" => ("I32", "U32"),
+        "U8" => ("F8_E4M3", "I8"),
         _ => ("F8_E5M2", "I8"),
     };
     let one = any(draw, templates, source, |t| {
@@ -317,6 +325,130 @@ fn contents(draw: &mut Draw, templates: &Templates, source: Source) -> Vec<Case>
         all.push(case);
     }
     all
+}
+
+/// Packed checkpoints whose manifest lists just what is wrong.
+fn packed() -> Vec<Case> {
+    const TRUNK: &str = "model-00001-of-00002.safetensors";
+    const EXPERTS: &str = "model-00002-of-00002.safetensors";
+    const BLOB: &str = "model.layers.2.mlp.experts.7.blob";
+    const SCALES: &str = "model.layers.0.self_attn.o_proj.weight_scale";
+    let edited =
+        |what: &str, file: &'static str, tensor: &'static str, says: &str, edit: fn(&mut [u8])| {
+            let names = [file, &format!("`{tensor}`"), says];
+            let what = format!("{what}, and listed so");
+            let case = Case::new(what, Source::Packed, &names, move |dir| {
+                edit_weights(&dir.join(file), |weights| edit(weights.bytes(tensor)));
+                list(dir);
+            });
+            Case {
+                listed: true,
+                ..case
+            }
+        };
+    let config = |what: &str, field: &str, edit: fn(&mut Value)| {
+        let field = format!("quantization_config.{field}");
+        Case::new(what, Source::Packed, &["config.json", &field], move |dir| {
+            edit_json(&dir.join("config.json"), |config| {
+                edit(&mut config["quantization_config"]);
+            });
+        })
+    };
+    vec![
+        edited("a scale that is NaN", TRUNK, SCALES, "scale", |bytes| {
+            bytes[2..4].copy_from_slice(&[0xc0, 0x7f]);
+        }),
+        edited(
+            "a scale beyond all weights",
+            TRUNK,
+            SCALES,
+            "scale",
+            |bytes| {
+                bytes[2..4].copy_from_slice(&[0x7f, 0x7f]);
+            },
+        ),
+        edited("no blob", EXPERTS, BLOB, "GUILDEXP", |bytes| bytes[0] = 0),
+        edited("another version", EXPERTS, BLOB, "version", |bytes| {
+            bytes[8] = 2
+        }),
+        edited("another expert", EXPERTS, BLOB, "expert", |bytes| {
+            bytes[28] = 6
+        }),
+        edited("another layer", EXPERTS, BLOB, "layer", |bytes| {
+            bytes[24] = 3
+        }),
+        edited("int8 in its header", EXPERTS, BLOB, "gate", |bytes| {
+            bytes[32] = 4
+        }),
+        edited("an unknown group", EXPERTS, BLOB, "gate", |bytes| {
+            bytes[36] = 7
+        }),
+        edited("huge rows", EXPERTS, BLOB, "shapes", |bytes| {
+            bytes[40..48].fill(0xff)
+        }),
+        edited("a length that lies", EXPERTS, BLOB, "length", |bytes| {
+            bytes[17] ^= 1
+        }),
+        edited("its last scale infinite", EXPERTS, BLOB, "down", |bytes| {
+            let last = u64::from_le_bytes(*bytes[32 + 2 * 72 + 56..].first_chunk().unwrap());
+            bytes[last as usize..][..2].copy_from_slice(&[0x80, 0x7f]);
+        }),
+        config("another version of packing", "version", |q| {
+            q["version"] = json!(2)
+        }),
+        config("no version", "version", |q| q["version"] = Value::Null),
+        config("a group of 48", "group_size", |q| {
+            q["group_size"] = json!(48)
+        }),
+        config("a group of all", "group_size", |q| {
+            q["group_size"] = json!(u64::MAX)
+        }),
+        config("an unknown format", "formats.experts", |q| {
+            q["formats"]["experts"] = json!("int3");
+        }),
+        config("an unknown role", "formats.router", |q| {
+            q["formats"]["router"] = json!("int8");
+        }),
+        config("no formats", "formats", |q| q["formats"] = Value::Null),
+        config("another method", "quant_method", |q| {
+            q["quant_method"] = json!("gptq");
+        }),
+        Case::new(
+            "the head is said to be plain",
+            Source::Packed,
+            &[TRUNK, "`lm_head.weight`"],
+            |dir| {
+                edit_json(&dir.join("config.json"), |config| {
+                    let formats = config["quantization_config"]["formats"].as_object_mut();
+                    formats.unwrap().shift_remove("head").unwrap();
+                });
+                fs::remove_file(dir.join(MANIFEST)).unwrap();
+            },
+        ),
+        Case::new(
+            "another group than the files have",
+            Source::Packed,
+            &[TRUNK, ".weight", "shape"],
+            |dir| {
+                edit_json(&dir.join("config.json"), |config| {
+                    config["quantization_config"]["group_size"] = json!(128);
+                });
+                fs::remove_file(dir.join(MANIFEST)).unwrap();
+            },
+        ),
+        Case::new(
+            "a blob that is not there",
+            Source::Packed,
+            &[BLOB, "missing"],
+            |dir| {
+                edit_json(&dir.join(INDEX), |index| {
+                    let map = index["weight_map"].as_object_mut().unwrap();
+                    map.shift_remove(BLOB).unwrap();
+                });
+                fs::remove_file(dir.join(MANIFEST)).unwrap();
+            },
+        ),
+    ]
 }
 
 /// Shards and the index that do not belong together.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use guild_model::Checkpoint;
 use guild_model::checkpoint::manifest::Manifest;
+use guild_model::quantize::{DEFAULT_SHARD_BYTES, Job};
 use guild_tests::process::{demo, golden_dir};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
@@ -25,28 +26,38 @@ pub(crate) enum Source {
     V2,
     /// The demo, with a tokenizer.
     Demo,
+    /// The demo packed as int4: trunk and experts in a file each.
+    Packed,
 }
 
 impl Source {
-    pub(crate) const ALL: [Source; 5] = [
+    pub(crate) const ALL: [Source; 6] = [
         Source::Fp8,
         Source::Shards,
         Source::Mtp,
         Source::V2,
         Source::Demo,
+        Source::Packed,
     ];
 
     /// Its weight files.
     pub(crate) fn files(self) -> Vec<String> {
         let shards = match self {
             Source::Shards => 3,
-            Source::Mtp => 2,
+            Source::Mtp | Source::Packed => 2,
             Source::Fp8 | Source::V2 | Source::Demo => return vec![SINGLE.into()],
         };
         (1..=shards)
             .map(|i| format!("model-{i:05}-of-{shards:05}.safetensors"))
             .collect()
     }
+}
+
+/// Writes the manifest of what is there.
+pub(crate) fn list(dir: &Path) {
+    let checkpoint = Checkpoint::open_unlisted(dir).unwrap();
+    let made = Manifest::of(&checkpoint, &|_, _| ()).unwrap();
+    made.write(dir).unwrap();
 }
 
 /// One checkpoint of each kind with its manifest.
@@ -63,15 +74,22 @@ impl Templates {
                 Source::Shards => golden_dir("v3-basic"),
                 Source::Mtp => golden_dir("v3-mtp"),
                 Source::V2 => golden_dir("v2-lite"),
-                Source::Demo => demo(),
+                Source::Demo | Source::Packed => demo(),
             };
             let dir = root.path().join(format!("{source:?}"));
-            copy(&from, &dir);
-            let checkpoint = Checkpoint::open_unlisted(&dir).unwrap();
-            Manifest::of(&checkpoint, &|_, _| ())
-                .unwrap()
-                .write(&dir)
+            if source == Source::Packed {
+                Job {
+                    source: &Checkpoint::open(&from).unwrap(),
+                    dtype: "int4".parse().unwrap(),
+                    shard_bytes: DEFAULT_SHARD_BYTES,
+                    out: &dir,
+                }
+                .run(&|_| (), &|_, _| ())
                 .unwrap();
+            } else {
+                copy(&from, &dir);
+                list(&dir);
+            }
             Checkpoint::open(&dir).unwrap().digest().unwrap();
         }
         Templates { root }
