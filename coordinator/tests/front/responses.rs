@@ -109,6 +109,9 @@ async fn a_stream_opens_and_closes_each_item() {
     let door = door();
     let said = "Wait.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>time\n```json\n{\"a\": 1}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>";
     door.will_say(said, 1);
+    // EOS.
+    let end = Step::Tokens(vec![1]);
+    door.fake.steps.lock().unwrap().push(end);
     let tools = json!([{"type": "function", "name": "time", "parameters": {"type": "object"}}]);
     let answer = door
         .post(PATH, json!({"input": "hi", "stream": true, "tools": tools}))
