@@ -95,6 +95,7 @@ fn a_prompt_is_cut_into_chunks_and_then_decodes() {
         s.counts(),
         Counts {
             free_pages: 16,
+            run: 21,
             ..Counts::default()
         }
     );
@@ -136,6 +137,8 @@ fn a_stop_frees_pages_for_the_next_in_line() {
         Counts {
             waiting: 1,
             free_pages: 3,
+            outstanding: 12,
+            run: 9,
             ..Counts::default()
         }
     );
