@@ -43,7 +43,7 @@ impl Tools {
     pub(super) fn read(fields: &mut Fields) -> Result<Tools, Fault> {
         Tools::read_with(
             fields,
-            |tool| Ok(tool),
+            Ok,
             |choice| choice.get("function").and_then(|f| f.get("name")).cloned(),
         )
     }
