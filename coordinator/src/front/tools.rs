@@ -41,11 +41,9 @@ pub(super) struct Tools {
 impl Tools {
     /// Reads `tools`, `tool_choice` and `parallel_tool_calls`, as the chat endpoint has them.
     pub(super) fn read(fields: &mut Fields) -> Result<Tools, Fault> {
-        Tools::read_with(
-            fields,
-            Ok,
-            |choice| choice.get("function").and_then(|f| f.get("name")).cloned(),
-        )
+        Tools::read_with(fields, Ok, |choice| {
+            choice.get("function").and_then(|f| f.get("name")).cloned()
+        })
     }
 
     /// The same for an endpoint with other forms: `tool` makes one of this endpoint's, `named` finds
