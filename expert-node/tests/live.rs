@@ -12,10 +12,8 @@ use guild_expert_node::{Error, ExpertNodeConfig, run};
 use guild_model::{Checkpoint, Cpu, checkpoint::Dtype, expert::Expert};
 use guild_node::{ExitKind, HasExitKind, Shutdown};
 use guild_proto::cluster::v1::{
-    ExpertLoadRequest, ExpertLoadResponse, HeartbeatRequest, HeartbeatResponse, LeaveRequest,
-    LeaveResponse, Placement, PlacementNode, PlacementState, RegisterRequest, RegisterResponse,
-    ReportLoadRequest, ReportLoadResponse, Role, Slot, StatusRequest, StatusResponse,
-    WatchPlacementRequest,
+    HeartbeatRequest, HeartbeatResponse, LeaveRequest, LeaveResponse, Placement, PlacementNode,
+    PlacementState, RegisterRequest, RegisterResponse, Role, Slot, WatchPlacementRequest,
     cluster_server::{Cluster, ClusterServer},
 };
 use guild_transport::{
@@ -85,24 +83,6 @@ impl Cluster for Coordinator {
             .filter(|placement| placement.epoch > 0)
             .map(Ok);
         Ok(Response::new(Box::pin(placements)))
-    }
-
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        Ok(Response::new(StatusResponse::default()))
-    }
-
-    async fn report_load(
-        &self,
-        _: Request<ReportLoadRequest>,
-    ) -> Result<Response<ReportLoadResponse>, Status> {
-        Err(Status::unimplemented("not in this test"))
-    }
-
-    async fn expert_load(
-        &self,
-        _: Request<ExpertLoadRequest>,
-    ) -> Result<Response<ExpertLoadResponse>, Status> {
-        Err(Status::unimplemented("not in this test"))
     }
 }
 

@@ -24,20 +24,11 @@ struct Streams(mpsc::Sender<mpsc::Sender<Result<Placement, Status>>>);
 
 #[tonic::async_trait]
 impl Cluster for Streams {
-    async fn register(
-        &self,
-        _: Request<RegisterRequest>,
-    ) -> Result<Response<RegisterResponse>, Status> {
-        Err(Status::unimplemented("not in this test"))
-    }
     async fn heartbeat(
         &self,
         _: Request<HeartbeatRequest>,
     ) -> Result<Response<HeartbeatResponse>, Status> {
         Ok(Response::new(HeartbeatResponse {}))
-    }
-    async fn leave(&self, _: Request<LeaveRequest>) -> Result<Response<LeaveResponse>, Status> {
-        Err(Status::unimplemented("not in this test"))
     }
     async fn watch_placement(
         &self,
@@ -46,23 +37,6 @@ impl Cluster for Streams {
         let (tx, rx) = mpsc::channel(4);
         self.0.send(tx).await.unwrap();
         Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
-    }
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        Err(Status::unimplemented("not in this test"))
-    }
-
-    async fn report_load(
-        &self,
-        _: Request<ReportLoadRequest>,
-    ) -> Result<Response<ReportLoadResponse>, Status> {
-        Err(Status::unimplemented("not in this test"))
-    }
-
-    async fn expert_load(
-        &self,
-        _: Request<ExpertLoadRequest>,
-    ) -> Result<Response<ExpertLoadResponse>, Status> {
-        Err(Status::unimplemented("not in this test"))
     }
 }
 

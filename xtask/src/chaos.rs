@@ -24,6 +24,7 @@ const BARS: &[&str] = &[
     "security",
     "bad_checkpoints",
     "bad_weights",
+    "overload",
 ];
 /// Tells the simulation how many histories are asked for.
 const HISTORIES: &str = "GUILD_SIM_SEEDS";
