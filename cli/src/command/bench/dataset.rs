@@ -354,7 +354,7 @@ mod tests {
                 .flat_map(ids)
                 .all(|id| (16..1000).contains(&id))
         );
-        assert_eq!(samples, super::samples(&args).unwrap());
+        assert_eq!(samples, self::samples(&args).unwrap());
         let warm: HashSet<_> = Maker::new(&args)
             .unwrap()
             .warmups()
@@ -428,7 +428,7 @@ mod tests {
             .filter(|s| s.prompt_len.abs_diff(40) <= 4)
             .count();
         assert!(near >= 18, "{near}");
-        assert!(super::samples(&args("--api chat")).is_err());
+        assert!(self::samples(&args("--api chat")).is_err());
     }
 
     #[test]
@@ -453,6 +453,6 @@ mod tests {
         let samples = samples(&args(&flags)).unwrap();
         let asked = Prompt::Text("tell me of the sea and its ships".into());
         assert_eq!(samples[0].prompt, asked);
-        assert!(super::samples(&args(&flags.replace("prompts 1", "prompts 2"))).is_err());
+        assert!(self::samples(&args(&flags.replace("prompts 1", "prompts 2"))).is_err());
     }
 }
