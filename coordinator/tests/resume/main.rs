@@ -141,7 +141,7 @@ fn cases() -> impl Strategy<Value = (GenerateRequest, Vec<Break>)> {
         Just(How::Say("DRAINING")),
         Just(How::Say("ENGINE_STOPPED")),
         Just(How::Bare(Code::Internal)),
-        Just(How::Refuse(Status::unavailable("no"))),
+        Just(How::Refuse(Status::resource_exhausted("no"))),
     ];
     let breaks = prop::collection::vec((0..20usize, how), 0..=3);
     let sampling = (
@@ -194,7 +194,7 @@ fn random_breaks<const N: usize>(cases_to_run: u32) {
     let outcome = runner.run(&cases(), |(request, breaks)| {
         let got = runtime.block_on(cluster.run(&request, &breaks));
         match is_refused(&breaks, N) {
-            true => prop_assert_eq!(got.unwrap_err().code(), Code::Unavailable),
+            true => prop_assert_eq!(got.unwrap_err().code(), Code::ResourceExhausted),
             false => prop_assert_eq!(got.unwrap(), cluster.undisturbed(&request)),
         }
         Ok(())
