@@ -17,7 +17,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use front::{FrontDoor, FrontLimits, ServedModel};
 use guild_model::checkpoint::Dtype;
-use guild_model::expert::Expert;
 use guild_model::text::Text;
 use guild_model::{Checkpoint, ModelError};
 use guild_node::channel::Dialer;
@@ -417,7 +416,7 @@ fn identify(config: &CoordinatorConfig) -> Result<(Settings, ServedModel), Model
     let digest = checkpoint.digest()?;
     let mut slot_bytes = 0;
     for layer in description.expert_layers() {
-        slot_bytes = slot_bytes.max(Expert::bytes_of(checkpoint, layer, 0, config.dtype)?);
+        slot_bytes = slot_bytes.max(checkpoint.expert_memory(layer, 0, config.dtype)?);
     }
     let settings = Settings {
         model_digest: digest.clone(),

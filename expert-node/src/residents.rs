@@ -137,7 +137,7 @@ impl Residents {
         let mut needed: u64 = 0;
         for &key in missing {
             let (layer, expert) = (key.0 as usize, key.1 as usize);
-            let bytes = Expert::bytes_of(&self.checkpoint, layer, expert, self.dtype);
+            let bytes = self.checkpoint.expert_memory(layer, expert, self.dtype);
             needed = needed.saturating_add(bytes.map_err(|source| unreadable(key, source))?);
         }
         if self.capacity > 0 && held.saturating_add(needed) > self.capacity {

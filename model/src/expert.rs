@@ -207,19 +207,6 @@ impl Expert {
         Ok(expected(ckpt, layer, expert, dtype)?.len)
     }
 
-    /// What [`Expert::bytes`] of this expert is or would be.
-    ///
-    /// # Errors
-    /// As [`Expert::load`], without reading a value.
-    pub fn bytes_of(
-        ckpt: &Checkpoint,
-        layer: usize,
-        expert: usize,
-        dtype: Dtype,
-    ) -> Result<u64, ModelError> {
-        Ok(expected(ckpt, layer, expert, dtype)?.weight_bytes())
-    }
-
     /// The expert as it lies in memory.
     pub fn blob(&self) -> &[u8] {
         self.memory.bytes()
@@ -315,6 +302,21 @@ impl<'a> Source<'a> {
             tensor(up)?,
             tensor(down)?,
         ]))
+    }
+}
+
+impl Checkpoint {
+    /// What [`Expert::bytes`] of this expert is or would be: for planning by those who hold no experts.
+    ///
+    /// # Errors
+    /// As [`Expert::load`], without reading a value.
+    pub fn expert_memory(
+        &self,
+        layer: usize,
+        expert: usize,
+        dtype: Dtype,
+    ) -> Result<u64, ModelError> {
+        Ok(expected(self, layer, expert, dtype)?.weight_bytes())
     }
 }
 
