@@ -23,10 +23,13 @@ use guild_model::{Cpu, expert::Expert};
 const ROWS: [usize; 3] = [1, 8, 64];
 /// Rows of the product that the answer speaks of: decoding with some company.
 const TYPICAL_ROWS: usize = 8;
-/// What measuring may take, but for one product of each kind.
+/// What measuring may take, but for the least number of products.
 const BUDGET: Duration = Duration::from_millis(50);
 /// Products of each kind, at most.
 const SAMPLES: usize = 16;
+/// Products of each kind at least, however long they take: a start in which others had the processor would otherwise be
+/// taken for a slow machine for good.
+const LEAST_SAMPLES: usize = 5;
 /// Experts among which those take turns, so that weights come from where they
 /// come from when rows are served.
 pub(crate) const EXPERTS: usize = 16;
@@ -51,7 +54,7 @@ struct Measured {
 
 impl Capacity {
     /// Runs some of `experts` on rows of `width`, unless that was done before.
-    /// Takes about 50 ms, less where experts are small.
+    /// Takes about 50 ms, less where experts are small, more where the processor is not to be had.
     pub(crate) fn calibrate(&self, experts: &[Arc<Expert>], width: usize, cpu: &Cpu) {
         if experts.is_empty() || self.lock().is_some() {
             return;
@@ -75,7 +78,7 @@ impl Capacity {
         let seconds = ROWS.map(|rows| {
             let begun = Instant::now();
             let (mut least, mut samples) = (run(rows), 1);
-            while samples < SAMPLES && begun.elapsed() < budget {
+            while samples < LEAST_SAMPLES || samples < SAMPLES && begun.elapsed() < budget {
                 least = least.min(run(rows));
                 samples += 1;
             }
