@@ -10,8 +10,6 @@
 //! counts even when no load has met that limit yet (`quota`). Knows nothing of
 //! senders and placements.
 
-mod quota;
-
 use std::{
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -97,7 +95,7 @@ impl Capacity {
     /// Rows per second of products of [`TYPICAL_ROWS`] on `threads` threads;
     /// `None` before [`Capacity::calibrate`].
     pub(crate) fn rows_per_second(&self, threads: usize) -> Option<f64> {
-        let share = quota::cpus().map_or(1.0, |cpus| cpus / threads.max(1) as f64);
+        let share = crate::quota::cpus().map_or(1.0, |cpus| cpus / threads.max(1) as f64);
         let rate = self.lock().as_ref()?.rows_per_second(share);
         rate.is_finite().then_some(rate)
     }

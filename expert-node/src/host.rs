@@ -52,6 +52,7 @@ pub struct Host {
 impl Host {
     /// A node `name` without experts, for rows of `width` elements.
     pub fn new(name: impl Into<String>, width: usize, cpu: Cpu) -> Self {
+        let pace = Arc::new(Pace::new(cpu.threads()));
         Self {
             name: name.into(),
             width,
@@ -59,7 +60,7 @@ impl Host {
             merger: Merger::new(Merging::default()),
             capacity: Capacity::default(),
             tables: RwLock::new(Vec::new()),
-            pace: Arc::default(),
+            pace,
             lease: OnceLock::new(),
             unleased: AtomicU64::new(0),
         }

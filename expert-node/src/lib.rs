@@ -16,6 +16,7 @@ pub mod host;
 mod live;
 pub mod merge;
 mod pace;
+mod quota;
 pub mod residents;
 mod scrub;
 mod thread;

@@ -16,12 +16,14 @@ use std::{
 
 use guild_model::expert::Breathe;
 
+use crate::quota;
+
 /// A node that had rows so recently will have more at once.
 const BUSY: Duration = Duration::from_millis(20);
-/// While this node is busy, work rests so many times as long as a piece of it took. To a copy its
-/// connection adds about three times what is measured here: a tenth of the node goes to copies,
-/// and the slower the node, the slower they are.
-const REST: u32 = 29;
+/// While this node is busy, one part in so many of its processors' time goes to such work. To a
+/// copy its connection adds about three times what is measured here, so copies take a tenth of a
+/// node, and the slower the node, the slower they are.
+const PARTS: f64 = 30.0;
 /// The longest rest at a time.
 const MAX_REST: Duration = Duration::from_secs(1);
 
@@ -33,16 +35,8 @@ pub(crate) struct Pace {
     last_rows: Mutex<Option<Instant>>,
     /// Held by a piece of work; not to be taken before that time while rows come.
     next: Mutex<Instant>,
-}
-
-impl Default for Pace {
-    fn default() -> Self {
-        Pace {
-            rows: AtomicUsize::new(0),
-            last_rows: Mutex::new(None),
-            next: Mutex::new(Instant::now()),
-        }
-    }
+    /// That rows are worked on with.
+    threads: usize,
 }
 
 /// Rows are here until this is dropped.
@@ -52,9 +46,20 @@ pub(crate) struct Rows<'a>(&'a Pace);
 struct Turn<'a> {
     next: MutexGuard<'a, Instant>,
     begun: Instant,
+    threads: usize,
 }
 
 impl Pace {
+    /// For a node of so many threads, which has a processor for each unless a quota gives it less.
+    pub(crate) fn new(threads: usize) -> Pace {
+        Pace {
+            rows: AtomicUsize::new(0),
+            last_rows: Mutex::new(None),
+            next: Mutex::new(Instant::now()),
+            threads,
+        }
+    }
+
     /// Rows have come.
     pub(crate) fn rows(&self) -> Rows<'_> {
         self.rows.fetch_add(1, Ordering::AcqRel);
@@ -89,7 +94,12 @@ impl Pace {
             let rest = next.saturating_duration_since(Instant::now());
             if rest.is_zero() || self.is_quiet(BUSY) {
                 let begun = Instant::now();
-                return Turn { next, begun };
+                let threads = self.threads;
+                return Turn {
+                    next,
+                    begun,
+                    threads,
+                };
             }
             drop(next);
             thread::sleep(rest);
@@ -99,8 +109,8 @@ impl Pace {
 
 impl Turn<'_> {
     fn end(mut self) {
-        let rest = (self.begun.elapsed() * REST).min(MAX_REST);
-        *self.next = Instant::now() + rest;
+        let processors = processors(self.threads, quota::cpus());
+        *self.next = Instant::now() + rest(self.begun.elapsed(), processors);
     }
 }
 
@@ -109,6 +119,17 @@ impl Drop for Rows<'_> {
         *lock(&self.0.last_rows) = Some(Instant::now());
         self.0.rows.fetch_sub(1, Ordering::AcqRel);
     }
+}
+
+/// Processors that a node of so many threads has. Its quota may be changed while it runs.
+fn processors(threads: usize, quota: Option<f64>) -> f64 {
+    quota.map_or(threads as f64, |quota| quota.min(threads as f64))
+}
+
+/// The rest after a piece of work that took so long, on a node with so many processors.
+fn rest(piece: Duration, processors: f64) -> Duration {
+    let rest = piece.as_secs_f64() * (PARTS / processors - 1.0).max(0.0);
+    Duration::from_secs_f64(rest.min(MAX_REST.as_secs_f64()))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -121,7 +142,7 @@ mod tests {
 
     #[test]
     fn while_rows_are_here_every_piece_is_followed_by_a_rest_and_otherwise_none() {
-        let pace = Pace::default();
+        let pace = Pace::new(1);
         let pieces = |count: u32, piece: Duration| {
             let begun = Instant::now();
             pace.in_pieces(|breathe| {
@@ -133,24 +154,38 @@ mod tests {
             begun.elapsed()
         };
         let piece = Duration::from_millis(2);
+        let due = rest(piece, processors(1, quota::cpus()));
         let rows = pace.rows();
         assert!(!pace.is_quiet(Duration::ZERO));
         // Never less, however busy the machine is.
-        assert!(pieces(3, piece) >= 3 * piece + 3 * piece * REST);
+        assert!(pieces(3, piece) >= 3 * piece + 3 * due);
         drop(rows);
         assert!(pace.is_quiet(Duration::ZERO) && !pace.is_quiet(Duration::from_secs(3600)));
         thread::sleep(BUSY);
         let begun = Instant::now();
         pace.in_pieces(|_| thread::sleep(piece));
-        let rest = lock(&pace.next).saturating_duration_since(begun);
-        assert!(rest >= piece * REST, "a rest is due if rows come now");
+        let left = lock(&pace.next).saturating_duration_since(begun);
+        assert!(left >= due, "a rest is due if rows come now");
         // None have.
         pieces(1, piece);
     }
 
     #[test]
+    fn a_part_of_a_processor_rests_longer_and_many_rest_less() {
+        let of_a_ms = |processors| rest(Duration::from_millis(1), processors);
+        assert_eq!(of_a_ms(processors(2, None)), Duration::from_millis(14));
+        assert_eq!(
+            of_a_ms(processors(2, Some(0.25))),
+            Duration::from_millis(119)
+        );
+        assert_eq!(of_a_ms(processors(2, Some(8.0))), Duration::from_millis(14));
+        assert_eq!(of_a_ms(64.0), Duration::ZERO);
+        assert_eq!(rest(Duration::from_secs(9), 1.0), MAX_REST);
+    }
+
+    #[test]
     fn work_that_takes_turns_is_never_done_at_the_same_time() {
-        let (pace, at_work) = (Pace::default(), AtomicUsize::new(0));
+        let (pace, at_work) = (Pace::new(1), AtomicUsize::new(0));
         let _rows = pace.rows();
         thread::scope(|scope| {
             for _ in 0..3 {

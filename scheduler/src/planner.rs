@@ -154,7 +154,7 @@ impl Default for Policy {
             budget_bytes: u64::MAX,
             aim: Aim::Both,
             min_gain: 0.007_5,
-            min_gain_per_layout: 0.08,
+            min_gain_per_layout: 0.12,
             hot: 4.0,
             max_copies_per_layer: 64,
             fresh_gain: 0.25,
