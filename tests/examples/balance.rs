@@ -64,6 +64,8 @@ const BUDGET: &str = "64MiB";
 const REDUNDANT: &str = "4";
 /// A node's processor time, of a period in microseconds.
 const QUOTA: (u64, u64) = (2_500, 10_000);
+/// So many gaps under one table, while nothing moves, say what is usual under it.
+const ENOUGH_GAPS: usize = 200;
 /// A migration that is under way when the load ends may take so long.
 const AFTERWARDS: Duration = Duration::from_secs(10);
 
@@ -388,12 +390,39 @@ async fn watch(coordinator: String, stop: Arc<AtomicBool>) -> Moves {
     moves
 }
 
-/// Milliseconds; 0 without any.
-fn p99<'a>(tokens: impl Iterator<Item = &'a Token>) -> f64 {
-    let mut gaps: Vec<Duration> = tokens.filter_map(|token| token.gap).collect();
-    gaps.sort_unstable();
+/// Gaps between tokens while nothing moves and while something does, as multiples of the median gap
+/// while nothing moves under the same table and the same load: a table that is worth a move is a
+/// slow one, whether anything moves or not.
+fn calm(tokens: &[Token], spans: &[(Instant, Instant)], half: Instant) -> (Vec<f64>, Vec<f64>) {
+    let gaps = tokens
+        .iter()
+        .filter_map(|token| Some((token.at, token.gap?)));
+    let mut states: HashMap<_, [Vec<f64>; 2]> = HashMap::new();
+    for (at, gap) in gaps {
+        let from = at - gap;
+        let moving = spans.iter().any(|span| from < span.1 && at > span.0);
+        let table = spans.iter().filter(|span| span.1 <= from).count();
+        let kinds = states.entry((table, from >= half)).or_default();
+        kinds[usize::from(moving)].push(gap.as_secs_f64());
+    }
+    let (mut quiet, mut during) = (Vec::new(), Vec::new());
+    for [mut still, moving] in states.into_values() {
+        if still.len() >= ENOUGH_GAPS {
+            still.sort_by(f64::total_cmp);
+            let median = still[still.len() / 2];
+            quiet.extend(still.iter().map(|gap| gap / median));
+            during.extend(moving.iter().map(|gap| gap / median));
+        }
+    }
+    (quiet, during)
+}
+
+/// 0 without any.
+fn p99(gaps: &[f64]) -> f64 {
+    let mut gaps = gaps.to_vec();
+    gaps.sort_by(f64::total_cmp);
     let at = (gaps.len() * 99).div_ceil(100).saturating_sub(1);
-    gaps.get(at).map_or(0.0, |gap| gap.as_secs_f64() * 1e3)
+    gaps.get(at).copied().unwrap_or_default()
 }
 
 async fn run(
@@ -436,13 +465,7 @@ async fn run(
             .filter(|token| token.at > from && token.at <= to);
         came.count() as f64 / (to - from).as_secs_f64()
     };
-    let moving = |token: &&Token| {
-        let from = token.at - token.gap.unwrap_or_default();
-        let spans = moves.spans.iter();
-        spans.clone().any(|span| from < span.1 && token.at > span.0)
-    };
-    let quiet = p99(tokens.iter().filter(|token| !moving(token)));
-    let during = p99(tokens.iter().filter(moving));
+    let (quiet, during) = calm(&tokens, &moves.spans, begun + time / 2);
     let round = |x: f64| (x * 100.0).round() / 100.0;
     json!({
         "bench": "balance",
@@ -461,9 +484,10 @@ async fn run(
         "last_failure": moves.last.last_failure,
         "moved_bytes": moves.bytes.values().sum::<u64>(),
         "moving_s": round(moves.spans.iter().map(|span| (span.1 - span.0).as_secs_f64()).sum()),
-        "itl_p99_ms_quiet": round(quiet),
-        "itl_p99_ms_moving": round(during),
-        "gaps_moving": tokens.iter().filter(moving).count(),
+        "gaps_moving": during.len(),
+        "itl_p99_quiet": round(p99(&quiet)),
+        "itl_p99_moving": round(p99(&during)),
+        "itl_p99_ratio": round(p99(&during) / p99(&quiet)),
     })
 }
 
