@@ -9,6 +9,7 @@ pub mod batch;
 pub mod eplb;
 pub mod load;
 pub mod membership;
+pub mod microbatch;
 pub mod migration;
 pub mod placement;
 pub mod planner;
