@@ -102,7 +102,7 @@ impl Banner {
     /// Room for the latent KV cache of one attention node.
     pub(crate) fn kv(&mut self, checkpoint: &Checkpoint, engine: Engine) -> &mut Self {
         let c = checkpoint.config();
-        let format = engine.kv_dtype.format().unwrap_or(Format::F32);
+        let format = engine.latents.format().unwrap_or(Format::F32);
         let each = LatentCache::bytes_per_token(c, format) as u64;
         let longest = c.max_position_embeddings as u64;
         let context = if engine.max_context == 0 {

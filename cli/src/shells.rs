@@ -49,7 +49,7 @@ pub(crate) fn attention(
         model_name: model_name.to_owned(),
         dtype: compute.dtype,
         kv_memory: engine.kv_memory,
-        kv_dtype: engine.kv_dtype.format(),
+        kv_dtype: engine.latents.format(),
         page_tokens: engine.page_tokens as usize,
         max_running: engine.max_running as usize,
         max_waiting: engine.max_waiting as usize,

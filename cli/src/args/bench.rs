@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{Access, Common, Compute, KvDtype};
+use super::{Access, Common, Compute, Latents};
 use crate::failure::EXIT_CODES;
 
 #[derive(Clone, Debug, Args)]
@@ -228,15 +228,8 @@ pub(crate) struct BenchModel {
     /// Tokens before those that are decoded
     #[arg(long, default_value_t = 16, value_name = "N")]
     pub(crate) context: u32,
-    /// How the latent KV cache stores rows; auto: f32
-    #[arg(
-        long,
-        value_enum,
-        default_value_t,
-        value_name = "auto|f32|bf16|fp8",
-        hide_possible_values = true
-    )]
-    pub(crate) kv_dtype: KvDtype,
+    #[command(flatten)]
+    pub(crate) latents: Latents,
     /// Rounds that the medians are taken of
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
     pub(crate) rounds: u32,

@@ -25,8 +25,8 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
     let clients = door.protection(insecure);
     let listeners = Listeners {
         cluster: bind("listen", &args.listen, Protection::Enough).await?,
-        http: bind("http", &args.http, clients).await?,
-        grpc: bind("grpc", &args.grpc, clients).await?,
+        http: bind("http", &args.doors.http, clients).await?,
+        grpc: bind("grpc", &args.doors.grpc, clients).await?,
     };
     let scheme = door.scheme();
     listening(&address_of(&listeners.cluster)?.to_string())?;

@@ -24,8 +24,8 @@ async fn serve(args: &Up) -> Result<(), Failure> {
     let insecure = args.exposure.insecure;
     let door = Door::open(&args.door)?;
     let clients = door.protection(insecure);
-    let http = bind("http", &args.http, clients).await?;
-    let grpc = bind("grpc", &args.grpc, clients).await?;
+    let http = bind("http", &args.doors.http, clients).await?;
+    let grpc = bind("grpc", &args.doors.grpc, clients).await?;
     let doors = (address_of(&http)?, address_of(&grpc)?);
     let checkpoint = super::open(&args.model, args.compute)?;
     let cluster = bind("listen", EPHEMERAL, Protection::LOOPBACK).await?;

@@ -47,7 +47,7 @@ pub(super) fn run(args: &BenchModel) -> Result<(), Failure> {
     log_tool(&args.common)?;
     let checkpoint = Checkpoint::open(&args.model)?;
     let cpu = Cpu::new(args.compute.threads.into());
-    let format = args.kv_dtype.format().unwrap_or(Format::F32);
+    let format = args.latents.format().unwrap_or(Format::F32);
     let runs = runs(args, checkpoint.config())?;
     let (trunk, host) = load(&checkpoint, args, &cpu)?;
     let model = Model::new(checkpoint.config(), &trunk, &host, format, args);
