@@ -3,11 +3,11 @@
 
 use std::io::Write as _;
 
-use guild_node::ExitKind;
 use guild_proto::inference::v1::{Complete, FinishReason, TokenLogprobs};
 use serde::Serialize;
 
 use crate::failure::Failure;
+use crate::json;
 
 /// The object of `generate --json`. Floats stay f32, so that they are printed
 /// with the fewest digits that read back as the same bits.
@@ -67,10 +67,7 @@ impl Answer {
 
     /// The object on one line.
     pub(crate) fn print_json(&self) -> Result<(), Failure> {
-        let line = serde_json::to_string(self).map_err(|error| {
-            Failure::new(ExitKind::Internal, format!("cannot write JSON: {error}"))
-        })?;
-        Ok(writeln!(std::io::stdout(), "{line}")?)
+        json::print(self)
     }
 
     /// Text, or the ids where there is none, and the log-probabilities.

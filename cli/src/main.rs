@@ -12,6 +12,7 @@ mod client;
 mod command;
 mod failure;
 mod http;
+mod json;
 mod listen;
 mod loading;
 mod local;

@@ -9,11 +9,11 @@ use guild_model::checkpoint::Dtype;
 use guild_model::compare::{self, LogitError, WeightError};
 use guild_model::text::Text;
 use guild_model::{Checkpoint, Cpu};
-use guild_node::ExitKind;
 use serde::Serialize;
 
 use crate::args::Inspect;
 use crate::failure::Failure;
+use crate::json;
 use crate::loading::Progress;
 use crate::units;
 
@@ -67,10 +67,7 @@ pub(super) fn run(args: &Inspect, a: &Path, b: &Path, cpu: &Cpu) -> Result<(), F
         logits,
     };
     if args.json {
-        let line = serde_json::to_string(&comparison).map_err(|error| {
-            Failure::new(ExitKind::Internal, format!("cannot write JSON: {error}"))
-        })?;
-        return Ok(writeln!(std::io::stdout(), "{line}")?);
+        return json::print(&comparison);
     }
     comparison.print()
 }

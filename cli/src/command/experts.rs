@@ -1,9 +1,8 @@
 //! `guild experts`: the layout and the load of the experts, of a cluster and from files.
 
-use std::io::{Read as _, Write as _};
+use std::io::Read as _;
 use std::path::Path;
 
-use guild_node::ExitKind;
 use guild_scheduler::eplb::{self, Shape};
 use serde::Serialize;
 use serde_json::Value;
@@ -11,6 +10,7 @@ use serde_json::Value;
 use super::log_tool;
 use crate::args::{Experts, ExpertsCommand, ExpertsEplb};
 use crate::failure::Failure;
+use crate::json;
 
 mod drain;
 mod heat;
@@ -68,7 +68,7 @@ fn by_eplb(args: &ExpertsEplb) -> Result<(), Failure> {
     };
     let plan = eplb::rebalance(&weight, shape).map_err(|error| wrong(error.to_string()))?;
     let layers = 0..plan.layers();
-    print(&Maps {
+    json::print(&Maps {
         phy2log: layers.clone().map(|layer| plan.phy2log(layer)).collect(),
         log2phy: layers
             .clone()
@@ -132,13 +132,4 @@ fn read(path: &Path, flag: &str) -> Result<String, Failure> {
         return Err(wrong(format!("more than {MAX_INPUT_BYTES} bytes")));
     }
     Ok(text)
-}
-
-/// One JSON line on stdout.
-fn print(value: &impl Serialize) -> Result<(), Failure> {
-    let line = serde_json::to_string(value)
-        .map_err(|error| Failure::new(ExitKind::Internal, format!("cannot write JSON: {error}")))?;
-    let mut stdout = std::io::stdout();
-    writeln!(stdout, "{line}")?;
-    Ok(stdout.flush()?)
 }

@@ -8,12 +8,12 @@ use guild_model::cache::{Format, LatentCache};
 use guild_model::checkpoint::{Dtype, manifest, schema};
 use guild_model::config::{Scoring, TopkMethod};
 use guild_model::{Checkpoint, Config, Cpu, Isa};
-use guild_node::ExitKind;
 use serde::Serialize;
 
 use super::{compare, cpu, log_tool, reference};
 use crate::args::Inspect;
 use crate::failure::Failure;
+use crate::json;
 use crate::units;
 
 /// Bytes of an activation: rows travel as f32.
@@ -38,10 +38,7 @@ pub(crate) fn run(args: &Inspect) -> Result<(), Failure> {
     }
     let report = Report::new(&checkpoint, args.compute.dtype, u64::from(args.nodes))?;
     if args.json {
-        let line = serde_json::to_string(&report).map_err(|error| {
-            Failure::new(ExitKind::Internal, format!("cannot write JSON: {error}"))
-        })?;
-        writeln!(std::io::stdout(), "{line}")?;
+        json::print(&report)?;
     } else {
         report.print(model, checkpoint.config())?;
     }

@@ -1,6 +1,6 @@
 //! `guild manifest`: the digests of a checkpoint, written or held against what is there.
 
-use std::io::Write as _;
+use std::fmt;
 use std::time::Instant;
 
 use guild_model::checkpoint::manifest::{self, Manifest};
@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::log_tool;
 use crate::args;
 use crate::failure::Failure;
+use crate::json;
 use crate::loading::Progress;
 use crate::units;
 
@@ -59,7 +60,7 @@ pub(crate) fn run(args: &args::Manifest) -> Result<(), Failure> {
         bytes,
         seconds: begun.elapsed().as_secs_f64(),
     };
-    summary.print(args.json)
+    json::print_or_say(&summary, args.json)
 }
 
 fn refuse(faults: &[ModelError], tensors: usize) -> Result<(), Failure> {
@@ -77,23 +78,16 @@ fn refuse(faults: &[ModelError], tensors: usize) -> Result<(), Failure> {
     )))
 }
 
-impl Summary {
-    fn print(&self, json: bool) -> Result<(), Failure> {
-        let mut out = std::io::stdout();
-        if json {
-            let line = serde_json::to_string(self).map_err(|error| {
-                Failure::new(ExitKind::Internal, format!("cannot write JSON: {error}"))
-            })?;
-            return Ok(writeln!(out, "{line}")?);
-        }
-        Ok(writeln!(
-            out,
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
             "{}: {}, {} tensors, {} in {:.1} s",
             self.manifest,
             self.done,
             units::count(self.tensors as u64),
             units::bytes(self.bytes),
             self.seconds
-        )?)
+        )
     }
 }

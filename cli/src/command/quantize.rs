@@ -1,18 +1,18 @@
 //! `guild quantize`: a checkpoint in another format.
 
-use std::io::Write as _;
+use std::fmt;
 use std::time::Instant;
 
 use guild_model::Checkpoint;
 use guild_model::checkpoint::Dtype;
 use guild_model::quantize::{self, Begun, Job};
-use guild_node::ExitKind;
 use serde::Serialize;
 
 use super::log_role;
 use super::random::shard_bytes;
 use crate::args::{Quantize, Target};
 use crate::failure::Failure;
+use crate::json;
 use crate::loading::Progress;
 use crate::units;
 
@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Quantize) -> Result<(), Failure> {
         bytes_before: source.required_bytes(),
         seconds: begun.elapsed().as_secs_f64(),
     };
-    summary.print(args.json)
+    json::print_or_say(&summary, args.json)
 }
 
 /// What is asked for; the group only where there are groups.
@@ -95,17 +95,10 @@ fn tell(begun: Begun) {
     }
 }
 
-impl Summary {
-    fn print(&self, json: bool) -> Result<(), Failure> {
-        let mut out = std::io::stdout();
-        if json {
-            let line = serde_json::to_string(self).map_err(|error| {
-                Failure::new(ExitKind::Internal, format!("cannot write JSON: {error}"))
-            })?;
-            return Ok(writeln!(out, "{line}")?);
-        }
-        Ok(writeln!(
-            out,
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
             "{}: {}, {} tensors in {} files, {} of {} before, in {:.1} s",
             self.out,
             self.dtype,
@@ -114,6 +107,6 @@ impl Summary {
             units::bytes(self.bytes),
             units::bytes(self.bytes_before),
             self.seconds
-        )?)
+        )
     }
 }

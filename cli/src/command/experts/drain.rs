@@ -8,11 +8,11 @@ use serde::Serialize;
 use tonic::Code;
 
 use super::leader::{Asking, timed};
-use super::print;
 use super::progress::{Changes, Shown};
 use crate::args::ExpertsDrain;
 use crate::command::{block_on, log_tool};
 use crate::failure::Failure;
+use crate::json;
 
 /// The answer for programs.
 #[derive(Serialize)]
@@ -71,7 +71,7 @@ async fn ask(leader: &mut Asking, args: &ExpertsDrain) -> Result<DrainNodeRespon
 
 fn tell(args: &ExpertsDrain, answer: DrainNodeResponse) -> Result<(), Failure> {
     if args.json {
-        return print(&Drained {
+        return json::print(&Drained {
             node: &args.node,
             draining: !args.undo,
             slots: answer.slots,

@@ -8,10 +8,10 @@ use guild_proto::cluster::v1::ExpertLoadResponse;
 use serde::Serialize;
 
 use super::leader::Asking;
-use super::print;
 use crate::args::ExpertsLoad;
 use crate::command::{block_on, log_tool, signals};
 use crate::failure::Failure;
+use crate::json;
 use crate::units::count;
 
 /// Columns of the map, at most.
@@ -40,7 +40,7 @@ pub(super) fn run(args: &ExpertsLoad) -> Result<(), Failure> {
         loop {
             let load = Load::of(&leader.load(None).await?);
             if args.json {
-                print(&load)?;
+                json::print(&load)?;
             } else {
                 let clear = if args.watch { CLEAR } else { "" };
                 let mut stdout = std::io::stdout();

@@ -8,10 +8,10 @@ use guild_proto::cluster::v1::{ExpertLoadResponse, NodeStatus, Role, StatusRespo
 use serde::Serialize;
 
 use super::leader::Asking;
-use super::print;
 use crate::args::ExpertsLs;
 use crate::command::{block_on, log_tool};
 use crate::failure::Failure;
+use crate::json;
 use crate::units::{bytes, count};
 
 /// Experts of a list for people, at most.
@@ -27,7 +27,7 @@ pub(super) fn run(args: &ExpertsLs) -> Result<(), Failure> {
         ))
     })?;
     if args.json {
-        return print(&holdings);
+        return json::print(&holdings);
     }
     let mut stdout = std::io::stdout();
     stdout.write_all(holdings.words().as_bytes())?;

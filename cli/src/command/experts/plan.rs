@@ -12,10 +12,11 @@ use guild_scheduler::planner::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{print, read};
+use super::read;
 use crate::args::{ExpertsPlan, SplitArg};
 use crate::command::log_tool;
 use crate::failure::Failure;
+use crate::json;
 use crate::units;
 
 /// First line of a trace.
@@ -143,7 +144,7 @@ pub(super) fn run(args: &ExpertsPlan) -> Result<(), Failure> {
 impl Outcome {
     fn show(&self, json: bool) -> Result<(), Failure> {
         if json {
-            return print(self);
+            return json::print(self);
         }
         let mut out = std::io::stdout().lock();
         for line in &self.moves {

@@ -9,8 +9,8 @@ use serde::Serialize;
 use tonic::{Code, Status, Streaming};
 
 use super::leader::Asking;
-use super::print;
 use crate::failure::Failure;
+use crate::json;
 use crate::loading::Progress;
 use crate::units::bytes;
 
@@ -211,7 +211,7 @@ struct Change<'a> {
 /// # Errors
 /// stdout is closed.
 pub(super) fn print_json(now: &MigrationStatus) -> Result<(), Failure> {
-    print(&Change {
+    json::print(&Change {
         migration: now.migration,
         phase: match now.phase() {
             MigrationPhase::Copying => "copying",

@@ -7,11 +7,11 @@ use guild_proto::cluster::v1::{RebalanceRequest, RebalanceResponse};
 use serde::Serialize;
 
 use super::leader::{Asking, planned};
-use super::print;
 use super::progress::{Changes, Shown};
 use crate::args::ExpertsRebalance;
 use crate::command::{block_on, log_tool};
 use crate::failure::Failure;
+use crate::json;
 use crate::units::bytes;
 
 /// The plan for programs.
@@ -61,7 +61,7 @@ async fn ask(leader: &mut Asking, request: RebalanceRequest) -> Result<Rebalance
 
 fn tell(args: &ExpertsRebalance, plan: &RebalanceResponse) -> Result<(), Failure> {
     if args.json {
-        return print(&Plan {
+        return json::print(&Plan {
             moves: &plan.moves,
             bytes: plan.bytes,
             before: plan.before,

@@ -3,13 +3,13 @@
 use std::io::{BufWriter, Write as _};
 use std::time::{Duration, Instant};
 
-use guild_node::ExitKind;
 use serde::Serialize;
 
 use super::leader::{Asking, trace};
 use crate::args::ExpertsRecord;
 use crate::command::{block_on, log_tool, signals};
 use crate::failure::Failure;
+use crate::json;
 
 /// Between two looks; shots are longer, and several are kept.
 const LOOK: Duration = Duration::from_millis(500);
@@ -52,7 +52,7 @@ async fn record(args: &ExpertsRecord) -> Result<(u64, u64), Failure> {
         layers: &now.layers,
         experts: now.experts,
     };
-    writeln!(out, "{}", json(&head)?).map_err(wrong)?;
+    writeln!(out, "{}", json::line(&head)?).map_err(wrong)?;
     let end = Instant::now() + Duration::from_secs(args.seconds.into());
     let (mut seen, mut shots, mut missed) = (now.closed, 0, 0);
     loop {
@@ -74,16 +74,11 @@ async fn record(args: &ExpertsRecord) -> Result<(u64, u64), Failure> {
             missed += listed.number.saturating_sub(seen + 1);
             seen = listed.number;
             shots += 1;
-            writeln!(out, "{}", json(&Line { rows: &shot.rows })?).map_err(wrong)?;
+            writeln!(out, "{}", json::line(&Line { rows: &shot.rows })?).map_err(wrong)?;
         }
         if over {
             out.flush().map_err(wrong)?;
             return Ok((shots, missed));
         }
     }
-}
-
-fn json(value: &impl Serialize) -> Result<String, Failure> {
-    serde_json::to_string(value)
-        .map_err(|error| Failure::new(ExitKind::Internal, format!("cannot write JSON: {error}")))
 }
