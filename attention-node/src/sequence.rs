@@ -276,11 +276,11 @@ impl Sequence {
             sampling, shaping, ..
         } = &self.request;
         let token = match shaping.is_neutral() {
-            true => sampler::sample(cpu, logits, sampling, position, 0).token,
+            true => sampler::choose(cpu, logits, sampling, position),
             false => {
                 let mut shaped = logits.to_vec();
                 shaping.apply(&mut shaped, &self.seen);
-                sampler::sample(cpu, &shaped, sampling, position, 0).token
+                sampler::choose(cpu, &shaped, sampling, position)
             }
         };
         self.drafted.push(token);
@@ -368,21 +368,22 @@ impl Sequence {
         if self.generated() == 0 {
             self.tell_prompt();
         }
-        let sampled = match self.sample(cpu, logits) {
-            Ok(sampled) => sampled,
+        let token = match self.choose(cpu, logits) {
+            Ok(token) => token,
             Err(reason) => {
                 self.finished = true;
                 return self.tell(Event::Failed(Failure::Constraint(reason)));
             }
         };
-        let token = sampled.token;
+        let top = self.request.logprobs;
+        let logprobs = top.map(|top| sampler::logprobs_of(cpu, logits, token, top));
         self.tokens.push(token);
         if self.request.shaping.counts() {
             self.seen.push(token);
         }
         self.tell(Event::Token {
             token,
-            logprobs: self.request.logprobs.is_some().then_some(sampled),
+            logprobs,
             cached: self.spent.cached,
         });
         if self.request.stop_tokens.contains(&token) {
@@ -418,9 +419,8 @@ impl Sequence {
     /// The draw is keyed by the token's position in the whole sequence. Logits are shaped, and
     /// before `min_tokens` stop tokens masked, for the draw alone: log-probabilities are of the raw
     /// logits always.
-    fn sample(&mut self, cpu: &Cpu, logits: &[f32]) -> Result<Sampled, String> {
+    fn choose(&mut self, cpu: &Cpu, logits: &[f32]) -> Result<u32, String> {
         let position = self.tokens.len() as u64;
-        let top = self.request.logprobs.unwrap_or(0);
         let Request {
             sampling,
             shaping,
@@ -430,7 +430,7 @@ impl Sequence {
         } = &self.request;
         let masks = self.generated() < *min_tokens && !stop_tokens.is_empty();
         if !masks && shaping.is_neutral() && self.constraint.is_none() {
-            return Ok(sampler::sample(cpu, logits, sampling, position, top));
+            return Ok(sampler::choose(cpu, logits, sampling, position));
         }
         let mut shaped = logits.to_vec();
         shaping.apply(&mut shaped, &self.seen);
@@ -446,11 +446,11 @@ impl Sequence {
                 shaped[token as usize] = f32::NEG_INFINITY;
             }
         }
-        let token = sampler::sample(cpu, &shaped, sampling, position, 0).token;
+        let token = sampler::choose(cpu, &shaped, sampling, position);
         if let Some(constraint) = &mut self.constraint {
             constraint.accept(token)?;
         }
-        Ok(sampler::logprobs_of(cpu, logits, token, top))
+        Ok(token)
     }
 
     fn tell(&self, event: Event) {

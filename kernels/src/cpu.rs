@@ -3,7 +3,14 @@
 //!
 //! Secret: none; it hands to `plan` what is worth cutting and to the leaf what is not.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use crate::{
     Ffn, HeadLayout, Isa, LatentAttention, MatrixRef, WeightsRef,
@@ -45,6 +52,14 @@ struct Inner {
     isa: Isa,
     choice: Choice,
     pool: Pool,
+    clock: Clock,
+}
+
+/// Time that callers have spent in products and attention, as long as somebody wants to know it.
+#[derive(Default)]
+struct Clock {
+    runs: AtomicBool,
+    nanos: AtomicU64,
 }
 
 impl Cpu {
@@ -66,6 +81,7 @@ impl Cpu {
                 isa,
                 choice,
                 pool: Pool::new(threads),
+                clock: Clock::default(),
             }),
         })
     }
@@ -99,6 +115,28 @@ impl Cpu {
             self.threads(),
             self.numerics_class()
         )
+    }
+
+    /// From now on counts the time that callers spend in [`Cpu::matmul`], [`Cpu::matmul_heads`], [`Cpu::ffn`] and
+    /// [`Cpu::attend_latent`]: two looks at a clock for each call.
+    pub fn count_time(&self) {
+        self.inner.clock.runs.store(true, Ordering::Relaxed);
+    }
+
+    /// What has been counted until now, of all callers together.
+    pub fn counted_time(&self) -> Duration {
+        Duration::from_nanos(self.inner.clock.nanos.load(Ordering::Relaxed))
+    }
+
+    fn timed(&self, run: impl FnOnce()) {
+        let clock = &self.inner.clock;
+        if !clock.runs.load(Ordering::Relaxed) {
+            return run();
+        }
+        let begun = Instant::now();
+        run();
+        let nanos = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        clock.nanos.fetch_add(nanos, Ordering::Relaxed);
     }
 
     /// Runs `f(0) .. f(n - 1)` on the threads, in any order, and returns when all are done.
@@ -148,7 +186,9 @@ impl Cpu {
             cols: w.cols,
         };
         // SAFETY: `out` is exclusively ours and was checked to be `[m, rows]`; so were `x` and `w`.
-        unsafe { plan::matmul(self.inner.choice, Some(&self.inner.pool), out, x, w) };
+        self.timed(|| unsafe {
+            plan::matmul(self.inner.choice, Some(&self.inner.pool), out, x, w)
+        });
     }
 
     /// Several gated MLPs at once, such as the experts that a batch of rows goes to: row `i` of `out` `[pairs, down.rows]`
@@ -202,7 +242,7 @@ impl Cpu {
             stride: width,
         };
         // SAFETY: `out` is exclusively ours and was checked to be `[pairs, width]`; so were the weights.
-        unsafe { plan::ffn(self.inner.choice, &self.inner.pool, out, x, experts) };
+        self.timed(|| unsafe { plan::ffn(self.inner.choice, &self.inner.pool, out, x, experts) });
     }
 
     /// One product per head: `out[r, h] = x[r, h] w[h]ᵀ` for `m` rows that hold their heads side by side, as the absorbed
@@ -241,21 +281,16 @@ impl Cpu {
             data: out.as_mut_ptr(),
             stride: out_at.row,
         };
-        // SAFETY: `out` is exclusively ours; the checks above keep every part inside and apart from the others.
-        unsafe {
-            plan::matmul_heads(
-                self.inner.choice,
-                &self.inner.pool,
-                plan::Heads {
-                    out,
-                    out_at,
-                    x,
-                    x_at,
-                    m,
-                    w,
-                },
-            )
+        let heads = plan::Heads {
+            out,
+            out_at,
+            x,
+            x_at,
+            m,
+            w,
         };
+        // SAFETY: `out` is exclusively ours; the checks above keep every part inside and apart from the others.
+        self.timed(|| unsafe { plan::matmul_heads(self.inner.choice, &self.inner.pool, heads) });
     }
 
     /// Root-mean-square norm of each row of `weight.len()`: `x * (1 / sqrt(sum(x²) / n + eps)) * weight`, in this order.
@@ -381,7 +416,7 @@ impl Cpu {
             );
         }
         if !job.out.is_empty() {
-            plan::attend(self.inner.choice, &self.inner.pool, job);
+            self.timed(|| plan::attend(self.inner.choice, &self.inner.pool, job));
         }
     }
 

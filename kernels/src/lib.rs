@@ -21,6 +21,7 @@ pub mod pack;
 mod plan;
 mod pool;
 mod portable;
+mod reuse;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -28,6 +29,7 @@ pub use cpu::Cpu;
 pub use isa::Isa;
 pub use latent::LatentFormat;
 pub use memory::Memory;
+pub use reuse::reused;
 
 /// A weight matrix `[rows (out), cols (in)]`: row-major as the checkpoint stores it, or packed.
 #[derive(Clone, Copy, Debug)]

@@ -11,6 +11,7 @@ use guild_kernels::Cpu;
 use crate::checkpoint::{Dtype, schema};
 use crate::trunk::{EMBEDDING, HEAD};
 use crate::weights::Matrix;
+use crate::workspace::Workspace;
 use crate::{Checkpoint, Config, ModelError, whole};
 
 /// Elements of a weight that are widened at a time.
@@ -152,6 +153,7 @@ pub fn logits(
         progress(of + n, 2 * of)
     })?;
     let (head_a, head_b) = (head(a)?, head(b)?);
+    let workspace = Workspace::new(cpu);
     let (width, vocab) = (a.config().hidden_size, a.config().vocab_size);
     // The token that follows each row, where its text goes on.
     let next: Vec<Option<u32>> = texts
@@ -162,7 +164,7 @@ pub fn logits(
     let (mut same, mut scored, mut nll) = (0u64, 0u64, [0.0f64; 2]);
     let pieces = rows_a.chunks(ROWS * width).zip(rows_b.chunks(ROWS * width));
     for ((a, b), next) in pieces.zip(next.chunks(ROWS)) {
-        let (a, b) = (head_a.apply(cpu, a), head_b.apply(cpu, b));
+        let (a, b) = (head_a.apply(&workspace, a), head_b.apply(&workspace, b));
         for ((a, b), next) in a.chunks(vocab).zip(b.chunks(vocab)).zip(next) {
             same += u64::from(best(a) == best(b));
             let (norm_a, norm_b) = (log_sum_exp(a), log_sum_exp(b));

@@ -6,7 +6,9 @@
 mod arriving;
 mod layout;
 
-use guild_kernels::{Cpu, Ffn, MatrixRef};
+use std::cell::Cell;
+
+use guild_kernels::{Cpu, Ffn, MatrixRef, reused};
 
 pub use self::arriving::Arriving;
 pub(crate) use self::layout::Placed;
@@ -15,7 +17,13 @@ use crate::checkpoint::{Dtype, Mapped, TensorView, blob_name};
 use crate::config::Form;
 pub use crate::weights::Breathe;
 use crate::weights::{self, Blob, Format, Loader, Matrix, PIECE};
+use crate::workspace::{Buffer, Workspace};
 use crate::{Checkpoint, Config, ModelError};
+
+thread_local! {
+    /// Memory of the list that a call makes for the kernels.
+    static MLPS: Cell<Vec<Ffn<'static>>> = const { Cell::new(Vec::new()) };
+}
 
 /// A gated MLP (SwiGLU), resident.
 #[derive(Debug)]
@@ -36,12 +44,11 @@ impl Mlp {
     }
 
     /// Rows `[m, hidden]` to rows `[m, hidden]`, each alone.
-    pub fn forward(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
-        swiglu(
-            cpu,
-            [&self.gate, &self.up, &self.down].map(Matrix::as_ref),
-            x,
-        )
+    pub(crate) fn forward(&self, workspace: &Workspace, x: &[f32]) -> Buffer {
+        let matrices = [&self.gate, &self.up, &self.down].map(Matrix::as_ref);
+        let mut out = workspace.take(x.len() / self.gate.cols() * self.down.rows());
+        workspace.cpu().ffn(&mut out, x, &[mlp(matrices, None)]);
+        out
     }
 
     /// Resident bytes.
@@ -50,16 +57,13 @@ impl Mlp {
     }
 }
 
-fn swiglu(cpu: &Cpu, [gate, up, down]: [MatrixRef<'_>; 3], x: &[f32]) -> Vec<f32> {
-    let mut out = vec![0.0; x.len() / gate.cols * down.rows];
-    let mlp = Ffn {
+fn mlp<'a>([gate, up, down]: [MatrixRef<'a>; 3], rows: Option<&'a [u32]>) -> Ffn<'a> {
+    Ffn {
         gate,
         up,
         down,
-        rows: None,
-    };
-    cpu.ffn(&mut out, x, &[mlp]);
-    out
+        rows,
+    }
 }
 
 /// One routed expert of one layer.
@@ -224,10 +228,28 @@ impl Expert {
 
     /// Rows `[m, hidden]` to rows `[m, hidden]`, unweighted, each alone.
     pub fn forward(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
-        swiglu(
-            cpu,
+        let [gate, _, down] = &self.layout.matrices;
+        let mut out = vec![0.0; x.len() / gate.cols * down.rows];
+        cpu.ffn(&mut out, x, &[self.mlp(None)]);
+        out
+    }
+
+    /// Several experts of a model at once, each on its own of rows `x` `[n, hidden]`: into `out` `[pairs, hidden]` go
+    /// the rows of the first, then those of the second, and so on. The bits are those of [`Expert::forward`].
+    ///
+    /// # Panics
+    /// A row past the end of `x`, or `out` of another size.
+    pub fn forward_all(cpu: &Cpu, out: &mut [f32], x: &[f32], experts: &[(&Expert, &[u32])]) {
+        let mut mlps = reused(MLPS.take());
+        mlps.extend(experts.iter().map(|(expert, rows)| expert.mlp(Some(rows))));
+        cpu.ffn(out, x, &mlps);
+        MLPS.set(reused(mlps));
+    }
+
+    fn mlp<'a>(&'a self, rows: Option<&'a [u32]>) -> Ffn<'a> {
+        mlp(
             self.layout.matrices.each_ref().map(|m| self.matrix(m)),
-            x,
+            rows,
         )
     }
 

@@ -4,17 +4,25 @@
 //! never weighs; excluded groups are masked with -inf; whatever ties goes to the lowest index; ids
 //! come out ascending, which is the order expert rows are summed in. It knows nothing of where experts live.
 
-use guild_kernels::Cpu;
+use std::cell::Cell;
 
 use crate::ModelError;
 use crate::config::{Config, Scoring, TopkMethod};
 use crate::weights::{Loader, Matrix};
+use crate::workspace::{Buffer, Workspace};
 
 /// Added to the sum of the chosen weights before dividing by it.
 const NORM_EPS: f32 = 1e-20;
 
 /// Rows that one task scores and chooses for.
 const ROWS: usize = 16;
+
+thread_local! {
+    /// What is left to choose from while a row's experts are chosen, and what its groups are worth.
+    static SCRATCH: Cell<[Vec<f32>; 2]> = const { Cell::new([Vec::new(), Vec::new()]) };
+    /// The groups that a row's experts are of.
+    static KEPT: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
+}
 
 /// The routing rule, as data.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,11 +68,11 @@ pub struct Routes {
     /// Experts per row.
     pub top_k: usize,
     /// Logical experts `[n, top_k]`, ascending in each row.
-    pub experts: Vec<u32>,
+    pub experts: Buffer<u32>,
     /// Their weights `[n, top_k]`, normalised and scaled as the model says.
-    pub weights: Vec<f32>,
+    pub weights: Buffer,
     /// Router logits `[n, experts]`, before scoring; for tests and statistics.
-    pub logits: Vec<f32>,
+    pub logits: Buffer,
 }
 
 impl Routes {
@@ -98,11 +106,12 @@ impl Gate {
     }
 
     /// Routes rows `x` `[n, hidden]` (after the layer's norm).
-    pub fn route(&self, cpu: &Cpu, x: &[f32]) -> Routes {
+    pub(crate) fn route(&self, workspace: &Workspace, x: &[f32]) -> Routes {
         let GateConfig { experts, top_k, .. } = self.rule;
-        let logits = self.weight.apply(cpu, x);
-        let mut scores = logits.clone();
-        let mut choices = vec![(0, 0.0); logits.len() / experts * top_k];
+        let cpu = workspace.cpu();
+        let logits = self.weight.apply(workspace, x);
+        let mut scores = workspace.take::<f32>(logits.len());
+        scores.copy_from_slice(&logits);
         cpu.par_chunks(&mut scores, ROWS * experts, |_, scores| {
             match self.rule.scoring {
                 Scoring::Sigmoid => cpu.sigmoid(scores),
@@ -111,19 +120,21 @@ impl Gate {
                     .for_each(|row| cpu.softmax(row)),
             }
         });
-        cpu.par_chunks(&mut choices, ROWS * top_k, |block, choices| {
+        let mut ids = workspace.take::<u32>(logits.len() / experts * top_k);
+        cpu.par_chunks(&mut ids, ROWS * top_k, |block, ids| {
             let rows = scores[block * ROWS * experts..].chunks_exact(experts);
-            for (row, out) in rows.zip(choices.chunks_exact_mut(top_k)) {
-                let (ids, weights) = select(row, self.bias.as_deref(), &self.rule);
-                out.iter_mut()
-                    .zip(ids.into_iter().zip(weights))
-                    .for_each(|(to, choice)| *to = choice);
+            for (row, ids) in rows.zip(ids.chunks_exact_mut(top_k)) {
+                choose(row, self.bias.as_deref(), &self.rule, ids);
             }
         });
-        let (experts, weights) = choices.into_iter().unzip();
+        let mut weights = workspace.take(ids.len());
+        let rows = scores.chunks_exact(experts).zip(ids.chunks_exact(top_k));
+        for ((scores, ids), weights) in rows.zip(weights.chunks_exact_mut(top_k)) {
+            weigh(scores, ids, &self.rule, weights);
+        }
         Routes {
             top_k,
-            experts,
+            experts: ids,
             weights,
             logits,
         }
@@ -144,31 +155,50 @@ impl Gate {
 /// Comparisons only ever ask "greater", so equal scores go to the lowest index and a NaN, which a
 /// sound model never yields, loses without a panic.
 pub fn select(scores: &[f32], bias: Option<&[f32]>, rule: &GateConfig) -> (Vec<u32>, Vec<f32>) {
-    let mut choice: Vec<f32> = match bias {
-        Some(bias) => scores.iter().zip(bias).map(|(s, b)| s + b).collect(),
-        None => scores.to_vec(),
-    };
+    let mut ids = vec![0; rule.top_k.min(scores.len())];
+    choose(scores, bias, rule, &mut ids);
+    let mut weights = vec![0.0; ids.len()];
+    weigh(scores, &ids, rule, &mut weights);
+    (ids, weights)
+}
+
+fn choose(scores: &[f32], bias: Option<&[f32]>, rule: &GateConfig, ids: &mut [u32]) {
+    let mut scratch = SCRATCH.take();
+    let [choice, worth] = &mut scratch;
+    choice.clear();
+    choice.extend_from_slice(scores);
+    if let Some(bias) = bias {
+        choice.iter_mut().zip(bias).for_each(|(s, b)| *s += b);
+    }
     if rule.groups > 1 {
         let size = rule.experts / rule.groups;
-        let worth: Vec<f32> = choice
-            .chunks_exact(size)
-            .map(|group| group_score(group, rule.method))
-            .collect();
-        let kept = largest(&worth, rule.top_groups);
+        let groups = choice.chunks_exact(size);
+        worth.clear();
+        worth.extend(groups.map(|group| group_score(group, rule.method)));
+        let mut kept = KEPT.take();
+        kept.clear();
+        kept.resize(rule.top_groups.min(worth.len()), 0);
+        largest(worth, &mut kept);
         for (group, values) in choice.chunks_exact_mut(size).enumerate() {
             if kept.binary_search(&(group as u32)).is_err() {
                 values.fill(f32::NEG_INFINITY);
             }
         }
+        KEPT.set(kept);
     }
-    let ids = largest(&choice, rule.top_k);
-    let mut weights: Vec<f32> = ids.iter().map(|&e| scores[e as usize]).collect();
+    largest(choice, ids);
+    SCRATCH.set(scratch);
+}
+
+fn weigh(scores: &[f32], ids: &[u32], rule: &GateConfig, weights: &mut [f32]) {
+    for (weight, &id) in weights.iter_mut().zip(ids) {
+        *weight = scores[id as usize];
+    }
     if rule.normalise {
         let sum = weights.iter().sum::<f32>() + NORM_EPS;
         weights.iter_mut().for_each(|w| *w /= sum);
     }
     weights.iter_mut().for_each(|w| *w *= rule.scale);
-    (ids, weights)
 }
 
 /// What a group of choice scores is worth: the sum of its two best (V3), or its best (V2).
@@ -187,21 +217,26 @@ fn group_score(group: &[f32], method: TopkMethod) -> f32 {
     }
 }
 
-/// Indices of the `k` largest values, ascending; of equal values the lowest indices.
-fn largest(values: &[f32], k: usize) -> Vec<u32> {
-    let mut taken: Vec<u32> = Vec::with_capacity(k);
-    for _ in 0..k.min(values.len()) {
-        let mut best: Option<usize> = None;
-        for (i, &v) in values.iter().enumerate() {
-            if best.is_none_or(|b| v > values[b] || values[b].is_nan() && !v.is_nan())
-                && taken.binary_search(&(i as u32)).is_err()
-            {
-                best = Some(i);
-            }
+/// Indices of the largest values, ascending, as many as there is room for in `taken` (at most all); of equal values the
+/// lowest indices.
+fn largest(values: &[f32], taken: &mut [u32]) {
+    let mut kept = 0;
+    for (i, &v) in values.iter().enumerate() {
+        // Ids rise, so that of equal values the one that came first stays before.
+        let wins = |other: &u32| {
+            let other = values[*other as usize];
+            v > other || other.is_nan() && !v.is_nan()
+        };
+        if kept < taken.len() {
+            kept += 1;
+        } else if !taken.last().is_some_and(wins) {
+            continue;
         }
-        let Some(best) = best else { break };
-        let at = taken.partition_point(|&t| (t as usize) < best);
-        taken.insert(at, best as u32);
+        // Best first; the last place is free, or its owner has lost it.
+        let (others, _) = taken.split_at(kept - 1);
+        let at = others.partition_point(|other| !wins(other));
+        taken[at..kept].rotate_right(1);
+        taken[at] = i as u32;
     }
-    taken
+    taken.sort_unstable();
 }

@@ -24,6 +24,7 @@ pub mod text;
 pub mod trunk;
 pub mod weights;
 pub mod whole;
+pub mod workspace;
 
 pub use checkpoint::Checkpoint;
 pub use config::Config;

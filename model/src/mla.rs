@@ -5,17 +5,27 @@
 //! decode share this one arithmetic and every row is computed alone, so chunking, page layout and batch
 //! mates cannot change a bit.
 
+use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
-use guild_kernels::{Cpu, HeadLayout, LatentAttention, MatrixRef, QueryRow};
+use guild_kernels::{HeadLayout, LatentAttention, MatrixRef, QueryRow, reused};
 
 use crate::ModelError;
 use crate::cache::{LatentCache, SeqRows};
 use crate::config::{Config, LATENT_NORM_EPS};
 use crate::weights::{Loader, Matrix};
+use crate::workspace::{Buffer, Workspace};
 
 /// Positions whose rotations are computed together, when the first of them is seen.
 const ROPE_BLOCK: usize = 1024;
+/// Elements that one task norms, rotates or moves: some microseconds of work.
+const TASK_ELEMENTS: usize = 1 << 15;
+
+thread_local! {
+    /// Memory of the lists that a call makes for the kernels.
+    static ROWS: Cell<Vec<QueryRow<'static>>> = const { Cell::new(Vec::new()) };
+    static HEADS: Cell<Vec<MatrixRef<'static>>> = const { Cell::new(Vec::new()) };
+}
 
 /// The attention block of one layer, without its norm and residual.
 #[derive(Debug)]
@@ -68,11 +78,11 @@ impl Linear {
         Ok(Linear { weight, bias })
     }
 
-    fn forward(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
-        let mut out = self.weight.apply(cpu, x);
+    fn forward(&self, workspace: &Workspace, x: &[f32]) -> Buffer {
+        let mut out = self.weight.apply(workspace, x);
         if let Some(bias) = &self.bias {
             out.chunks_exact_mut(bias.len())
-                .for_each(|row| cpu.add(row, bias));
+                .for_each(|row| workspace.cpu().add(row, bias));
         }
         out
     }
@@ -151,32 +161,35 @@ impl Mla {
     /// `layer`; gives `[n, hidden]` without the residual.
     pub(crate) fn forward(
         &self,
-        cpu: &Cpu,
+        workspace: &Workspace,
         x: &[f32],
         seqs: &[SeqRows<'_>],
         cache: &mut LatentCache,
         layer: usize,
-    ) -> Vec<f32> {
+    ) -> Buffer {
         let latent = self.kv_a_norm.len();
-        self.store(cpu, x, seqs, cache, layer);
         let (width, heads) = (latent + self.rope.dim, self.w_uk.len());
-        let q = self.absorbed_queries(cpu, x, seqs);
+        let n = x.len() / self.kv_a.weight.cols();
+        let mut at = workspace.take::<u32>(n);
+        at.fill(0);
+        positions(seqs).for_each(|(row, _, position)| at[row] = position as u32);
+        self.store(workspace, x, &at, seqs, cache, layer);
+        let q = self.absorbed_queries(workspace, x, &at);
         // Rows that no sequence claims (there are none in a sound batch) see no key and attend to nothing.
-        let mut rows = vec![
-            QueryRow {
-                pages: &[],
-                visible: 0
-            };
-            q.len() / (heads * width)
-        ];
+        let mut rows = reused(ROWS.take());
+        let unseen = QueryRow {
+            pages: &[],
+            visible: 0,
+        };
+        rows.resize(n, unseen);
         for (row, seq, position) in positions(seqs) {
             rows[row] = QueryRow {
                 pages: seq.pages,
                 visible: position + 1,
             };
         }
-        let mut attended = vec![0.0; rows.len() * heads * latent];
-        cpu.attend_latent(LatentAttention {
+        let mut attended = workspace.take(n * heads * latent);
+        workspace.cpu().attend_latent(LatentAttention {
             q: &q,
             out: &mut attended,
             heads,
@@ -190,8 +203,10 @@ impl Mla {
             page_stride: cache.page_stride(),
             offset: cache.layer_offset(layer),
         });
-        let values = per_head(cpu, &self.w_uv, &attended, latent, self.w_uv[0].rows());
-        self.output.forward(cpu, &values)
+        ROWS.set(reused(rows));
+        let value = self.w_uv[0].rows();
+        let values = per_head(workspace, &self.w_uv, &attended, latent, value);
+        self.output.forward(workspace, &values)
     }
 
     /// Resident bytes.
@@ -210,27 +225,29 @@ impl Mla {
             + size_of_val(self.kv_a_norm.as_slice()) as u64
     }
 
-    /// Caches normed c_kv and rotated k_pe of every row.
+    /// Caches normed c_kv and rotated k_pe of every row; `at` has their positions.
     fn store(
         &self,
-        cpu: &Cpu,
+        workspace: &Workspace,
         x: &[f32],
+        at: &[u32],
         seqs: &[SeqRows<'_>],
         cache: &mut LatentCache,
         layer: usize,
     ) {
         let latent = self.kv_a_norm.len();
         let width = latent + self.rope.dim;
-        let kv = self.kv_a.forward(cpu, x);
-        let mut at = vec![0; kv.len() / width];
-        positions(seqs).for_each(|(row, _, position)| at[row] = position);
-        let mut rows = vec![0.0; kv.len()];
-        cpu.par_chunks(&mut rows, width, |row, out| {
-            let (c_kv, k_pe) = kv[row * width..][..width].split_at(latent);
-            let (to_c_kv, to_k_pe) = out.split_at_mut(latent);
-            cpu.rms_norm(to_c_kv, c_kv, &self.kv_a_norm, LATENT_NORM_EPS);
-            to_k_pe.copy_from_slice(k_pe);
-            self.rope.rotate(at[row], to_k_pe);
+        let (cpu, kv) = (workspace.cpu(), self.kv_a.forward(workspace, x));
+        let mut rows = workspace.take(kv.len());
+        let each = (TASK_ELEMENTS / width).max(1);
+        cpu.par_chunks(&mut rows, each * width, |task, rows| {
+            for (row, out) in (task * each..).zip(rows.chunks_exact_mut(width)) {
+                let (c_kv, k_pe) = kv[row * width..][..width].split_at(latent);
+                let (to_c_kv, to_k_pe) = out.split_at_mut(latent);
+                cpu.rms_norm(to_c_kv, c_kv, &self.kv_a_norm, LATENT_NORM_EPS);
+                to_k_pe.copy_from_slice(k_pe);
+                self.rope.rotate(at[row] as usize, to_k_pe);
+            }
         });
         for (row, seq, position) in positions(seqs) {
             cache.write(layer, seq.pages, position, &rows[row * width..][..width]);
@@ -238,26 +255,28 @@ impl Mla {
     }
 
     /// Queries in the latent space `[n, heads, kv_lora_rank + rope]`: (q_nope W_uk | rotated q_pe).
-    fn absorbed_queries(&self, cpu: &Cpu, x: &[f32], seqs: &[SeqRows<'_>]) -> Vec<f32> {
+    fn absorbed_queries(&self, workspace: &Workspace, x: &[f32], at: &[u32]) -> Buffer {
+        let cpu = workspace.cpu();
         let q = match &self.query {
-            Query::Direct(q) => q.forward(cpu, x),
+            Query::Direct(q) => q.forward(workspace, x),
             Query::LowRank { a, norm, b } => {
-                let low = a.forward(cpu, x);
-                let mut normed = vec![0.0; low.len()];
+                let low = a.forward(workspace, x);
+                let mut normed = workspace.take(low.len());
                 cpu.rms_norm(&mut normed, &low, norm, LATENT_NORM_EPS);
-                b.forward(cpu, &normed)
+                b.forward(workspace, &normed)
             }
         };
         let (heads, latent, rope) = (self.w_uk.len(), self.kv_a_norm.len(), self.rope.dim);
         let (head_width, width) = (self.nope + rope, latent + rope);
-        let mut absorbed = per_head(cpu, &self.w_uk, &q, head_width, width);
-        let mut at = vec![0; q.len() / (heads * head_width)];
-        positions(seqs).for_each(|(row, _, position)| at[row] = position);
-        cpu.par_chunks(&mut absorbed, heads * width, |row, out| {
-            for (h, out) in out.chunks_exact_mut(width).enumerate() {
-                out[latent..]
-                    .copy_from_slice(&q[(row * heads + h) * head_width + self.nope..][..rope]);
-                self.rope.rotate(at[row], &mut out[latent..]);
+        let mut absorbed = per_head(workspace, &self.w_uk, &q, head_width, width);
+        let each = (TASK_ELEMENTS / (heads * rope)).max(1);
+        cpu.par_chunks(&mut absorbed, each * heads * width, |task, absorbed| {
+            let first = task * each * heads;
+            for (head, out) in (first..).zip(absorbed.chunks_exact_mut(width)) {
+                let q_pe = &q[head * head_width + self.nope..][..rope];
+                out[latent..].copy_from_slice(q_pe);
+                self.rope
+                    .rotate(at[head / heads] as usize, &mut out[latent..]);
             }
         });
         absorbed
@@ -279,21 +298,24 @@ fn positions<'s, 'p>(
 /// Applies each head's matrix to its part of rows `x` `[n, heads, x_width]`, of which it takes the first
 /// elements; the results are the first elements of rows `[n, heads, out_width]`.
 fn per_head(
-    cpu: &Cpu,
+    workspace: &Workspace,
     weights: &[Matrix],
     x: &[f32],
     x_width: usize,
     out_width: usize,
-) -> Vec<f32> {
+) -> Buffer {
     let layout = |width: usize| HeadLayout {
         row: weights.len() * width,
         head: width,
         offset: 0,
     };
     let n = x.len() / (weights.len() * x_width);
-    let mut out = vec![0.0; n * weights.len() * out_width];
-    let weights: Vec<MatrixRef<'_>> = weights.iter().map(Matrix::as_ref).collect();
-    cpu.matmul_heads(&mut out, layout(out_width), x, layout(x_width), n, &weights);
+    let mut out = workspace.take(n * weights.len() * out_width);
+    let mut heads = reused(HEADS.take());
+    heads.extend(weights.iter().map(Matrix::as_ref));
+    let (out_at, x_at) = (layout(out_width), layout(x_width));
+    { workspace.cpu() }.matmul_heads(&mut out, out_at, x, x_at, n, &heads);
+    HEADS.set(reused(heads));
     out
 }
 

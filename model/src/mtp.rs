@@ -5,12 +5,11 @@
 
 use std::sync::Arc;
 
-use guild_kernels::Cpu;
-
 use crate::ModelError;
 use crate::mla::Rope;
 use crate::trunk::{self, Layer, Norm};
 use crate::weights::{Loader, Matrix};
+use crate::workspace::{Buffer, Workspace};
 
 /// The first MTP module of a model.
 ///
@@ -18,7 +17,7 @@ use crate::weights::{Loader, Matrix};
 /// norm at i, then [`Mtp::layer`] at position i, then [`Mtp::draft_logits`], which predict the token at i + 2.
 #[derive(Debug)]
 pub struct Mtp {
-    cpu: Cpu,
+    workspace: Workspace,
     layer: Layer,
     embedding: Arc<Matrix>,
     embedding_norm: Norm,
@@ -31,7 +30,7 @@ pub struct Mtp {
 impl Mtp {
     pub(crate) fn load(
         loader: &Loader<'_>,
-        cpu: &Cpu,
+        workspace: &Workspace,
         rope: &Arc<Rope>,
         embedding: &Arc<Matrix>,
         head: &Arc<Matrix>,
@@ -39,8 +38,8 @@ impl Mtp {
         let cfg = loader.config();
         let prefix = format!("model.layers.{}", cfg.num_hidden_layers);
         Ok(Mtp {
-            cpu: cpu.clone(),
-            layer: Layer::load(loader, cfg.num_hidden_layers, cpu, rope)?,
+            workspace: workspace.clone(),
+            layer: Layer::load(loader, cfg.num_hidden_layers, workspace, rope)?,
             embedding: own_or_main(loader, &format!("{prefix}.embed_tokens"), embedding)?,
             embedding_norm: Norm::load(loader, &format!("{prefix}.enorm"))?,
             hidden_norm: Norm::load(loader, &format!("{prefix}.hnorm"))?,
@@ -61,18 +60,18 @@ impl Mtp {
     ///
     /// # Panics
     /// As [`Trunk::embed`](crate::trunk::Trunk::embed).
-    pub fn combine_input(&self, next_tokens: &[u32], hidden: &[f32]) -> Vec<f32> {
-        let width = self.projection.rows();
-        let embedded = self
-            .embedding_norm
-            .forward(&self.cpu, &trunk::embed(&self.embedding, next_tokens));
-        let hidden = self.hidden_norm.forward(&self.cpu, hidden);
-        let mut both = Vec::with_capacity(2 * hidden.len());
-        for (e, h) in embedded.chunks_exact(width).zip(hidden.chunks_exact(width)) {
-            both.extend_from_slice(e);
-            both.extend_from_slice(h);
+    pub fn combine_input(&self, next_tokens: &[u32], hidden: &[f32]) -> Buffer {
+        let (workspace, width) = (&self.workspace, self.projection.rows());
+        let embedded = trunk::embed(workspace, &self.embedding, next_tokens);
+        let embedded = self.embedding_norm.forward(workspace, &embedded);
+        let hidden = self.hidden_norm.forward(workspace, hidden);
+        let mut both = workspace.take(2 * hidden.len());
+        let halves = embedded.chunks_exact(width).zip(hidden.chunks_exact(width));
+        for (both, (e, h)) in both.chunks_exact_mut(2 * width).zip(halves) {
+            both[..width].copy_from_slice(e);
+            both[width..].copy_from_slice(h);
         }
-        self.projection.apply(&self.cpu, &both)
+        self.projection.apply(workspace, &both)
     }
 
     /// The decoder layer between input and head; its cache layer and its experts are those of its index.
@@ -82,14 +81,14 @@ impl Mtp {
 
     /// What a further draft takes in place of the main model's hidden state: the layer's output rows
     /// `[n, hidden]` after the module's norm, as the main model's come after its own.
-    pub fn carry(&self, hidden: &[f32]) -> Vec<f32> {
-        self.norm.forward(&self.cpu, hidden)
+    pub fn carry(&self, hidden: &[f32]) -> Buffer {
+        self.norm.forward(&self.workspace, hidden)
     }
 
     /// Logits `[n, vocab]` of the layer's output rows `[n, hidden]`.
-    pub fn draft_logits(&self, hidden: &[f32]) -> Vec<f32> {
-        self.head
-            .apply(&self.cpu, &self.norm.forward(&self.cpu, hidden))
+    pub fn draft_logits(&self, hidden: &[f32]) -> Buffer {
+        let normed = self.norm.forward(&self.workspace, hidden);
+        self.head.apply(&self.workspace, &normed)
     }
 
     /// Resident bytes beyond the main model's embedding and head where those are shared.

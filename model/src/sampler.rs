@@ -6,11 +6,21 @@
 
 mod shaping;
 
+use std::cell::Cell;
 use std::cmp::Ordering;
 
 use guild_kernels::Cpu;
 
 pub use shaping::{Seen, Shaping};
+
+/// Running maxima side by side: as many as the registers of a core take, whatever its instruction set.
+const LANES: usize = 32;
+
+thread_local! {
+    /// Tokens that may be drawn, and their probabilities.
+    static CANDIDATES: Cell<Vec<(u32, f32)>> = const { Cell::new(Vec::new()) };
+    static PROBABILITIES: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
 
 /// How one token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -62,14 +72,20 @@ pub fn sample(
     position: u64,
     n_top: usize,
 ) -> Sampled {
+    let token = choose(cpu, logits, sampling, position);
+    logprobs_of(cpu, logits, token, n_top)
+}
+
+/// The token that [`sample`] chooses, for those who want no log-probabilities: these cost an exponential for every token
+/// of the vocabulary.
+pub fn choose(cpu: &Cpu, logits: &[f32], sampling: &Sampling, position: u64) -> u32 {
     let greedy = argmax(logits);
-    let token = match logits.get(greedy as usize) {
+    match logits.get(greedy as usize) {
         Some(max) if sampling.temperature > 0.0 && max.is_finite() => {
             draw(cpu, logits, *max, sampling, position)
         }
         _ => greedy,
-    };
-    logprobs_of(cpu, logits, token, n_top)
+    }
 }
 
 /// Log-probability of a given token, and the `n_top` most probable tokens, from raw logits `[vocab]`.
@@ -81,7 +97,8 @@ pub fn logprobs_of(cpu: &Cpu, logits: &[f32], token: u32, n_top: usize) -> Sampl
         let l = logit - norm;
         if l.is_nan() { f32::NEG_INFINITY } else { l }
     };
-    let top = best_n(logits.iter().map(|&l| logprob(l)), n_top);
+    let mut top = Vec::new();
+    best_n(&mut top, logits.iter().map(|&l| logprob(l)), n_top);
     Sampled {
         token,
         logprob: logits
@@ -93,13 +110,20 @@ pub fn logprobs_of(cpu: &Cpu, logits: &[f32], token: u32, n_top: usize) -> Sampl
 
 /// The lowest id of the greatest logit; NaN never wins.
 fn argmax(logits: &[f32]) -> u32 {
-    let (mut best, mut max) = (0, f32::NEG_INFINITY);
-    for (i, &l) in logits.iter().enumerate() {
-        if l > max {
-            (best, max) = (i, l);
+    let greater = |max: f32, l: f32| if l > max { l } else { max };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (whole, rest) = logits.as_chunks::<LANES>();
+    for chunk in whole {
+        for (max, &l) in lanes.iter_mut().zip(chunk) {
+            *max = greater(*max, l);
         }
     }
-    best as u32
+    let max = lanes.iter().chain(rest).copied();
+    let max = max.fold(f32::NEG_INFINITY, greater);
+    let here = |chunk: &[f32]| chunk.iter().fold(false, |here, &l| here | (l == max));
+    let chunk = logits.chunks(LANES).position(here).unwrap_or(0) * LANES;
+    let first = logits.iter().skip(chunk).position(|&l| l == max);
+    first.map_or(0, |first| chunk + first) as u32
 }
 
 /// Draws from softmax(logits / temperature), limited by min-p and top-k, then by top-p of what is left (the order
@@ -111,17 +135,23 @@ fn draw(cpu: &Cpu, logits: &[f32], max: f32, sampling: &Sampling, position: u64)
         if x.is_nan() { f32::NEG_INFINITY } else { x }
     };
     let limited = sampling.top_k > 0 && (sampling.top_k as usize) < logits.len();
-    let mut candidates: Vec<(u32, f32)> = if limited {
-        best_n(logits.iter().map(|&l| scaled(l)), sampling.top_k as usize)
+    let mut candidates = CANDIDATES.take();
+    let logits = logits.iter().map(|&l| scaled(l));
+    if limited {
+        best_n(&mut candidates, logits, sampling.top_k as usize);
     } else {
-        (0..).zip(logits.iter().map(|&l| scaled(l))).collect()
-    };
-    let mut probabilities: Vec<f32> = candidates.iter().map(|c| c.1).collect();
+        candidates.clear();
+        candidates.extend((0..).zip(logits));
+    }
+    let mut probabilities = PROBABILITIES.take();
+    probabilities.clear();
+    probabilities.extend(candidates.iter().map(|c| c.1));
     cpu.softmax(&mut probabilities);
     candidates
         .iter_mut()
         .zip(&probabilities)
         .for_each(|(c, &p)| c.1 = p);
+    PROBABILITIES.set(probabilities);
     if sampling.min_p > 0.0 {
         let best = candidates.iter().map(|c| c.1).fold(0.0, f32::max);
         // However the product rounds, the best one stays.
@@ -130,7 +160,7 @@ fn draw(cpu: &Cpu, logits: &[f32], max: f32, sampling: &Sampling, position: u64)
     }
     let mut total: f64 = candidates.iter().map(|c| f64::from(c.1)).sum();
     if sampling.top_p < 1.0 {
-        (candidates, total) = nucleus(candidates, f64::from(sampling.top_p) * total);
+        total = nucleus(&mut candidates, f64::from(sampling.top_p) * total);
     }
     let point = uniform(sampling.seed, position) * total;
     let mut reached = 0.0;
@@ -142,13 +172,14 @@ fn draw(cpu: &Cpu, logits: &[f32], max: f32, sampling: &Sampling, position: u64)
             break;
         }
     }
+    CANDIDATES.set(candidates);
     last
 }
 
-/// The most probable candidates that reach `mass` together (at least one), falling, and their sum.
+/// Leaves the most probable candidates that reach `mass` together (at least one), falling. Returns their sum.
 ///
 /// Takes ever larger heads of the order instead of sorting all: a nucleus is small beside a vocabulary.
-fn nucleus(mut candidates: Vec<(u32, f32)>, mass: f64) -> (Vec<(u32, f32)>, f64) {
+fn nucleus(candidates: &mut Vec<(u32, f32)>, mass: f64) -> f64 {
     let mut head = 64.min(candidates.len());
     loop {
         if head < candidates.len() {
@@ -160,7 +191,7 @@ fn nucleus(mut candidates: Vec<(u32, f32)>, mass: f64) -> (Vec<(u32, f32)>, f64)
             sum += f64::from(p);
             if sum >= mass || i + 1 == candidates.len() {
                 candidates.truncate(i + 1);
-                return (candidates, sum);
+                return sum;
             }
         }
         head = (head * 8).min(candidates.len());
@@ -174,13 +205,14 @@ fn falling(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
         .then(a.0.cmp(&b.0))
 }
 
-/// The `n` greatest values with their indices, in [`falling`] order, in one pass and O(n) memory.
-fn best_n(values: impl ExactSizeIterator<Item = f32>, n: usize) -> Vec<(u32, f32)> {
+/// Makes `kept` the `n` greatest values with their indices, in [`falling`] order, in one pass and O(n) memory.
+fn best_n(kept: &mut Vec<(u32, f32)>, values: impl ExactSizeIterator<Item = f32>, n: usize) {
+    kept.clear();
     let n = n.min(values.len());
     if n == 0 {
-        return Vec::new();
+        return;
     }
-    let mut kept: Vec<(u32, f32)> = Vec::with_capacity(2 * n);
+    kept.reserve(2 * n);
     // Once n are kept, only what is greater than the least of them can enter: ids rise, so an equal one loses.
     let mut bar = None;
     for (id, v) in (0u32..).zip(values) {
@@ -196,7 +228,6 @@ fn best_n(values: impl ExactSizeIterator<Item = f32>, n: usize) -> Vec<(u32, f32
     }
     kept.sort_unstable_by(falling);
     kept.truncate(n);
-    kept
 }
 
 /// A number in [0, 1) with 53 bits that depends on (seed, position) alone.

@@ -2,8 +2,9 @@
 //!
 //! Secret: the order of operations inside a layer, up to where rows leave for the experts and after
 //! they come back. A caller walks the layers: [`Layer::attend`], then [`DenseFfn::forward`], or
-//! [`Moe::norm`], [`Moe::route`], the experts wherever they are, [`Moe::combine`]. All parts keep the
-//! [`Cpu`] they were loaded with. Nothing here knows where experts live.
+//! [`Moe::norm`], [`Moe::route`], the experts wherever they are, [`Moe::combine`]. All parts share the
+//! [`Workspace`] of their trunk: rows that one of them gives go back to it when they are dropped, and the next
+//! layer has the same memory. Nothing here knows where experts live.
 
 use std::sync::Arc;
 
@@ -16,13 +17,17 @@ use crate::gate::{Gate, Routes};
 use crate::mla::{Mla, Rope};
 use crate::mtp::Mtp;
 use crate::weights::{Loader, Matrix};
+use crate::workspace::{Buffer, Workspace};
 use crate::{Checkpoint, Config, ModelError};
+
+/// Elements that one task reads and writes of rows that are summed: some microseconds of work.
+const TASK_ELEMENTS: usize = 1 << 15;
 
 /// Embedding, layers, final norm, head, and the MTP module if the model has one.
 #[derive(Debug)]
 pub struct Trunk {
     config: Config,
-    cpu: Cpu,
+    workspace: Workspace,
     embedding: Arc<Matrix>,
     layers: Vec<Layer>,
     norm: Norm,
@@ -46,6 +51,7 @@ impl Trunk {
         let (vocab, hidden) = (cfg.vocab_size, cfg.hidden_size);
         let loader = Loader::new(ckpt, dtype, Trunk::stored_bytes(ckpt), progress);
         let rope = Arc::new(Rope::new(cfg));
+        let workspace = Workspace::new(cpu);
         let embedding = Arc::new(loader.matrix(EMBEDDING, vocab, hidden)?);
         let head = match cfg.tie_word_embeddings {
             true => Arc::clone(&embedding),
@@ -54,17 +60,17 @@ impl Trunk {
         let mut layers: Vec<Option<Result<Layer, ModelError>>> = Vec::new();
         layers.resize_with(cfg.num_hidden_layers, || None);
         cpu.par_chunks(&mut layers, 1, |index, slot| {
-            slot[0] = Some(Layer::load(&loader, index, cpu, &rope))
+            slot[0] = Some(Layer::load(&loader, index, &workspace, &rope))
         });
         let trunk = Trunk {
             layers: layers.into_iter().flatten().collect::<Result<_, _>>()?,
             norm: Norm::load(&loader, "model.norm")?,
             mtp: match cfg.num_nextn_predict_layers {
                 0 => None,
-                _ => Some(Mtp::load(&loader, cpu, &rope, &embedding, &head)?),
+                _ => Some(Mtp::load(&loader, &workspace, &rope, &embedding, &head)?),
             },
             config: cfg.clone(),
-            cpu: cpu.clone(),
+            workspace,
             embedding,
             head,
         };
@@ -91,12 +97,17 @@ impl Trunk {
         &self.config
     }
 
+    /// Threads and memory of all parts.
+    pub fn workspace(&self) -> &Workspace {
+        &self.workspace
+    }
+
     /// Embeddings `[n, hidden]` of token ids.
     ///
     /// # Panics
     /// An id that is not below `vocab_size`: whoever takes ids in refuses those.
-    pub fn embed(&self, tokens: &[u32]) -> Vec<f32> {
-        embed(&self.embedding, tokens)
+    pub fn embed(&self, tokens: &[u32]) -> Buffer {
+        embed(&self.workspace, &self.embedding, tokens)
     }
 
     /// Layers of the main model, in order.
@@ -105,13 +116,13 @@ impl Trunk {
     }
 
     /// The norm before the head, `[n, hidden]`; its output is also what the MTP module takes.
-    pub fn final_norm(&self, hidden: &[f32]) -> Vec<f32> {
-        self.norm.forward(&self.cpu, hidden)
+    pub fn final_norm(&self, hidden: &[f32]) -> Buffer {
+        self.norm.forward(&self.workspace, hidden)
     }
 
     /// Logits `[n, vocab]` of normed rows.
-    pub fn logits(&self, normed: &[f32]) -> Vec<f32> {
-        self.head.apply(&self.cpu, normed)
+    pub fn logits(&self, normed: &[f32]) -> Buffer {
+        self.head.apply(&self.workspace, normed)
     }
 
     /// The module that drafts the token after the next, if the model has one.
@@ -148,8 +159,8 @@ pub(crate) const EMBEDDING: &str = "model.embed_tokens";
 /// Name of the head, without `.weight`.
 pub(crate) const HEAD: &str = "lm_head";
 
-pub(crate) fn embed(embedding: &Matrix, tokens: &[u32]) -> Vec<f32> {
-    let mut out = vec![0.0; tokens.len() * embedding.cols()];
+pub(crate) fn embed(workspace: &Workspace, embedding: &Matrix, tokens: &[u32]) -> Buffer {
+    let mut out = workspace.take(tokens.len() * embedding.cols());
     for (row, &token) in out.chunks_exact_mut(embedding.cols()).zip(tokens) {
         embedding.widen_row(token as usize, row);
     }
@@ -172,9 +183,9 @@ impl Norm {
         })
     }
 
-    pub(crate) fn forward(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
-        let mut out = vec![0.0; x.len()];
-        cpu.rms_norm(&mut out, x, &self.weight, self.eps);
+    pub(crate) fn forward(&self, workspace: &Workspace, x: &[f32]) -> Buffer {
+        let mut out = workspace.take(x.len());
+        { workspace.cpu() }.rms_norm(&mut out, x, &self.weight, self.eps);
         out
     }
 
@@ -191,7 +202,7 @@ impl Norm {
 #[derive(Debug)]
 pub struct Layer {
     index: usize,
-    cpu: Cpu,
+    workspace: Workspace,
     norm: Norm,
     attention: Mla,
     ffn: Ffn,
@@ -201,28 +212,28 @@ impl Layer {
     pub(crate) fn load(
         loader: &Loader<'_>,
         index: usize,
-        cpu: &Cpu,
+        workspace: &Workspace,
         rope: &Arc<Rope>,
     ) -> Result<Layer, ModelError> {
         let cfg = loader.config();
         let prefix = format!("model.layers.{index}");
         let norm = Norm::load(loader, &format!("{prefix}.post_attention_layernorm"))?;
         let mlp = format!("{prefix}.mlp");
-        let cpu = cpu.clone();
+        let workspace = workspace.clone();
         let ffn = if cfg.is_moe(index) {
             let shared = match cfg.shared_intermediate_size() {
                 0 => None,
                 inner => Some(Mlp::load(loader, &format!("{mlp}.shared_experts"), inner)?),
             };
             Ffn::Moe(Moe {
-                cpu: cpu.clone(),
+                workspace: workspace.clone(),
                 norm,
                 gate: Gate::load(loader, &mlp)?,
                 shared,
             })
         } else {
             Ffn::Dense(DenseFfn {
-                cpu: cpu.clone(),
+                workspace: workspace.clone(),
                 norm,
                 mlp: Mlp::load(loader, &mlp, cfg.intermediate_size)?,
             })
@@ -231,7 +242,7 @@ impl Layer {
             index,
             norm: Norm::load(loader, &format!("{prefix}.input_layernorm"))?,
             attention: Mla::load(loader, &format!("{prefix}.self_attn"), Arc::clone(rope))?,
-            cpu,
+            workspace,
             ffn,
         })
     }
@@ -244,13 +255,13 @@ impl Layer {
     /// Norm, attention and residual in place, for rows `hidden` `[n, hidden]` of several sequences. Their
     /// latents are cached first, so rows of one sequence in one call see each other, causally.
     ///
-    /// Every row of the batch belongs to exactly one of `seqs`, and no two of them share a page.
+    /// Every row of the batch belongs to exactly one of `seqs`. Of pages that are written here, no two of them
+    /// share one.
     pub fn attend(&self, hidden: &mut [f32], seqs: &[SeqRows<'_>], cache: &mut LatentCache) {
-        let x = self.norm.forward(&self.cpu, hidden);
-        let attended = self
-            .attention
-            .forward(&self.cpu, &x, seqs, cache, self.index);
-        self.cpu.add(hidden, &attended);
+        let workspace = &self.workspace;
+        let x = self.norm.forward(workspace, hidden);
+        let attended = { &self.attention }.forward(workspace, &x, seqs, cache, self.index);
+        workspace.cpu().add(hidden, &attended);
     }
 
     /// The feed-forward half.
@@ -281,7 +292,7 @@ pub enum Ffn {
 /// The feed-forward half of a dense layer.
 #[derive(Debug)]
 pub struct DenseFfn {
-    cpu: Cpu,
+    workspace: Workspace,
     norm: Norm,
     mlp: Mlp,
 }
@@ -289,17 +300,16 @@ pub struct DenseFfn {
 impl DenseFfn {
     /// Norm, MLP and residual in place, for rows `[n, hidden]`.
     pub fn forward(&self, hidden: &mut [f32]) {
-        let out = self
-            .mlp
-            .forward(&self.cpu, &self.norm.forward(&self.cpu, hidden));
-        self.cpu.add(hidden, &out);
+        let x = self.norm.forward(&self.workspace, hidden);
+        let out = self.mlp.forward(&self.workspace, &x);
+        self.workspace.cpu().add(hidden, &out);
     }
 }
 
 /// The feed-forward half of a MoE layer, without the routed experts themselves.
 #[derive(Debug)]
 pub struct Moe {
-    cpu: Cpu,
+    workspace: Workspace,
     norm: Norm,
     gate: Gate,
     shared: Option<Mlp>,
@@ -307,18 +317,19 @@ pub struct Moe {
 
 impl Moe {
     /// What router and experts take: rows `[n, hidden]` normed.
-    pub fn norm(&self, hidden: &[f32]) -> Vec<f32> {
-        self.norm.forward(&self.cpu, hidden)
+    pub fn norm(&self, hidden: &[f32]) -> Buffer {
+        self.norm.forward(&self.workspace, hidden)
     }
 
     /// Chooses experts for normed rows `[n, hidden]`.
     pub fn route(&self, x: &[f32]) -> Routes {
-        self.gate.route(&self.cpu, x)
+        self.gate.route(&self.workspace, x)
     }
 
     /// What the shared experts make of normed rows `[n, hidden]`; None when the model has none.
-    pub fn shared(&self, x: &[f32]) -> Option<Vec<f32>> {
-        self.shared.as_ref().map(|mlp| mlp.forward(&self.cpu, x))
+    pub fn shared(&self, x: &[f32]) -> Option<Buffer> {
+        let mlp = self.shared.as_ref()?;
+        Some(mlp.forward(&self.workspace, x))
     }
 
     /// Adds the experts' share to the residual stream `hidden` `[n, hidden]`. `rows` `[n * top_k, hidden]` are
@@ -341,19 +352,21 @@ impl Moe {
             hidden.len() * top_k,
             "one expert row for each choice"
         );
-        self.cpu.par_chunks(hidden, width, |n, hidden| {
-            let mut sum = vec![0.0; width];
-            for choice in n * top_k..(n + 1) * top_k {
-                self.cpu.fma(
-                    &mut sum,
-                    routes.weights[choice],
-                    &rows[choice * width..][..width],
-                );
+        let cpu = self.workspace.cpu();
+        let each = (TASK_ELEMENTS / (width * (top_k + 2))).max(1);
+        cpu.par_chunks(hidden, each * width, |task, hidden| {
+            let mut sum = self.workspace.take::<f32>(width);
+            for (n, hidden) in (task * each..).zip(hidden.chunks_exact_mut(width)) {
+                sum.fill(0.0);
+                for choice in n * top_k..(n + 1) * top_k {
+                    let row = &rows[choice * width..][..width];
+                    cpu.fma(&mut sum, routes.weights[choice], row);
+                }
+                if let Some(shared) = shared {
+                    cpu.add(&mut sum, &shared[n * width..][..width]);
+                }
+                cpu.add(hidden, &sum);
             }
-            if let Some(shared) = shared {
-                self.cpu.add(&mut sum, &shared[n * width..][..width]);
-            }
-            self.cpu.add(hidden, &sum);
         });
     }
 }

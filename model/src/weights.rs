@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use guild_kernels::pack::{self, Int};
-use guild_kernels::{Cpu, MatrixRef, WeightsRef};
+use guild_kernels::{MatrixRef, WeightsRef};
 use half::bf16;
 
 pub(crate) use blob::ALIGNMENT;
@@ -24,6 +24,7 @@ pub(crate) use read::{
 
 use crate::checkpoint::{Dtype, Stored, TensorView, e4m3_to_f32};
 use crate::config::{FP8_BLOCK, Role};
+use crate::workspace::{Buffer, Workspace};
 use crate::{Checkpoint, Config, ModelError};
 
 /// How the elements of a weight lie in memory.
@@ -241,8 +242,10 @@ impl Matrix {
     }
 
     /// Rows `x` `[m, cols]` to rows `x wᵀ` `[m, rows]`, each alone.
-    pub fn apply(&self, cpu: &Cpu, x: &[f32]) -> Vec<f32> {
-        apply(cpu, self.as_ref(), x)
+    pub fn apply(&self, workspace: &Workspace, x: &[f32]) -> Buffer {
+        let mut out = workspace.take(x.len() / self.cols * self.rows);
+        workspace.cpu().matmul(&mut out, x, self.as_ref());
+        out
     }
 
     /// Resident bytes.
@@ -347,13 +350,6 @@ impl Matrix {
             }
         }
     }
-}
-
-/// Rows `x` `[m, cols]` to rows `x wᵀ` `[m, rows]`, each alone.
-pub(crate) fn apply(cpu: &Cpu, weight: MatrixRef<'_>, x: &[f32]) -> Vec<f32> {
-    let mut out = vec![0.0; x.len() / weight.cols * weight.rows];
-    cpu.matmul(&mut out, x, weight);
-    out
 }
 
 /// Bytes from one word about progress to the next: less is done before anybody has read it.

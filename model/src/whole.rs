@@ -60,7 +60,7 @@ pub fn final_rows(
         }
     }
     progress(cfg.num_hidden_layers as u64, cfg.num_hidden_layers as u64);
-    Ok(trunk.final_norm(&stream))
+    Ok(trunk.final_norm(&stream).to_vec())
 }
 
 fn check(ckpt: &Checkpoint, sequences: &[Vec<u32>]) -> Result<(), ModelError> {

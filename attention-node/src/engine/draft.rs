@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use guild_model::cache::SeqRows;
 use guild_model::mtp::Mtp;
+use guild_model::workspace::Buffer;
 use guild_scheduler::batch::Step;
 use guild_transport::Fabric;
 
@@ -140,7 +141,7 @@ impl<F: Fabric + 'static> Engine<F> {
     async fn propose(
         &mut self,
         mtp: &Mtp,
-        mut x: Vec<f32>,
+        mut x: Buffer,
         mut lasts: Vec<Last>,
     ) -> Result<(), ExchangeFailure> {
         let width = self.trunk.config().hidden_size;

@@ -158,9 +158,9 @@ impl Rig {
         }
         let routes = Routes {
             top_k: TOP_K,
-            weights: vec![0.0; experts.len()],
-            experts,
-            logits: Vec::new(),
+            weights: vec![0.0; experts.len()].into(),
+            experts: experts.into(),
+            logits: Vec::new().into(),
         };
         ((0..rows).map(|row| row as f32).collect(), routes)
     }

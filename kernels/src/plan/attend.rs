@@ -6,7 +6,7 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use super::{TASKS_PER_THREAD, for_each_chunk, is_small};
+use super::{TASKS_PER_THREAD, for_each, is_small};
 use crate::{
     LatentAttention, QueryRow,
     generic::{
@@ -29,6 +29,9 @@ thread_local! {
     static SCRATCH: Cell<[Vec<Line>; 4]> = const { Cell::new([Vec::new(), Vec::new(), Vec::new(), Vec::new()]) };
     /// States of all spans, where threads share a query.
     static PARTS: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+    /// The cut of a call, and its spans.
+    static GROUPS: Cell<Vec<Group>> = const { Cell::new(Vec::new()) };
+    static SPANS: Cell<Vec<(usize, usize)>> = const { Cell::new(Vec::new()) };
 }
 
 /// Some heads of consecutive rows of one sequence.
@@ -53,31 +56,38 @@ pub(crate) fn attend(isa: Choice, pool: &Pool, job: LatentAttention<'_>) {
     let tasks = pool.map_or(1, |pool| pool.threads() * TASKS_PER_THREAD);
     // Larger groups widen keys less often, smaller ones give every thread something to do.
     let mut queries = QUERIES;
-    let mut groups = cut(&job, queries);
+    let mut groups = GROUPS.take();
+    cut(&job, queries, &mut groups);
     while queries > FEW_QUERIES && groups.len() < tasks {
         queries /= 2;
-        groups = cut(&job, queries);
+        cut(&job, queries, &mut groups);
     }
-    if groups.len() >= tasks {
-        return whole(isa, pool, job, &groups);
-    }
-    while queries > TILE && groups.iter().map(|group| group.spans).sum::<usize>() < tasks / 2 {
+    let enough = groups.len() >= tasks;
+    let spans = |groups: &[Group]| groups.iter().map(|group| group.spans).sum::<usize>();
+    while !enough && queries > TILE && spans(&groups) < tasks / 2 {
         queries /= 2;
-        groups = cut(&job, queries);
+        cut(&job, queries, &mut groups);
     }
+    let shared = Shared::new(isa, &job);
+    let out = Out {
+        heads: job.heads,
+        width: job.value_width,
+        data: job.out.as_mut_ptr(),
+    };
     if groups.len() >= tasks || groups.iter().all(|group| group.spans <= 1) {
-        whole(isa, pool, job, &groups);
+        whole(pool, &shared, out, &groups);
     } else {
-        by_span(isa, pool, job, &groups);
+        by_span(pool, &shared, out, &groups);
     }
+    GROUPS.set(groups);
 }
 
 /// Groups of at most `queries` queries.
-fn cut(job: &LatentAttention<'_>, queries: usize) -> Vec<Group> {
+fn cut(job: &LatentAttention<'_>, queries: usize, groups: &mut Vec<Group>) {
     let heads_together = job.heads.min(queries).max(1);
     let rows_together = (queries / heads_together).max(1);
     let same = |a: &QueryRow<'_>, b: &QueryRow<'_>| std::ptr::eq(a.pages, b.pages);
-    let mut groups = Vec::new();
+    groups.clear();
     let mut first = 0;
     for sequence in job.rows.chunk_by(same) {
         for start in (0..sequence.len()).step_by(rows_together) {
@@ -94,7 +104,35 @@ fn cut(job: &LatentAttention<'_>, queries: usize) -> Vec<Group> {
         }
         first += sequence.len();
     }
-    groups
+}
+
+/// Where the results of a call go: `[rows, heads, width]`.
+#[derive(Clone, Copy)]
+struct Out {
+    data: *mut f32,
+    heads: usize,
+    width: usize,
+}
+
+// SAFETY: it stands for memory that the call has alone, and tasks take disjoint parts of it.
+unsafe impl Send for Out {}
+// SAFETY: as above.
+unsafe impl Sync for Out {}
+
+impl Out {
+    /// The result of one query of a group, and its row.
+    ///
+    /// # Safety
+    /// The group is one of a cut of this call, and nobody else has this query meanwhile.
+    unsafe fn query<'o>(self, group: &Group, query: usize) -> (usize, &'o mut [f32]) {
+        let row = group.rows.start + query / group.heads.len();
+        let head = group.heads.start + query % group.heads.len();
+        let at = (row * self.heads + head) * self.width;
+        // SAFETY: rows and heads of a cut are those of the call; the rest is the caller's promise.
+        (row, unsafe {
+            std::slice::from_raw_parts_mut(self.data.add(at), self.width)
+        })
+    }
 }
 
 /// What a task needs of the job besides its own part of the output.
@@ -159,10 +197,11 @@ impl<'a> Shared<'a> {
         states: &mut [Line],
         scratch: &mut Vec<Line>,
     ) {
-        let visible: Vec<usize> = self.rows[group.rows.clone()]
-            .iter()
-            .map(|row| row.visible)
-            .collect();
+        let mut visible = [0; QUERIES];
+        let visible = &mut visible[..group.rows.len()];
+        for (visible, row) in visible.iter_mut().zip(&self.rows[group.rows.clone()]) {
+            *visible = row.visible;
+        }
         let keys = Keys {
             pages: self.rows[group.rows.start].pages,
             ..self.keys
@@ -173,7 +212,7 @@ impl<'a> Shared<'a> {
                 keys,
                 queries,
                 heads: group.heads.len(),
-                visible: &visible,
+                visible,
                 scale: self.scale,
                 from: span * SPAN,
                 states: States {
@@ -200,12 +239,9 @@ impl<'a> Shared<'a> {
 }
 
 /// Every group by one task, span after span.
-fn whole(isa: Choice, pool: Option<&Pool>, job: LatentAttention<'_>, groups: &[Group]) {
-    let shared = Shared::new(isa, &job);
-    let (heads, value_width, each) = (job.heads, job.value_width, shared.state());
-    let mut tasks = outputs(groups, heads, value_width, job.out);
-    for_each_chunk(pool, &mut tasks, 1, |index, task| {
-        let Some(outs) = task.first_mut() else { return };
+fn whole(pool: Option<&Pool>, shared: &Shared<'_>, out: Out, groups: &[Group]) {
+    let each = shared.state();
+    for_each(pool, groups.len(), |index| {
         let group = &groups[index];
         let mut all = SCRATCH.take();
         let [queries, total, later, scratch] = &mut all;
@@ -229,81 +265,74 @@ fn whole(isa: Choice, pool: Option<&Pool>, job: LatentAttention<'_>, groups: &[G
                 }
             }
         }
-        for (query, (state, out)) in total.chunks_exact(each).zip(outs.iter_mut()).enumerate() {
-            let row = group.rows.start + query / group.heads.len();
+        let states = total.chunks_exact(each).enumerate();
+        for (query, state) in states.take(group.queries()) {
+            // SAFETY: groups are disjoint, and each is one task's.
+            let (row, out) = unsafe { out.query(group, query) };
             shared.finish(row, state, out);
         }
         SCRATCH.set(all);
     });
 }
 
-/// The output of each group's queries.
-fn outputs<'o>(
-    groups: &[Group],
-    heads: usize,
-    value_width: usize,
-    out: &'o mut [f32],
-) -> Vec<Vec<&'o mut [f32]>> {
-    let mut of_query: Vec<Option<&mut [f32]>> =
-        out.chunks_exact_mut(value_width).map(Some).collect();
-    let mut take = |group: &Group| {
-        let mut outs = Vec::with_capacity(group.queries());
-        for row in group.rows.clone() {
-            let of_group = &mut of_query[row * heads..][group.heads.clone()];
-            outs.extend(of_group.iter_mut().filter_map(Option::take));
-        }
-        outs
-    };
-    groups.iter().map(&mut take).collect()
+/// The states of all spans of all groups, while tasks write them.
+#[derive(Clone, Copy)]
+struct Parts(*mut Line);
+
+// SAFETY: it stands for memory that the call has alone, and tasks take disjoint parts of it.
+unsafe impl Send for Parts {}
+// SAFETY: as above.
+unsafe impl Sync for Parts {}
+
+impl Parts {
+    /// # Safety
+    /// The range lies in the memory, and nobody else has it meanwhile.
+    unsafe fn lines<'p>(self, range: Range<usize>) -> &'p mut [Line] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(range.start), range.len()) }
+    }
 }
 
 /// Every span of every group by one task; then the states are merged.
-fn by_span(isa: Choice, pool: Option<&Pool>, job: LatentAttention<'_>, groups: &[Group]) {
-    let shared = Shared::new(isa, &job);
+fn by_span(pool: Option<&Pool>, shared: &Shared<'_>, out: Out, groups: &[Group]) {
     let each = shared.state();
-    let mut parts = PARTS.take();
-    let needed: usize = groups
-        .iter()
-        .map(|group| group.spans * group.queries() * each)
-        .sum();
-    if parts.len() < needed {
-        parts.resize(needed, EMPTY);
-    }
-    let mut tasks = Vec::new();
-    let mut rest = &mut parts[..needed];
-    for group in groups {
-        for span in 0..group.spans {
-            let (states, more) = rest.split_at_mut(group.queries() * each);
-            tasks.push((group, span, states));
-            rest = more;
+    let mut spans = SPANS.take();
+    spans.clear();
+    let mut needed = 0;
+    for (index, group) in groups.iter().enumerate() {
+        for _ in 0..group.spans {
+            spans.push((index, needed));
+            needed += group.queries() * each;
         }
     }
-    for_each_chunk(pool, &mut tasks, 1, |_, task| {
-        let Some((group, span, states)) = task.first_mut() else {
-            return;
-        };
+    let mut memory = PARTS.take();
+    if memory.len() < needed {
+        memory.resize(needed, EMPTY);
+    }
+    let parts = Parts(memory.as_mut_ptr());
+    // The first span of a group, by the group.
+    let first = |index: usize| spans.partition_point(|&(of, _)| of < index);
+    for_each(pool, spans.len(), |task| {
+        let (index, at) = spans[task];
+        let group = &groups[index];
         let mut all = SCRATCH.take();
         let [queries, _, _, scratch] = &mut all;
         shared.gather(group, queries);
-        shared.span(group, *span, queries, states, scratch);
+        // SAFETY: the states of the spans lie one after another, and each span is one task's.
+        let states = unsafe { parts.lines(at..at + group.queries() * each) };
+        shared.span(group, task - first(index), queries, states, scratch);
         SCRATCH.set(all);
     });
-    let mut rest = &mut parts[..needed];
-    let mut outs = outputs(groups, job.heads, job.value_width, job.out);
-    let mut merges = Vec::new();
-    for (group, outs) in groups.iter().zip(&mut outs) {
-        let (states, more) = rest.split_at_mut(group.spans * group.queries() * each);
-        merges.push((group, states, outs));
-        rest = more;
-    }
-    for_each_chunk(pool, &mut merges, 1, |_, merge| {
-        let Some((group, states, outs)) = merge.first_mut() else {
-            return;
-        };
+    for_each(pool, groups.len(), |index| {
+        let group = &groups[index];
         let queries = group.queries();
-        for (query, out) in outs.iter_mut().enumerate() {
-            let row = group.rows.start + query / group.heads.len();
-            let (first, later) = states.split_at_mut((queries * each).min(states.len()));
+        let at = spans.get(first(index)).map_or(0, |&(_, at)| at);
+        // SAFETY: the states of a group's spans lie one after another; they are written, and each group is one task's.
+        let states = unsafe { parts.lines(at..at + group.spans * queries * each) };
+        let (first, later) = states.split_at_mut((queries * each).min(states.len()));
+        for query in 0..queries {
+            // SAFETY: groups are disjoint, and each is one task's.
+            let (row, out) = unsafe { out.query(group, query) };
             if first.is_empty() {
                 shared.finish(row, &[], out);
                 continue;
@@ -316,5 +345,6 @@ fn by_span(isa: Choice, pool: Option<&Pool>, job: LatentAttention<'_>, groups: &
             shared.finish(row, into, out);
         }
     });
-    PARTS.set(parts);
+    PARTS.set(memory);
+    SPANS.set(spans);
 }

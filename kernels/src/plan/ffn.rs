@@ -27,6 +27,7 @@ use crate::{
     },
     isa::Choice,
     pool::Pool,
+    reuse::reused,
 };
 
 /// Rows of one expert that go through the tasks together. More read its weights once again, which costs little beside so
@@ -46,6 +47,10 @@ thread_local! {
     static MEMORY: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
     /// Gate and up of a task.
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    /// The lists of a call, whose memory the next one takes.
+    static ITEMS: Cell<Vec<Item<'static>>> = const { Cell::new(Vec::new()) };
+    static PARTS: Cell<Vec<Parts>> = const { Cell::new(Vec::new()) };
+    static TASKS: Cell<Vec<Task>> = const { Cell::new(Vec::new()) };
 }
 
 /// Rows of one expert in one pass.
@@ -99,7 +104,7 @@ pub(crate) unsafe fn ffn(
     x: &[f32],
     experts: &[Ffn<'_>],
 ) {
-    let mut items = Vec::with_capacity(experts.len());
+    let mut items = reused(ITEMS.take());
     for expert in experts {
         let cols = expert.gate.cols;
         let m = expert.rows.map_or(x.len() / cols, <[u32]>::len);
@@ -127,12 +132,12 @@ pub(crate) unsafe fn ffn(
             out = out.at(m * out.stride);
         }
     }
-    items.sort_by_key(|item| std::cmp::Reverse(item.x.m));
-    let mut memory = MEMORY.take();
+    items.sort_unstable_by_key(|item| std::cmp::Reverse(item.x.m));
+    let (mut memory, mut parts) = (MEMORY.take(), PARTS.take());
     let mut rest = items.as_slice();
     while !rest.is_empty() {
         let mut lines = 0;
-        let mut parts = Vec::with_capacity(rest.len());
+        parts.clear();
         for item in rest {
             let part = Parts::new(item, lines);
             if !parts.is_empty() && part.inner.end > PASS_LINES {
@@ -147,6 +152,8 @@ pub(crate) unsafe fn ffn(
         rest = later;
     }
     MEMORY.set(memory);
+    PARTS.set(parts);
+    ITEMS.set(reused(items));
 }
 
 impl Parts {
@@ -192,7 +199,8 @@ unsafe fn pass(isa: Choice, pool: &Pool, items: &[Item<'_>], parts: &[Parts], me
         .map(|item| item.cost(&item.gate) + item.cost(&item.up) + item.cost(&item.down))
         .sum();
     let threads = if all < SERIAL_NS { 1 } else { pool.threads() };
-    let tasks = tasks(items, parts, threads, all);
+    let mut tasks = TASKS.take();
+    list(&mut tasks, items, parts, threads, all);
     let memory = Memory(memory.as_mut_ptr());
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
@@ -212,6 +220,7 @@ unsafe fn pass(isa: Choice, pool: &Pool, items: &[Item<'_>], parts: &[Parts], me
             std::mem::forget(guard);
         }
     });
+    TASKS.set(tasks);
 }
 
 struct Guard<'a>(&'a AtomicBool);
@@ -222,10 +231,10 @@ impl Drop for Guard<'_> {
     }
 }
 
-/// The tasks of a pass in the order they are claimed.
-fn tasks(items: &[Item<'_>], parts: &[Parts], threads: usize, all: usize) -> Vec<Task> {
+/// Makes `tasks` those of a pass in the order they are claimed.
+fn list(tasks: &mut Vec<Task>, items: &[Item<'_>], parts: &[Parts], threads: usize, all: usize) {
     let most = (all / (threads * TASKS_PER_THREAD)).max(TASK_NS);
-    let mut tasks = Vec::new();
+    tasks.clear();
     for step in [Step::Prepare, Step::GateUp, Step::Repack, Step::Down] {
         for (i, item) in items.iter().enumerate() {
             let (n, cost, unit) = match step {
@@ -262,7 +271,6 @@ fn tasks(items: &[Item<'_>], parts: &[Parts], threads: usize, all: usize) -> Vec
             parts[i].open[open].store(tasks.len() - begun, Ordering::Relaxed);
         }
     }
-    tasks
 }
 
 /// The memory of a pass.

@@ -92,17 +92,33 @@ fn packed(
     breathe: Breathe<'_>,
 ) -> Result<(), ModelError> {
     let panels = rows.div_ceil(PANEL);
-    expect_shape(view, &[panels, data.len() / panels.max(1)])?;
+    let (_, groups) = format.scale_shape(rows, cols);
+    let shape = [panels, data.len() / panels.max(1)];
+    let stored = scales_of(view, &shape, &[panels, groups, PANEL])?;
     copy(view, data, breathe)?;
+    copy(&stored, scales, &|| ())?;
+    all_scales(&stored, format.odd_scale(scales))
+}
+
+/// The scales of a packed weight: both must have these shapes.
+fn scales_of<'a>(
+    view: &TensorView<'a>,
+    shape: &[usize],
+    scales: &[usize],
+) -> Result<TensorView<'a>, ModelError> {
+    expect_shape(view, shape)?;
     let Some(stored) = view.scales()? else {
         return Err(refused(view, "is packed without scales".into()));
     };
-    let (_, groups) = format.scale_shape(rows, cols);
-    expect_shape(&stored, &[panels, groups, PANEL])?;
-    copy(&stored, scales, &|| ())?;
-    match format.odd_scale(scales) {
+    expect_shape(&stored, scales)?;
+    Ok(stored)
+}
+
+/// Refuses scales of which `odd` is none.
+fn all_scales(scales: &TensorView<'_>, odd: Option<usize>) -> Result<(), ModelError> {
+    match odd {
         Some(at) => Err(refused(
-            &stored,
+            scales,
             format!("element {at} is no scale; the checkpoint is damaged"),
         )),
         None => Ok(()),
@@ -119,21 +135,17 @@ fn foreign(
     scales: &mut [u8],
     breathe: Breathe<'_>,
 ) -> Result<(), ModelError> {
-    let (Format::Packed { int, group }, Some(their_scales)) = (format, view.scales()?) else {
-        return Err(refused(view, "is packed without scales".into()));
+    let Format::Packed { int, group } = format else {
+        return Err(refused(view, "is packed".into()));
     };
     let (across, groups) = (cols.div_ceil(IN_WORD), cols.div_ceil(group));
-    expect_shape(view, &[rows, across])?;
-    expect_shape(&their_scales, &[rows, groups])?;
+    let their_scales = scales_of(view, &[rows, across], &[rows, groups])?;
     let (words, theirs) = (stored(view)?, stored(&their_scales)?);
     breathe();
     let theirs: Vec<bf16> = { theirs.as_chunks().0.iter() }
         .map(|&b| bf16::from_le_bytes(b))
         .collect();
-    if let Some(at) = odd_packed_scale(int, &theirs) {
-        let reason = format!("element {at} is no scale; the checkpoint is damaged");
-        return Err(refused(&their_scales, reason));
-    }
+    all_scales(&their_scales, odd_packed_scale(int, &theirs))?;
     // Little endian: two integers a byte, the first in the low half.
     let value = |row: usize, col: usize| {
         let byte = words[row * across * size_of::<i32>() + col / 2];

@@ -79,22 +79,22 @@ impl Oracle {
             row += piece.tokens.len();
         }
         let mut stream = self.trunk.embed(&tokens);
-        let mut hidden = vec![stream.clone()];
+        let mut hidden = vec![stream.to_vec()];
         let mut routes = BTreeMap::new();
         for layer in self.trunk.layers() {
             routes.extend(
                 self.layer(layer, &mut stream, &seqs, cache)
                     .map(|r| (layer.index(), r)),
             );
-            hidden.push(stream.clone());
+            hidden.push(stream.to_vec());
         }
         let final_norm = self.trunk.final_norm(&stream);
         let logits = self.trunk.logits(&final_norm);
         Pass {
             hidden,
             routes,
-            final_norm,
-            logits,
+            final_norm: final_norm.to_vec(),
+            logits: logits.to_vec(),
         }
     }
 
