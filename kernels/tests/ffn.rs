@@ -83,6 +83,13 @@ impl Expert {
         }
     }
 
+    /// Different experts, one for each list of rows.
+    fn of_kind(kind: Kind, shape: Shape, rows: &[Option<Vec<u32>>]) -> Vec<Expert> {
+        let rows = rows.iter().zip((1..).step_by(3));
+        rows.map(|(rows, seed)| Expert::new(kind, kind, shape, seed, rows.clone()))
+            .collect()
+    }
+
     fn as_ref(&self) -> Ffn<'_> {
         Ffn {
             gate: self.gate.as_ref(),
@@ -184,20 +191,10 @@ fn hot_and_cold_experts_share_a_call() {
         width: 33,
     };
     let x = values(3, shape.n * shape.hidden);
+    let few = (0..300).rev().step_by(7).collect();
+    let rows = [Some(vec![7]), None, Some(vec![]), Some(few)];
     for kind in KINDS {
-        let experts = [
-            Expert::new(kind, kind, shape, 1, Some(vec![7])),
-            Expert::new(kind, kind, shape, 4, None),
-            Expert::new(kind, kind, shape, 7, Some(vec![])),
-            Expert::new(
-                kind,
-                kind,
-                shape,
-                10,
-                Some((0..300).rev().step_by(7).collect()),
-            ),
-        ];
-        check(&x, shape, &experts);
+        check(&x, shape, &Expert::of_kind(kind, shape, &rows));
     }
 }
 
@@ -212,20 +209,11 @@ fn tasks_of_all_threads_make_one_result() {
     };
     let x = values(5, shape.n * shape.hidden);
     for kind in KINDS {
-        let experts = [
-            Expert::new(kind, kind, shape, 1, Some(vec![3])),
-            Expert::new(kind, kind, shape, 4, None),
-        ];
-        let alone = run(
-            &Cpu::with_isa(1, Isa::available()[0]).unwrap(),
-            &x,
-            shape,
-            &experts,
-        );
-        for isa in Isa::available()
-            .into_iter()
-            .filter(|&isa| isa != Isa::Portable)
-        {
+        let experts = Expert::of_kind(kind, shape, &[Some(vec![3]), None]);
+        let one = Cpu::with_isa(1, Isa::available()[0]).unwrap();
+        let alone = run(&one, &x, shape, &experts);
+        let isas = Isa::available().into_iter();
+        for isa in isas.filter(|&isa| isa != Isa::Portable) {
             for threads in [2, 4] {
                 let cpu = Cpu::with_isa(threads, isa).unwrap();
                 let found = run(&cpu, &x, shape, &experts);
