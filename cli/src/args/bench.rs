@@ -80,7 +80,7 @@ pub(crate) struct BenchServe {
     /// Tokens of a prompt, without what is shared
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=10_000_000), value_name = "N", help_heading = "Prompts")]
     pub(crate) input_len: u32,
-    /// Tokens of an answer; of sharegpt and trace by default what the file says
+    /// Tokens of an answer; by default 128, of sharegpt and trace what the file says
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000_000), value_name = "N", help_heading = "Prompts")]
     pub(crate) output_len: Option<u32>,
     /// Lengths vary evenly by this share up and down
@@ -95,13 +95,13 @@ pub(crate) struct BenchServe {
     /// Same seed, same prompts and same times of arrival
     #[arg(long, default_value_t = 0, value_name = "S", help_heading = "Prompts")]
     pub(crate) seed: u64,
-    /// Requests that arrive in a second, or `inf`: all at once; of a trace by default its own times
+    /// Requests that arrive in a second, or `inf`, the default: all at once; a trace has times of its own
     #[arg(long, value_parser = rate, value_name = "RATE", help_heading = "Load")]
     pub(crate) request_rate: Option<f64>,
     /// 1: Poisson arrivals; less: in bursts; more: evenly (gamma distributed gaps)
     #[arg(long, default_value_t = 1.0, value_parser = positive, value_name = "SHAPE", help_heading = "Load")]
     pub(crate) burstiness: f64,
-    /// Requests at a time; further ones wait here
+    /// Requests at a time; further ones wait here; by default any number
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=65_536), value_name = "N", help_heading = "Load")]
     pub(crate) max_concurrency: Option<u32>,
     /// Requests before the measured ones

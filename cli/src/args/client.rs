@@ -38,7 +38,7 @@ pub(crate) struct Generate {
         value_name = "T"
     )]
     pub(crate) temperature: f32,
-    /// Same seed, same prompt, same tokens
+    /// Same seed, same prompt, same tokens; default: drawn for each request
     #[arg(long, value_name = "S")]
     pub(crate) seed: Option<u64>,
     /// Sample from the most probable tokens that make up this share
@@ -94,10 +94,10 @@ pub(crate) struct Chat {
     /// 0: always the most probable token; default: the server's
     #[arg(long, allow_negative_numbers = true, value_name = "T")]
     pub(crate) temperature: Option<f32>,
-    /// Sample from the most probable tokens that make up this share
+    /// Sample from the most probable tokens that make up this share; default: the server's
     #[arg(long, allow_negative_numbers = true, value_name = "P")]
     pub(crate) top_p: Option<f32>,
-    /// Same seed, same conversation, same replies
+    /// Same seed, same conversation, same replies; default: drawn for each request
     #[arg(long, value_name = "S")]
     pub(crate) seed: Option<u64>,
     #[command(flatten)]

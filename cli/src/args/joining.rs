@@ -25,11 +25,11 @@ pub(crate) struct Joining {
     /// Unique in the cluster and kept over restarts; default: role and address
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
-    /// Where health alone is answered without TLS, for probes that have no certificate
+    /// Where health alone is answered without TLS, for probes that have no certificate; default: nowhere
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) health: Option<String>,
     /// What fails together with this node, such as its host or rack: homes of an expert are kept
-    /// apart as far as possible
+    /// apart as far as possible; default: its process
     #[arg(
         long,
         default_value = "",

@@ -30,7 +30,7 @@ pub(crate) struct Quantize {
         hide_possible_values = true
     )]
     pub(crate) to: Target,
-    /// Columns that share a scale, for int4 and int8: 32, 64 or 128. Fewer err less and take more memory
+    /// Columns that share a scale, for int4 and int8: 32, 64 (the default) or 128. Fewer err less and take more memory
     #[arg(long, value_name = "N")]
     pub(crate) group: Option<u32>,
     /// Folder to write
