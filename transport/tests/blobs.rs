@@ -12,11 +12,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use common::{EPOCH, Node, SLOTS, gated, links, name, to};
+use common::{EPOCH, Node, SLOTS, both, gated, links, to};
 use guild_proto::experts::v1::{self, BlobChunk, experts_server::Experts};
 use guild_transport::{
     Batch, CHUNK_BYTES, DIGEST_BYTES, ExchangeCode, ExchangeError, Fabric, FetchRequest,
-    LinkLimits, Links, ServiceLimits, SlotBlob, SlotHost, Switchboard, Work,
+    LinkLimits, Links, ServiceLimits, SlotBlob, SlotHost, Work,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -92,18 +92,6 @@ async fn fetch(
         all.extend_from_slice(&piece);
     }
     Ok((all, fetch.digest()))
-}
-
-/// The same host behind both leaves.
-fn both(host: Arc<dyn SlotHost>) -> (Node, [Links; 2]) {
-    let server = Node::serve(0, host.clone(), ServiceLimits::default());
-    let remote = links(LinkLimits::default(), &[(0, &server.address)]);
-    let board = Switchboard::default();
-    board.attach(name(0), host);
-    let handle = tokio::runtime::Handle::current();
-    let local = Links::new("a0", LinkLimits::default(), handle);
-    local.set_nodes(&[(0, name(0), String::new())], Some(&board));
-    (server, [remote, local])
 }
 
 #[tokio::test]
@@ -342,58 +330,50 @@ async fn lied_until(time: Duration) -> Result<(Vec<u8>, [u8; DIGEST_BYTES]), Exc
     .await
 }
 
-#[tokio::test]
-async fn only_so_many_blobs_are_given_away_at_a_time_and_one_that_is_dropped_frees_its_place() {
-    let limits = ServiceLimits {
-        max_fetches: 1,
-        ..ServiceLimits::default()
-    };
+/// A node that gives one blob away at a time, and the wish for one that is more than can be on its way.
+fn narrow(limits: ServiceLimits) -> (Node, Links, FetchRequest) {
+    let len = 32 * CHUNK_BYTES;
     let host = Arc::new(Giving {
-        // More than can be on its way.
-        content: vec![1; 32 * CHUNK_BYTES].into(),
+        content: vec![1; len].into(),
         asked: AtomicUsize::new(0),
     });
+    let limits = ServiceLimits {
+        max_fetches: 1,
+        ..limits
+    };
     let server = Node::serve(0, host, limits);
     let links = links(LinkLimits::default(), &[(0, &server.address)]);
-    let large = FetchRequest {
-        len: 32 * CHUNK_BYTES,
-        ..wanted()
-    };
-    let mut first = links.fetch(0, large).await.unwrap();
-    first.next().await.unwrap();
-    let error = links.fetch(0, large).await.unwrap_err();
-    assert_eq!(error.code, ExchangeCode::Overloaded);
-    drop(first);
+    (server, links, FetchRequest { len, ..wanted() })
+}
+
+/// Waits for the place of another blob.
+async fn given_back(links: &Links, wanted: FetchRequest) {
     let patience = Instant::now() + Duration::from_secs(10);
-    while links.fetch(0, large).await.is_err() {
+    while links.fetch(0, wanted).await.is_err() {
         assert!(Instant::now() < patience, "the place was not given back");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
 #[tokio::test]
+async fn only_so_many_blobs_are_given_away_at_a_time_and_one_that_is_dropped_frees_its_place() {
+    let (_server, links, large) = narrow(ServiceLimits::default());
+    let mut first = links.fetch(0, large).await.unwrap();
+    first.next().await.unwrap();
+    let error = links.fetch(0, large).await.unwrap_err();
+    assert_eq!(error.code, ExchangeCode::Overloaded);
+    drop(first);
+    given_back(&links, large).await;
+}
+
+#[tokio::test]
 async fn a_peer_that_takes_nothing_does_not_keep_its_place() {
-    let limits = ServiceLimits {
-        max_fetches: 1,
+    let (_server, links, large) = narrow(ServiceLimits {
         fetch_stall: Duration::from_millis(100),
         ..ServiceLimits::default()
-    };
-    let host = Arc::new(Giving {
-        content: vec![1; 32 * CHUNK_BYTES].into(),
-        asked: AtomicUsize::new(0),
     });
-    let server = Node::serve(0, host, limits);
-    let links = links(LinkLimits::default(), &[(0, &server.address)]);
-    let large = FetchRequest {
-        len: 32 * CHUNK_BYTES,
-        ..wanted()
-    };
     let mut idle = links.fetch(0, large).await.unwrap();
-    let patience = Instant::now() + Duration::from_secs(10);
-    while links.fetch(0, large).await.is_err() {
-        assert!(Instant::now() < patience, "the place was not given back");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    given_back(&links, large).await;
     // What it takes in the end is not taken for the whole.
     let end = loop {
         match idle.next().await {

@@ -13,7 +13,7 @@ use std::{
 };
 
 use common::{
-    EPOCH, Made, Node, Raw, SLOTS, frame, gated, honest, links, name, oracle, set_nodes, to,
+    EPOCH, Made, Node, Raw, SLOTS, both, frame, gated, honest, links, name, oracle, set_nodes, to,
 };
 use guild_proto::{
     experts::v1::{CombineFrame, DispatchFrame, ExchangeFault, FaultCode, experts_server::Experts},
@@ -55,18 +55,6 @@ fn right() -> Vec<f32> {
 
 fn after(ms: u64) -> Option<Instant> {
     Some(Instant::now() + Duration::from_millis(ms))
-}
-
-/// The same host behind both leaves.
-fn both(host: Arc<dyn SlotHost>) -> (Node, [Links; 2]) {
-    let server = Node::serve(0, host.clone(), ServiceLimits::default());
-    let remote = links(LinkLimits::default(), &[(0, &server.address)]);
-    let board = Switchboard::default();
-    board.attach(name(0), host);
-    let handle = tokio::runtime::Handle::current();
-    let local = Links::new("a0", LinkLimits::default(), handle);
-    local.set_nodes(&[(0, name(0), String::new())], Some(&board));
-    (server, [remote, local])
 }
 
 #[tokio::test]

@@ -21,7 +21,7 @@ use guild_proto::{
 };
 use guild_transport::{
     Assignment, ExchangeCode, ExchangeError, LinkLimits, Links, NodeId, ServiceLimits, SlotHost,
-    Work, service,
+    Switchboard, Work, service,
 };
 use tokio::{net::TcpListener, runtime::Runtime, sync::mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -240,6 +240,18 @@ pub fn set_nodes(links: &Links, nodes: &[(NodeId, &str)]) {
         .map(|(node, address)| (*node, name(*node), (*address).to_owned()))
         .collect();
     links.set_nodes(&nodes, None);
+}
+
+/// The same host behind both leaves.
+pub fn both(host: Arc<dyn SlotHost>) -> (Node, [Links; 2]) {
+    let server = Node::serve(0, host.clone(), ServiceLimits::default());
+    let remote = links(LinkLimits::default(), &[(0, &server.address)]);
+    let board = Switchboard::default();
+    board.attach(name(0), host);
+    let handle = tokio::runtime::Handle::current();
+    let local = Links::new("a0", LinkLimits::default(), handle);
+    local.set_nodes(&[(0, name(0), String::new())], Some(&board));
+    (server, [remote, local])
 }
 
 pub fn to(node: NodeId, slot: u32, row: u32) -> Assignment {
