@@ -5,6 +5,7 @@
 //! was let in), and every product is timed (`capacity`).
 
 use std::{
+    borrow::Cow,
     sync::{
         Arc, OnceLock, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
@@ -19,7 +20,7 @@ use guild_transport::{ExchangeCode, ExchangeError, SlotBlob, SlotHost, Work};
 
 use crate::{
     capacity::{self, Capacity},
-    merge::{Merger, Merging, Order, Piece, Stopped, gather},
+    merge::{Merger, Merging, Order, Part, Piece, Stopped},
     pace::Pace,
 };
 
@@ -226,23 +227,31 @@ impl SlotHost for Host {
             }
             at += pairs;
         }
-        let forward = |expert: &Expert, rows: &[f32]| {
+        let forward = |x: &[f32], parts: &[Part<'_, Expert>]| {
             let begun = Instant::now();
-            let out = expert.forward(&self.cpu, rows);
-            self.capacity.observe(rows.len() / width, begun.elapsed());
+            let experts = parts.iter().map(|part| (part.expert, &*part.rows));
+            let experts: Vec<(&Expert, &[u32])> = experts.collect();
+            let pairs: usize = experts.iter().map(|(_, rows)| rows.len()).sum();
+            let mut out = vec![0.0; pairs * width];
+            Expert::forward_all(&self.cpu, &mut out, x, &experts);
+            // How the time divides among them does not matter: what counts is the sum.
+            let each = begun.elapsed() / experts.len().max(1) as u32;
+            for (_, rows) in experts {
+                self.capacity.observe(rows.len(), each);
+            }
             out
         };
         let merging = self.merger.merging();
         let merged = |piece: &Piece<Expert>| merging.merges(piece.expert.bytes());
         if !pieces.iter().any(merged) {
-            let mut out = Vec::with_capacity(at * width);
-            for Piece { expert, rows, .. } in pieces {
-                merging.count(rows.len());
-                let mut gathered = Vec::with_capacity(rows.len() * width);
-                gather(&mut gathered, &work.rows, &rows, width);
-                out.extend_from_slice(&forward(&expert, &gathered));
-            }
-            return Ok(out);
+            let parts = pieces.iter().map(|piece| {
+                merging.count(piece.rows.len());
+                Part {
+                    expert: &*piece.expert,
+                    rows: Cow::Borrowed(&piece.rows[..]),
+                }
+            });
+            return Ok(forward(&work.rows, &parts.collect::<Vec<_>>()));
         }
         let order = Order {
             source: work.source,

@@ -2,10 +2,11 @@
 //! all the rows that wait for it.
 //!
 //! Secret: who runs what. The thread of the oldest work leads: it goes through
-//! the experts of its own work, takes along the rows that others have here for
-//! the expert at hand, and hands the lead to the next oldest when its own rows
-//! are done. So nobody's answer waits for experts it did not ask for, and what
-//! arrives while one expert runs can still join the next. Before it starts it
+//! the experts of its own work, as many at a time as take a moment together,
+//! takes along the rows that others have here for the experts at hand, and hands
+//! the lead to the next oldest when its own rows are done. So nobody's answer
+//! waits for experts it did not ask for, and what arrives while some experts run
+//! can still join the next ones. Before it starts it
 //! may wait a moment for company (`company`). Knows neither slots nor epochs,
 //! nor what an expert does with rows: merging is right because a row's result
 //! depends on that row alone.
@@ -13,7 +14,7 @@
 mod company;
 
 use std::{
-    any::Any,
+    borrow::Cow,
     collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
@@ -31,6 +32,11 @@ use company::Company;
 /// weights is a small part of it, and more would only delay whoever came first.
 /// Work that brings more by itself runs as it is.
 pub const MERGED_ROWS: usize = 256;
+
+/// Experts run in one call as long as they are expected to take no longer than this
+/// together: long beside the work of waking threads, short beside a step, for what
+/// arrives meanwhile waits for the call to end.
+const CALL: Duration = Duration::from_millis(2);
 
 /// Experts from so many bytes on are merged, unless configured. The weights of
 /// smaller ones stay in a core's own cache, and running them takes no longer than
@@ -128,6 +134,8 @@ pub(crate) struct Merger<E> {
     /// Where a leader waits for company.
     arrived: Condvar,
     merging: Merging,
+    /// What the experts of a call may take together.
+    call: Duration,
 }
 
 struct State<E> {
@@ -164,10 +172,24 @@ struct Done {
     at: usize,
 }
 
-/// Pieces of one expert that run together.
+/// Pieces that run in one call.
 struct Batch<E> {
+    experts: Vec<Together<E>>,
+    /// The rows of those who are in it, each order once.
+    orders: Vec<(u64, Arc<Rows>)>,
+}
+
+/// Pieces of one expert, at least one, and whose they are.
+struct Together<E> {
     expert: Arc<E>,
-    pieces: Vec<(u64, Arc<Rows>, Piece<E>)>,
+    pieces: Vec<(u64, Piece<E>)>,
+}
+
+/// An expert in a call, and the rows that go through it.
+pub(crate) struct Part<'a, E> {
+    pub(crate) expert: &'a E,
+    /// Indices of rows of the call, not empty.
+    pub(crate) rows: Cow<'a, [u32]>,
 }
 
 impl<E> Merger<E> {
@@ -182,6 +204,7 @@ impl<E> Merger<E> {
             }),
             arrived: Condvar::new(),
             merging,
+            call: CALL,
         }
     }
 
@@ -190,15 +213,16 @@ impl<E> Merger<E> {
     }
 
     /// Runs an order, perhaps with others, and returns its rows in the order of
-    /// its pieces. `forward` takes rows `[m, width]` to rows `[m, width]`, each
-    /// alone; every caller gives the same one, and whose is called is not said.
+    /// its pieces. `forward` has rows `[n, width]` and experts with the rows that go
+    /// through each; it gives `[pairs, width]`, those of the first expert first, and
+    /// every row alone. Every caller gives the same one, and whose is called is not said.
     ///
     /// # Errors
     /// The deadline has passed, or `forward` panicked on rows of this order's experts.
     pub(crate) fn run(
         &self,
         order: Order<E>,
-        forward: impl Fn(&E, &[f32]) -> Vec<f32>,
+        forward: impl Fn(&[f32], &[Part<'_, E>]) -> Vec<f32>,
     ) -> Result<Vec<f32>, Stopped> {
         let width = order.width;
         let pairs: usize = order.pieces.iter().map(|piece| piece.rows.len()).sum();
@@ -246,24 +270,28 @@ impl<E> Merger<E> {
         &self,
         id: u64,
         width: usize,
-        forward: &impl Fn(&E, &[f32]) -> Vec<f32>,
+        forward: &impl Fn(&[f32], &[Part<'_, E>]) -> Vec<f32>,
         out: &mut [f32],
     ) {
         self.hold(id);
         loop {
-            let Some(batch) = self.lock().take(id, Instant::now()) else {
+            let Some(batch) = self.lock().take(id, self.call, Instant::now()) else {
                 return;
             };
-            self.merging.count(batch.rows());
+            for expert in &batch.experts {
+                self.merging.count(expert.rows());
+            }
             let begun = Instant::now();
             let product = batch.run(width, forward).map(Arc::new);
             let took = begun.elapsed();
             let mut from = 0;
             let mut state = self.lock();
-            state.company.product_took(took);
-            for (of, _, piece) in batch.pieces {
+            let experts = u32::try_from(batch.experts.len()).unwrap_or(u32::MAX);
+            state.company.product_took(took / experts.max(1));
+            let pieces = batch.experts.into_iter().flat_map(|expert| expert.pieces);
+            for (of, piece) in pieces {
                 let len = piece.rows.len() * width;
-                let done = product.as_ref().ok().map(|product| Done {
+                let done = product.as_ref().map(|product| Done {
                     product: Arc::clone(product),
                     from,
                     len,
@@ -355,14 +383,38 @@ impl<E> State<E> {
         company::hold(&expected, terms)
     }
 
-    /// The next expert of the order `id`, with everybody's rows for it. None: it needs no more.
-    fn take(&mut self, id: u64, now: Instant) -> Option<Batch<E>> {
+    /// The next experts of the order `id`, with everybody's rows for them: at least one, and as
+    /// many as usually take `call`. None: it needs no more.
+    fn take(&mut self, id: u64, call: Duration, now: Instant) -> Option<Batch<E>> {
         for entry in &mut self.queue {
             if entry.is_open() && entry.deadline.is_some_and(|at| at <= now) {
                 entry.stop(Stopped::Late);
             }
         }
-        let expert = Arc::clone(&self.entry(id)?.pieces.first()?.expert);
+        // As long as nobody knows what one takes, it is one.
+        let usual = self.company.product().as_nanos();
+        let most = call.as_nanos().checked_div(usual).unwrap_or(1).max(1);
+        let mut experts: Vec<Together<E>> = Vec::new();
+        while (experts.len() as u128) < most {
+            let next = self.entry(id).and_then(|entry| entry.pieces.first());
+            let Some(expert) = next.map(|piece| Arc::clone(&piece.expert)) else {
+                break;
+            };
+            let pieces = self.take_expert(id, &expert);
+            experts.push(Together { expert, pieces });
+        }
+        let of = |entry: &&Entry<E>| {
+            let mut pieces = experts.iter().flat_map(|expert| &expert.pieces);
+            pieces.any(|&(id, _)| id == entry.id)
+        };
+        let orders = self.queue.iter().filter(of);
+        let orders = orders.map(|entry| (entry.id, Arc::clone(&entry.rows)));
+        let orders = orders.collect();
+        (!experts.is_empty()).then_some(Batch { experts, orders })
+    }
+
+    /// Everybody's rows for an expert of the order `id`.
+    fn take_expert(&mut self, id: u64, expert: &Arc<E>) -> Vec<(u64, Piece<E>)> {
         let mut rows = 0;
         let mut pieces = Vec::new();
         // The leader's own come first, for they run whatever their number.
@@ -374,15 +426,14 @@ impl<E> State<E> {
             .chain(others.into_iter().map(|entry| (entry, MERGED_ROWS)))
         {
             let joins = |piece: &mut Piece<E>| {
-                let joins = Arc::ptr_eq(&piece.expert, &expert) && rows + piece.rows.len() <= most;
+                let joins = Arc::ptr_eq(&piece.expert, expert) && rows + piece.rows.len() <= most;
                 rows += if joins { piece.rows.len() } else { 0 };
                 joins
             };
-            for piece in entry.pieces.extract_if(.., joins) {
-                pieces.push((entry.id, Arc::clone(&entry.rows), piece));
-            }
+            let taken = entry.pieces.extract_if(.., joins);
+            pieces.extend(taken.map(|piece| (entry.id, piece)));
         }
-        Some(Batch { expert, pieces })
+        pieces
     }
 
     /// Hands a piece's result, or that it has none, to its order.
@@ -417,25 +468,53 @@ impl<E> Entry<E> {
 }
 
 impl<E> Batch<E> {
-    fn rows(&self) -> usize {
-        self.pieces
-            .iter()
-            .map(|(_, _, piece)| piece.rows.len())
-            .sum()
-    }
-
-    /// `[rows, width]` in the order of the pieces.
+    /// `[pairs, width]` in the order of experts and pieces; None: `forward` panicked.
     fn run(
         &self,
         width: usize,
-        forward: &impl Fn(&E, &[f32]) -> Vec<f32>,
-    ) -> Result<Vec<f32>, Box<dyn Any + Send>> {
-        let mut gathered = Vec::with_capacity(self.rows() * width);
-        for (_, rows, piece) in &self.pieces {
-            gather(&mut gathered, rows, &piece.rows, width);
+        forward: &impl Fn(&[f32], &[Part<'_, E>]) -> Vec<f32>,
+    ) -> Option<Vec<f32>> {
+        // Rows of several orders lie one after another, each order's where it begins.
+        let mut begin = Vec::with_capacity(self.orders.len());
+        let mut rows = 0;
+        for (id, of) in &self.orders {
+            begin.push((*id, rows));
+            rows += (of.len() / width) as u32;
         }
+        let x: Cow<'_, [f32]> = match &self.orders[..] {
+            [(_, rows)] => Cow::Borrowed(rows),
+            orders => {
+                let rows: Vec<&[f32]> = orders.iter().map(|(_, rows)| &***rows).collect();
+                Cow::Owned(rows.concat())
+            }
+        };
+        let begin = |id: u64| begin.iter().find(|(of, _)| *of == id).map_or(0, |of| of.1);
+        let parts = self.experts.iter().map(|together| {
+            let rows = match &together.pieces[..] {
+                [(id, piece)] if begin(*id) == 0 => Cow::Borrowed(&piece.rows[..]),
+                pieces => Cow::Owned(
+                    { pieces.iter() }
+                        .flat_map(|(id, piece)| {
+                            let first = begin(*id);
+                            piece.rows.iter().map(move |row| first + row)
+                        })
+                        .collect(),
+                ),
+            };
+            Part {
+                expert: &*together.expert,
+                rows,
+            }
+        });
+        let parts: Vec<_> = parts.collect();
         // Orders of other threads hang on this one: they must hear of it.
-        catch_unwind(AssertUnwindSafe(|| forward(&self.expert, &gathered)))
+        catch_unwind(AssertUnwindSafe(|| forward(&x, &parts))).ok()
+    }
+}
+
+impl<E> Together<E> {
+    fn rows(&self) -> usize {
+        self.pieces.iter().map(|(_, piece)| piece.rows.len()).sum()
     }
 }
 
@@ -443,14 +522,6 @@ impl Done {
     fn copy_to(&self, out: &mut [f32]) {
         out[self.at..self.at + self.len]
             .copy_from_slice(&self.product[self.from..self.from + self.len]);
-    }
-}
-
-/// Appends the rows of these indices.
-pub(crate) fn gather(to: &mut Vec<f32>, from: &[f32], rows: &[u32], width: usize) {
-    for &row in rows {
-        let start = row as usize * width;
-        to.extend_from_slice(&from[start..start + width]);
     }
 }
 
