@@ -5,10 +5,11 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message;
 
-const SCHEMAS: [&str; 3] = [
+const SCHEMAS: [&str; 4] = [
     "proto/guild/inference/v1/inference.proto",
     "proto/guild/cluster/v1/cluster.proto",
     "proto/guild/experts/v1/experts.proto",
+    "proto/guild/pages/v1/pages.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -24,6 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .generate_default_stubs(true)
         .bytes(".guild.experts.v1")
+        .bytes(".guild.pages.v1")
         .compile_fds(descriptors)?;
     Ok(())
 }

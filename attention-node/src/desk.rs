@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use guild_model::cache::LatentCache;
 use guild_scheduler::batch::{
     Counts, Expiry, InvalidLimits, Limits, NewRequest, Outcome, Refusal, Scheduler, Step,
 };
@@ -14,6 +15,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
 use crate::keys::Chain;
+use crate::moving::{Arriving, Leaving, Moves, PageForm};
 use crate::sequence::{Constraint, Events, Failure, Request, Sequence};
 
 /// Readers that may hold on to events for each request that may run or wait. A reader that does
@@ -64,8 +66,73 @@ impl EngineHandle {
         request: Request,
         constraint: Option<Box<dyn Constraint>>,
     ) -> Result<Events, SubmitError> {
-        let now = self.0.opened.elapsed();
         let drafts = self.0.drafting.load(Ordering::Relaxed);
+        let (_, _, events) = self.hand_in(request, constraint, drafts, false)?;
+        Ok(events)
+    }
+
+    /// As [`EngineHandle::submit_constrained`], for a prompt that somebody else runs: the request waits
+    /// for the pages that it is brought.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::submit`].
+    pub(crate) fn submit_arriving(
+        &self,
+        request: Request,
+        constraint: Option<Box<dyn Constraint>>,
+    ) -> Result<(Events, Arriving), SubmitError> {
+        let drafts = self.0.drafting.load(Ordering::Relaxed);
+        let useful = (request.prompt.len() - 1) / self.0.page_tokens;
+        let (id, mut keys, events) = self.hand_in(request, constraint, drafts, true)?;
+        keys.truncate(useful);
+        let mut state = self.0.lock();
+        let State {
+            scheduler,
+            moves,
+            form,
+            ..
+        } = &mut *state;
+        let known = { keys.iter() }.take_while(|&&key| scheduler.page_of(key).is_some());
+        let known = known.count();
+        let arriving = moves.expect(id, *form, drafts, (keys, known), &self.0.wake);
+        drop(state);
+        self.0.wake.notify_one();
+        Ok((events, arriving))
+    }
+
+    /// Hands in a prompt whose pages from `first` on somebody else wants, with the draft module's layer
+    /// or without. Nothing of it is generated.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::submit`].
+    pub(crate) fn submit_leaving(
+        &self,
+        request: Request,
+        drafts: bool,
+        first: usize,
+    ) -> Result<(Events, Leaving), SubmitError> {
+        let useful = (request.prompt.len() - 1) / self.0.page_tokens;
+        let (id, mut keys, events) = self.hand_in(request, None, drafts, false)?;
+        keys.truncate(useful);
+        let mut state = self.0.lock();
+        let form = state.form;
+        let leaving = state
+            .moves
+            .give(id, form, drafts, (keys, first), &self.0.wake);
+        drop(state);
+        self.0.wake.notify_one();
+        Ok((events, leaving))
+    }
+
+    /// Returns the request's id and the names of its full pages beside its events.
+    fn hand_in(
+        &self,
+        request: Request,
+        constraint: Option<Box<dyn Constraint>>,
+        drafts: bool,
+        arrives: bool,
+    ) -> Result<(u64, Vec<u128>, Events), SubmitError> {
+        let now = self.0.opened.elapsed();
         let mut chain = Chain::new(request.tenant, self.0.page_tokens, drafts);
         let keys = chain.extend(&request.prompt);
         let mut state = self.0.lock();
@@ -84,16 +151,23 @@ impl EngineHandle {
             start_by: request.max_queue.map(|longest| now + longest),
             // Cached rows have no logits any more.
             reuse: request.prompt_logprobs.is_none(),
-            keys,
+            keys: keys.clone(),
+            arrives,
             ..NewRequest::new(id, request.prompt.len(), request.max_tokens)
         };
         state.scheduler.submit(now, asked)?;
         state.next_id += 1;
-        let (sequence, events) = Sequence::new(request, constraint, chain, drafts, place);
+        let left = Arc::clone(&self.0.wake);
+        let (sequence, events) = Sequence::new(request, constraint, chain, drafts, place, left);
         state.arrivals.push((id, sequence));
         drop(state);
         self.0.wake.notify_one();
-        Ok(events)
+        Ok((id, keys, events))
+    }
+
+    /// How pages lie in the engine's cache.
+    pub(crate) fn form(&self) -> PageForm {
+        self.0.lock().form
     }
 
     /// How full the engine is.
@@ -155,7 +229,7 @@ fn max_readers(limits: &Limits) -> usize {
 #[derive(Debug)]
 pub(crate) struct Desk {
     state: Mutex<State>,
-    wake: Notify,
+    wake: Arc<Notify>,
     /// Places for readers, open or not yet dropped.
     readers: Arc<Semaphore>,
     /// What the scheduler's time counts from.
@@ -170,25 +244,30 @@ struct State {
     scheduler: Scheduler,
     /// Submitted since the engine last looked; bounded by the scheduler's queue.
     arrivals: Vec<(u64, Sequence)>,
+    moves: Moves,
+    /// Of the engine's cache.
+    form: PageForm,
     next_id: u64,
     closed: bool,
     halted: bool,
 }
 
 impl Desk {
-    pub(crate) fn new(limits: Limits) -> Result<Desk, InvalidLimits> {
+    pub(crate) fn new(limits: Limits, form: PageForm) -> Result<Desk, InvalidLimits> {
         let readers = Arc::new(Semaphore::new(max_readers(&limits)));
         let (page_tokens, drafting) = (limits.page_tokens, limits.drafts > 0);
         let state = State {
             scheduler: Scheduler::new(limits)?,
             arrivals: Vec::new(),
+            moves: Moves::default(),
+            form,
             next_id: 0,
             closed: false,
             halted: false,
         };
         Ok(Desk {
             state: Mutex::new(state),
-            wake: Notify::new(),
+            wake: Arc::default(),
             readers,
             opened: Instant::now(),
             page_tokens: page_tokens.max(1),
@@ -221,9 +300,30 @@ impl Desk {
         }
         match step.chunks.is_empty() {
             false => Turn::Step(step),
-            true if state.closed => Turn::Closed,
+            true if state.closed && state.scheduler.is_idle() => Turn::Closed,
             true => Turn::Idle,
         }
+    }
+
+    /// The engine has another cache now.
+    pub(crate) fn set_form(&self, form: PageForm) {
+        self.lock().form = form;
+    }
+
+    /// Moves pages into the cache and out of it, as far as there are any. For the engine alone,
+    /// between two steps. False: there were none.
+    pub(crate) fn move_pages(&self, cache: &mut LatentCache) -> bool {
+        let due = {
+            let mut state = self.lock();
+            let State {
+                scheduler,
+                moves,
+                form,
+                ..
+            } = &mut *state;
+            moves.due(scheduler, form)
+        };
+        due.settle(cache)
     }
 
     pub(crate) fn commit(&self, took: Duration, outcomes: &[Outcome]) {
@@ -249,6 +349,7 @@ impl Desk {
     pub(crate) fn abandon(&self, sequences: impl Iterator<Item = u64>) {
         let mut state = self.lock();
         (state.closed, state.halted) = (true, true);
+        state.moves.end();
         let arrivals = std::mem::take(&mut state.arrivals);
         for id in sequences.chain(arrivals.iter().map(|&(id, _)| id)) {
             state.scheduler.cancel(id);

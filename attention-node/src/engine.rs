@@ -19,6 +19,7 @@ use tokio::time::Instant;
 
 use crate::desk::{Desk, EngineHandle, Turn};
 use crate::exchange::{Exchange, ExchangeCounters, ExchangeFailure, Patience, Views};
+use crate::moving::PageForm;
 use crate::routed::RoutedRows;
 use crate::sequence::{Failure, Sequence};
 
@@ -68,10 +69,12 @@ impl<F: Fabric + 'static> Engine<F> {
         };
         let limits = Limits { drafts, ..limits };
         let (pages, page_tokens) = (limits.pages, limits.page_tokens);
-        let desk = Arc::new(Desk::new(limits)?);
         let layers = trunk.layers().len() + usize::from(drafts > 0);
+        limits.validate()?;
+        let cache = LatentCache::new(trunk.config(), layers, pages, page_tokens, Format::F32);
+        let desk = Arc::new(Desk::new(limits, PageForm::of(&cache, drafts > 0))?);
         let engine = Engine {
-            cache: LatentCache::new(trunk.config(), layers, pages, page_tokens, Format::F32),
+            cache,
             exchange: Exchange::new(fabric, views, patience),
             routed: Arc::new(RoutedRows::new(trunk.config(), drafts > 0)),
             trunk,
@@ -91,6 +94,8 @@ impl<F: Fabric + 'static> Engine<F> {
         let (layers, pages) = (self.cache.layers(), self.cache.pages());
         let page_tokens = self.cache.page_tokens();
         self.cache = LatentCache::new(self.trunk.config(), layers, pages, page_tokens, format);
+        let form = PageForm::of(&self.cache, self.drafts > 0);
+        self.desk.set_form(form);
         self
     }
 
@@ -125,7 +130,9 @@ impl<F: Fabric + 'static> Engine<F> {
                         Ok(outcomes) => self.end(&step, began.elapsed(), &outcomes),
                         Err(failure) => self.fail(&step, failure),
                     }
+                    self.desk.move_pages(&mut self.cache);
                 }
+                Turn::Idle if self.desk.move_pages(&mut self.cache) => {}
                 Turn::Idle => self.desk.news().await,
                 Turn::Closed => return,
                 Turn::Halted => return self.fail_all(),

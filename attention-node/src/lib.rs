@@ -15,8 +15,11 @@ pub mod exchange;
 mod keys;
 mod live;
 mod memory;
+mod moving;
+mod pages;
 mod peers;
 mod routed;
+mod rules;
 pub mod sequence;
 pub mod service;
 mod speculate;
@@ -31,6 +34,7 @@ use guild_node::member::MemberError;
 use guild_node::serve::ServeError;
 use guild_node::tls::Tls;
 use guild_node::{ExitKind, HasExitKind};
+use guild_proto::cluster::v1::Duty;
 use guild_proto::limits::max_step_tokens;
 use guild_scheduler::batch::{InvalidLimits, Limits};
 use guild_scheduler::membership::NUMERICS_OF_CACHE;
@@ -67,6 +71,8 @@ pub struct AttentionNodeConfig {
     pub process: String,
     /// What fails together with this node: a host, a rack; empty: nothing else.
     pub failure_domain: String,
+    /// Whether it runs prompts, decodes, or both.
+    pub duty: Duty,
     /// Memory for the latent KV cache.
     pub kv_memory: KvMemory,
     /// How the latent KV cache stores rows; None: as [`AttentionNodeConfig::kv_format`] chooses.
@@ -137,6 +143,7 @@ impl AttentionNodeConfig {
             health: None,
             process: String::new(),
             failure_domain: String::new(),
+            duty: Duty::Both,
             kv_memory: KvMemory::Auto,
             kv_dtype: None,
             page_tokens: Self::PAGE_TOKENS,

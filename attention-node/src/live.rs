@@ -21,6 +21,7 @@ use guild_node::serve::{Health, Server};
 use guild_node::tls::Role;
 use guild_proto::cluster::v1::{Placement, PlacementState, Role as NodeRole};
 use guild_proto::inference::v1::inference_server::{InferenceServer, SERVICE_NAME};
+use guild_proto::pages::v1::pages_server::PagesServer;
 use guild_transport::{LinkLimits, Links, Switchboard};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
@@ -28,6 +29,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::desk::EngineHandle;
 use crate::engine::Engine;
+use crate::rules;
 use crate::service::{Inference, Phase};
 use crate::view::View;
 use crate::{AttentionNodeConfig, Error, Speculate};
@@ -64,11 +66,16 @@ pub async fn run(
     let load_text = move || Text::load(&dir, &config).map_err(|e| e.to_string());
     let service =
         Inference::new(Arc::clone(&model), &cfg.model_name, phases).with_text(Arc::new(load_text));
-    let coordinators_only = cfg.tls.as_ref().map(|tls| tls.acceptor(Role::COORDINATING));
+    let others = Dialer::to(Role::ATTENDING, cfg.tls.as_ref());
+    let service = service.pairing(others, &cfg.numerics_class(&cpu), cfg.duty);
+    let service = Arc::new(service);
+    let requesting_only = cfg.tls.as_ref().map(|tls| tls.acceptor(Role::REQUESTING));
     let server = Server::new()
         .await
-        .add(InferenceServer::new(service))
-        .with_tls(coordinators_only)
+        .add(InferenceServer::from_arc(Arc::clone(&service)))
+        .add(PagesServer::from_arc(Arc::clone(&service)))
+        .with_tls(requesting_only)
+        .guarded(Some(rules::guard()))
         .probed_at(cfg.health.clone());
     let health = server.health();
     health.set_serving(SERVICE_NAME, false).await;
@@ -89,6 +96,7 @@ pub async fn run(
         outcome = node.live(checkpoint) => outcome,
         Ok(Err(error)) = &mut serving => return Err(error.into()),
     };
+    service.log();
     down.trigger();
     // What is left to say is said, or the connections are cut with the task. After a drain the
     // server has often ended first.
@@ -127,6 +135,7 @@ impl Node {
             capacity_bytes: 0,
             process: self.cfg.process.clone(),
             failure_domain: self.cfg.failure_domain.clone(),
+            duty: self.cfg.duty,
         };
         let dialer = Dialer::to(Role::COORDINATING, self.cfg.tls.as_ref());
         let member = Member::start_by(membership, dialer)?;

@@ -1,12 +1,13 @@
 //! One request inside the engine: its tokens, what it asked for, and what a row of logits makes
 //! of it. Secret: when a request ends and what its reader is told, in which order.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use guild_model::Cpu;
 use guild_model::sampler::{self, Sampled, Sampling, Seen, Shaping};
 use guild_scheduler::batch::Outcome;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc};
 
 use crate::exchange::ExchangeFailure;
 use crate::keys::Chain;
@@ -138,15 +139,29 @@ pub enum Event {
 #[derive(Debug)]
 pub struct Events {
     reader: mpsc::Receiver<Event>,
+    /// Who is to hear that the reader has gone.
+    left: Arc<Notify>,
     /// Given back when the reader is done, not when the request is: what nobody reads is
     /// memory too.
     _place: OwnedSemaphorePermit,
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.reader.close();
+        self.left.notify_one();
+    }
 }
 
 impl Events {
     /// The next event; None when there will be no more.
     pub async fn recv(&mut self) -> Option<Event> {
         self.reader.recv().await
+    }
+
+    /// The next event if it is there already.
+    pub(crate) fn try_recv(&mut self) -> Option<Event> {
+        self.reader.try_recv().ok()
     }
 
     /// Events that are there and not read yet.
@@ -194,6 +209,7 @@ impl Sequence {
         keys: Chain,
         drafts: bool,
         place: OwnedSemaphorePermit,
+        left: Arc<Notify>,
     ) -> (Sequence, Events) {
         let (events, reader) = mpsc::channel(request.max_tokens + 2);
         let seen = match request.shaping.counts() {
@@ -222,8 +238,12 @@ impl Sequence {
         if sequence.request.prompt_logprobs.is_none() {
             sequence.tell_prompt();
         }
-        let _place = place;
-        (sequence, Events { reader, _place })
+        let events = Events {
+            reader,
+            left,
+            _place: place,
+        };
+        (sequence, events)
     }
 
     /// Whether its reader has gone.

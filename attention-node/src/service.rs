@@ -4,6 +4,8 @@
 //! checked here, again, whoever sent it; the engine behind sees only requests that can run. Text
 //! is the front door's business.
 
+mod pages;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,7 +13,9 @@ use std::time::Duration;
 use futures::{Stream, StreamExt, stream};
 use guild_model::Config;
 use guild_model::sampler::{Sampled, Sampling, Shaping};
+use guild_node::channel::Dialer;
 use guild_node::status;
+use guild_proto::cluster::v1::Duty;
 use guild_proto::inference::v1 as wire;
 use guild_proto::inference::v1::generate_request::Input;
 use guild_proto::inference::v1::generate_response::Event as WireEvent;
@@ -23,6 +27,7 @@ use tonic::{Code, Request as Call, Response, Status};
 use crate::constraint::{Constraints, LoadText};
 use crate::desk::{EngineHandle, SubmitError};
 use crate::exchange::ExchangeFailure;
+use crate::pages::Helpers;
 use crate::sequence::{Event, Events, Failure, Finish, MAX_TOP_LOGPROBS, Request};
 
 /// Bytes of a request id.
@@ -56,6 +61,9 @@ pub struct Inference {
     phase: watch::Receiver<Phase>,
     next_request: AtomicU64,
     constraints: Constraints,
+    /// None: nobody runs prompts for this node.
+    helpers: Option<Arc<Helpers>>,
+    duty: Duty,
 }
 
 impl Inference {
@@ -67,6 +75,8 @@ impl Inference {
             model: model.to_owned(),
             phase,
             next_request: AtomicU64::new(1),
+            helpers: None,
+            duty: Duty::Both,
         }
     }
 
@@ -75,6 +85,17 @@ impl Inference {
         let constraints = Constraints::new(Arc::clone(&self.config), load);
         Inference {
             constraints,
+            ..self
+        }
+    }
+
+    /// The same among other attention nodes, which it reaches by `dialer`: prompts are run by it for
+    /// others as far as `duty` says, and by others for it. Nodes of one `numerics` class compute the
+    /// same pages.
+    pub fn pairing(self, dialer: Dialer, numerics: &str, duty: Duty) -> Inference {
+        Inference {
+            helpers: Some(Arc::new(Helpers::new(dialer, numerics))),
+            duty,
             ..self
         }
     }
@@ -101,7 +122,7 @@ impl wire::inference_server::Inference for Inference {
         &self,
         call: Call<wire::GenerateRequest>,
     ) -> Result<Response<BoxStream<wire::GenerateResponse>>, Status> {
-        let (engine, _) = self.engine()?;
+        let (engine, digest) = self.engine()?;
         let call = call.into_inner();
         if !call.model.is_empty() && call.model != self.model {
             let message = format!(
@@ -127,7 +148,8 @@ impl wire::inference_server::Inference for Inference {
             }
             None => None,
         };
-        let events = engine.submit_constrained(request, constraint);
+        let from = call.prefill_from;
+        let events = self.submit((engine, digest), request, constraint, from);
         let events = events.map_err(refused)?;
         Ok(Response::new(replies(events, request_id, prompt).boxed()))
     }
@@ -276,20 +298,9 @@ fn check(
             format!("more than {MAX_STOP_TOKENS} tokens"),
         );
     }
-    let in_vocabulary = [
-        ("token_ids", &prompt),
-        ("sampling.stop_token_ids", &sampling.stop_token_ids),
-    ];
-    for (field, tokens) in in_vocabulary {
-        let beyond = |&(_, &token): &(usize, &u32)| token as usize >= config.vocab_size;
-        if let Some((at, token)) = tokens.iter().enumerate().find(beyond) {
-            let vocab = config.vocab_size;
-            return invalid(
-                field,
-                format!("id {token} at index {at} is not below the vocabulary size {vocab}"),
-            );
-        }
-    }
+    in_vocabulary(config, "token_ids", &prompt)?;
+    let stops = &sampling.stop_token_ids;
+    in_vocabulary(config, "sampling.stop_token_ids", stops)?;
     let temperature = sampling.temperature.unwrap_or(0.0);
     if !(temperature.is_finite() && temperature >= 0.0) {
         return invalid(
@@ -357,6 +368,19 @@ fn check(
         timeout: call.timeout_ms.map(milliseconds),
         max_queue: call.max_queue_ms.map(milliseconds),
     })
+}
+
+/// Whether all of a field's tokens are some.
+fn in_vocabulary(config: &Config, field: &str, tokens: &[u32]) -> Result<(), Status> {
+    let vocab = config.vocab_size;
+    let beyond = |&(_, &token): &(usize, &u32)| token as usize >= vocab;
+    match tokens.iter().enumerate().find(beyond) {
+        Some((at, token)) => Err(status::invalid(
+            field,
+            format!("id {token} at index {at} is not below the vocabulary size {vocab}"),
+        )),
+        None => Ok(()),
+    }
 }
 
 fn milliseconds(n: u32) -> Duration {

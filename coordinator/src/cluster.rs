@@ -13,11 +13,11 @@ use guild_node::tls::{self, Identity};
 use guild_node::{Shutdown, serve, status};
 use guild_proto::cluster::v1::cluster_server::Cluster;
 use guild_proto::cluster::v1::{
-    DrainNodeRequest, DrainNodeResponse, ExpertLoadRequest, ExpertLoadResponse, HeartbeatRequest,
-    HeartbeatResponse, LeaveRequest, LeaveResponse, MigrationStatus, NodeStatus, Placement,
-    RebalanceRequest, RebalanceResponse, RegisterRequest, RegisterResponse, ReportLoadRequest,
-    ReportLoadResponse, Role, StatusRequest, StatusResponse, WatchMigrationRequest,
-    WatchPlacementRequest,
+    DrainNodeRequest, DrainNodeResponse, Duty, ExpertLoadRequest, ExpertLoadResponse,
+    HeartbeatRequest, HeartbeatResponse, LeaveRequest, LeaveResponse, MigrationStatus, NodeStatus,
+    Placement, RebalanceRequest, RebalanceResponse, RegisterRequest, RegisterResponse,
+    ReportLoadRequest, ReportLoadResponse, Role, StatusRequest, StatusResponse,
+    WatchMigrationRequest, WatchPlacementRequest,
 };
 use guild_scheduler::membership::{
     self, Measured, Refused, Registration, Report, Serving, UnknownNode,
@@ -69,6 +69,11 @@ impl Cluster for ClusterService {
                 return Err(status::invalid("role", "must be attention or expert"));
             }
         };
+        let duty = match request.duty() {
+            Duty::Unspecified | Duty::Both => membership::Duty::Both,
+            Duty::Prefill => membership::Duty::Prefill,
+            Duty::Decode => membership::Duty::Decode,
+        };
         let registration = Registration {
             role,
             name: request.name,
@@ -80,6 +85,7 @@ impl Cluster for ClusterService {
             incarnation: request.incarnation,
             process: request.process,
             failure_domain: request.failure_domain,
+            duty,
         };
         let node_id = self
             .state
@@ -180,6 +186,7 @@ impl Cluster for ClusterService {
         _request: Request<StatusRequest>,
     ) -> Result<Response<StatusResponse>, Status> {
         let reason = self.state.waiting_for().borrow().clone();
+        let degraded = self.state.with(|membership, _| membership.degraded());
         let (epoch, nodes, (replicas_wanted, replicas)) = self.state.with(|membership, _| {
             let published = membership.published();
             let slots = |id| {
@@ -215,6 +222,13 @@ impl Cluster for ClusterService {
                     free_pages: node.report.serving.free_pages,
                     cached_pages: node.report.serving.cached_pages,
                     tokens_per_second: node.tokens_per_second,
+                    duty: match node.duty {
+                        _ if node.role == membership::Role::Expert => Duty::Unspecified,
+                        membership::Duty::Both => Duty::Both,
+                        membership::Duty::Prefill => Duty::Prefill,
+                        membership::Duty::Decode => Duty::Decode,
+                    }
+                    .into(),
                 })
                 .collect();
             let epoch = published.map_or(0, |p| p.placement.epoch());
@@ -229,6 +243,7 @@ impl Cluster for ClusterService {
             nodes,
             replicas_wanted,
             replicas,
+            degraded: degraded.unwrap_or_default().to_owned(),
         }))
     }
 

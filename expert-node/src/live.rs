@@ -208,6 +208,7 @@ impl Node {
             capacity_bytes: self.cfg.capacity_bytes,
             process: self.cfg.process.clone(),
             failure_domain: self.cfg.failure_domain.clone(),
+            duty: Default::default(),
         };
         let dialer = Dialer::to(tls::Role::COORDINATING, self.cfg.tls.as_ref());
         let member = Member::start_by(membership, dialer)?;

@@ -106,6 +106,18 @@ impl LatentCache {
         row
     }
 
+    /// The bytes of one page, `[layer][token][row]`: what it takes to have the same page elsewhere.
+    pub fn page(&self, page: u32) -> &[u8] {
+        let stride = self.page_stride();
+        &self.data[page as usize * stride..][..stride]
+    }
+
+    /// The same to be written. A page that others see is not written again.
+    pub fn page_mut(&mut self, page: u32) -> &mut [u8] {
+        let stride = self.page_stride();
+        &mut self.data[page as usize * stride..][..stride]
+    }
+
     /// The whole memory, for the attention kernel.
     pub fn as_bytes(&self) -> &[u8] {
         &self.data

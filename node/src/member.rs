@@ -13,7 +13,7 @@ mod session;
 
 use std::sync::Arc;
 
-use guild_proto::cluster::v1::{Placement, Role};
+use guild_proto::cluster::v1::{Duty, Placement, Role};
 use tokio::sync::watch;
 
 use crate::channel::{AddressError, Dialer};
@@ -60,6 +60,8 @@ pub struct MemberConfig {
     pub process: String,
     /// What fails together with this node: a host, a rack. Empty: nothing else.
     pub failure_domain: String,
+    /// What of a request it does (attention nodes).
+    pub duty: Duty,
 }
 
 /// What a node says about itself.

@@ -122,6 +122,7 @@ fn config(coordinator: &str) -> MemberConfig {
         capacity_bytes: 5,
         process: String::new(),
         failure_domain: String::new(),
+        duty: Default::default(),
     }
 }
 

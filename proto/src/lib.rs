@@ -22,6 +22,11 @@ mod generated {
             tonic::include_proto!("guild.experts.v1");
         }
     }
+    pub mod pages {
+        pub mod v1 {
+            tonic::include_proto!("guild.pages.v1");
+        }
+    }
 }
 
 pub mod crc;
@@ -49,6 +54,14 @@ pub mod experts {
     /// Version 1, the only one.
     pub mod v1 {
         pub use crate::generated::experts::v1::*;
+    }
+}
+
+/// Pages of the KV cache, from one attention node to another.
+pub mod pages {
+    /// Version 1, the only one.
+    pub mod v1 {
+        pub use crate::generated::pages::v1::*;
     }
 }
 

@@ -320,6 +320,7 @@ fn the_descriptor_set_names_every_service() {
             "guild.cluster.v1.Cluster",
             "guild.experts.v1.Experts",
             "guild.inference.v1.Inference",
+            "guild.pages.v1.Pages",
         ]
     );
 }

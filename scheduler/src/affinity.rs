@@ -24,6 +24,10 @@ pub const MAX_NODES_OF_A_BLOCK: usize = 4;
 /// that are still to be run, the request's own included.
 pub const MAX_OVER_MEAN: f64 = 1.5;
 
+/// A prompt of which the node that decodes has to run fewer tokens is run there: its pages would
+/// take longer to ask for and to move than to compute.
+pub const MIN_MOVED_TOKENS: u64 = 128;
+
 /// A node that could take a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Candidate {
@@ -42,6 +46,19 @@ pub struct Choice {
     pub cached: u64,
     /// Whether another node knows more of the prompt and has too much to do.
     pub turned_away: bool,
+}
+
+/// The node that was chosen to decode a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decoder {
+    /// Its id.
+    pub node: NodeId,
+    /// Tokens that are still to be run there, this request's left aside.
+    pub outstanding: u64,
+    /// Tokens of the prompt that are likely to be in its cache.
+    pub cached: u64,
+    /// Whether it is meant to run prompts, too.
+    pub runs_prompts: bool,
 }
 
 /// What attention nodes have run, as far as it is remembered.
@@ -106,6 +123,29 @@ impl Affinity {
             cached: *cached,
             turned_away: wanted.0.node != best.node,
         })
+    }
+
+    /// The node that runs a prompt of `prompt` tokens for `decoder`, of `helpers`, the nodes for
+    /// prefill. None: it had better run the prompt itself, because there is too little to run, there
+    /// is no helper, or it runs prompts anyway and would be through sooner.
+    pub fn pair(
+        &self,
+        prefix: &[u64],
+        prompt: u64,
+        decoder: &Decoder,
+        helpers: &[Candidate],
+    ) -> Option<Choice> {
+        let own = prompt.saturating_sub(decoder.cached);
+        if own < MIN_MOVED_TOKENS {
+            return None;
+        }
+        let others = helpers.iter().filter(|helper| helper.node != decoder.node);
+        let others: Vec<Candidate> = others.copied().collect();
+        let helper = self.choose(prefix, prompt, &others)?;
+        let found = others.iter().find(|other| other.node == helper.node)?;
+        let theirs = found.outstanding.saturating_add(prompt - helper.cached);
+        let is_sooner = theirs < decoder.outstanding.saturating_add(own);
+        (is_sooner || !decoder.runs_prompts).then_some(helper)
     }
 
     /// Tokens at the start of the prompt that each candidate has run.

@@ -12,6 +12,7 @@
 //! any number of [`Scheduler::submit`] and [`Scheduler::cancel`] may happen. This module must not know
 //! what a token, a layer or a client is: it counts.
 
+mod arriving;
 mod limits;
 mod pace;
 mod pages;
@@ -22,6 +23,7 @@ mod request;
 use std::collections::HashMap;
 use std::time::Duration;
 
+pub use arriving::Arrival;
 pub use limits::{Invalid, InvalidLimits, Limits, Refusal};
 pub use pace::{PREFILL_FIRST, PREFILL_FLOOR, RETRY_FIRST, RETRY_MAX, RETRY_MIN};
 pub use payoff::{Decoded, PLAIN_EVERY, Payoff, REST_FIRST, REST_MAX, SAMPLES};
@@ -152,7 +154,8 @@ impl Scheduler {
         if let Some(target) = self.limits.itl_target.filter(|_| decoding > 0) {
             left = left.min(self.cost.prefill_rows(target));
         }
-        for live in self.running.iter_mut().filter(|live| !live.is_decoding()) {
+        let computes = |live: &&mut Live| !live.is_decoding() && !live.awaits;
+        for live in self.running.iter_mut().filter(computes) {
             let len = left.min(live.unknown());
             if len == 0 {
                 break;
@@ -164,6 +167,9 @@ impl Scheduler {
         while left > 0 && !preempted {
             let Some(at) = self.admit(now) else { break };
             let live = &mut self.running[at];
+            if live.awaits {
+                continue;
+            }
             let len = left.min(live.unknown());
             left -= len;
             chunks.push(live.chunk(len, 0));

@@ -41,8 +41,8 @@ pub use failing::{BACK_OFF, MAX_BACK_OFF};
 pub use snapshot::{Snapshot, SnapshotError};
 pub use status::{DrainError, Drained, MigrateError, MigrationStatus, Outcome, Phase};
 pub use types::{
-    Action, Loss, MAX_NODES, MAX_TEXT, Measured, Node, Placed, Published, Refused, Registration,
-    Report, Role, Serving, Settings, UnknownNode,
+    Action, Duty, Loss, MAX_NODES, MAX_TEXT, Measured, Node, Placed, Published, Refused,
+    Registration, Report, Role, Serving, Settings, UnknownNode,
 };
 
 /// Highest epoch a node may report; no cluster lives long enough to pass it.
@@ -178,6 +178,7 @@ impl Membership {
                 report: Report::default(),
                 process: new.process,
                 failure_domain: new.failure_domain,
+                duty: new.duty,
                 speed: 0.0,
                 tokens_per_second: 0.0,
                 capacity_bytes: new.capacity_bytes,
@@ -334,6 +335,14 @@ impl Membership {
                     .as_ref()
                     .is_some_and(|epochs| epochs.contains(&node.report.epoch))
         })
+    }
+
+    /// What is served otherwise than it was meant to be, in words.
+    pub fn degraded(&self) -> Option<&'static str> {
+        let mut duties = self.serving().map(|node| node.duty).peekable();
+        duties.peek()?;
+        (!duties.any(Duty::decodes))
+            .then_some("no attention node that decodes is there: those for prefill do it")
     }
 
     /// The epoch by which requests can be served, if there is one.

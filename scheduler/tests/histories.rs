@@ -156,6 +156,7 @@ impl World {
             incarnation: self.incarnations,
             process: String::new(),
             failure_domain: String::new(),
+            duty: Default::default(),
         };
         let id = self.m.register(self.now, new).unwrap();
         self.processes.insert(

@@ -43,6 +43,7 @@ fn registration(role: Role, name: &str, incarnation: u64) -> Registration {
         incarnation,
         process: String::new(),
         failure_domain: String::new(),
+        duty: Default::default(),
     }
 }
 

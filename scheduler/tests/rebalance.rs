@@ -72,6 +72,7 @@ impl Cluster {
             incarnation: turn,
             process: String::new(),
             failure_domain: spec.domain.into(),
+            duty: Default::default(),
         };
         let id = self.m.register(self.now, new).unwrap();
         self.speed(id, spec.speed);

@@ -69,6 +69,7 @@ impl Cluster {
             incarnation: u64::from(name.as_bytes()[0]),
             process: String::new(),
             failure_domain: String::new(),
+            duty: Default::default(),
         };
         self.m.register(self.now, new).unwrap()
     }

@@ -1,6 +1,6 @@
 //! Attention nodes as places for requests: who can take one, what each has to
-//! do, who had better be left alone for a moment. Which of them it is to be is
-//! decided in `scheduler`.
+//! do, who had better be left alone for a moment, and who runs a prompt for
+//! whom. Which of them it is to be is decided in `scheduler`.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use guild_node::channel::Dialer;
 use guild_node::status;
-use guild_scheduler::affinity::{Affinity, Candidate, MAX_BLOCKS};
+use guild_scheduler::affinity::{Affinity, Candidate, Choice, Decoder, MAX_BLOCKS};
+use guild_scheduler::membership::{Duty, Membership};
 use guild_scheduler::placement::NodeId;
 use tokio::time::{Instant, timeout};
 use tonic::Status;
@@ -43,6 +44,8 @@ struct Known {
     links: HashMap<NodeId, Link>,
     /// What each has run, as far as it was sent from here.
     affinity: Affinity,
+    /// Whether nodes for prefill have to decode.
+    degraded: bool,
 }
 
 /// A connection to an attention node.
@@ -67,6 +70,15 @@ pub(super) struct Ticket {
     pub(super) channel: Channel,
     outstanding: Arc<AtomicUsize>,
     left: usize,
+    /// Tokens of the prompt that are likely to be in its cache.
+    cached: usize,
+}
+
+/// A place for a prompt on a node that runs it for another.
+pub(super) struct Helper {
+    pub(super) ticket: Ticket,
+    /// `host:port` by which the other node reaches it.
+    pub(super) address: String,
 }
 
 impl Ticket {
@@ -93,6 +105,7 @@ impl Nodes {
             known: Mutex::new(Known {
                 links: HashMap::new(),
                 affinity: Affinity::new(BLOCK as u64, MAX_BLOCKS),
+                degraded: false,
             }),
         }
     }
@@ -105,58 +118,25 @@ impl Nodes {
     /// Takes a place for `tokens` on a ready node: the one that is expected to be
     /// through with them first, by what is out there and what of `prefix` it has
     /// run before. Nodes in `tried` are left out, nodes under suspicion come last.
+    /// Nodes for prefill are taken only while no other is there.
     pub(super) fn choose(&self, tried: &[NodeId], prefix: &[u64], tokens: usize) -> Option<Ticket> {
-        let now = Instant::now();
         let mut known = self.lock();
-        let Known { links, affinity } = &mut *known;
         self.state.with(|membership, time| {
-            links.retain(|id, _| {
-                let stays = membership.node(*id).is_some();
-                if !stays {
-                    affinity.forget(*id);
-                }
-                stays
-            });
-            let (mut trusted, mut suspected) = (Vec::new(), Vec::new());
-            for node in membership
-                .serving()
-                .filter(|node| !tried.contains(&node.id))
-            {
-                let known = links
-                    .get(&node.id)
-                    .is_some_and(|link| link.address == node.address);
-                if !known {
-                    match self.dialer.lazy_alert(&node.address, QUIET, SILENCE) {
-                        Ok(channel) => links.insert(node.id, Link::new(channel, &node.address)),
-                        Err(error) => {
-                            tracing::warn!(node = node.name, "{error}");
-                            continue;
-                        }
-                    };
-                }
-                let Some(link) = links.get_mut(&node.id) else {
-                    continue;
-                };
-                let told = node.report.serving.outstanding_tokens;
-                let candidate = Candidate {
-                    node: node.id,
-                    outstanding: link.outstanding(told, node.last_seen, time),
-                };
-                match link.suspected_until.is_some_and(|until| now < until) {
-                    true => suspected.push(candidate),
-                    false => trusted.push(candidate),
+            known.keep(membership);
+            let degraded = membership.degraded();
+            if known.degraded != degraded.is_some() {
+                known.degraded = degraded.is_some();
+                match degraded {
+                    Some(how) => tracing::warn!("degraded: {how}"),
+                    None => tracing::info!("a node that decodes is there again"),
                 }
             }
-            let candidates = if trusted.is_empty() {
-                suspected
-            } else {
-                trusted
-            };
-            let choice = affinity.choose(prefix, tokens as u64, &candidates)?;
-            let link = links.get(&choice.node)?;
-            let name = membership.node(choice.node)?.name.clone();
+            let wanted = |duty: Duty| degraded.is_some() || duty.decodes();
+            let candidates = self.candidates(&mut known, membership, time, tried, wanted);
+            let choice = known.affinity.choose(prefix, tokens as u64, &candidates)?;
+            let ticket = known.ticket(membership, &choice, tokens)?;
             tracing::debug!(
-                node = name,
+                node = ticket.name,
                 tokens,
                 expected_cached = choice.cached,
                 turned_away = choice.turned_away,
@@ -164,16 +144,96 @@ impl Nodes {
             );
             // Before the request is out, because nothing may move under it.
             membership.mark_served();
-            let left = tokens.saturating_sub(choice.cached as usize);
-            link.outstanding.fetch_add(left, Ordering::Relaxed);
-            Some(Ticket {
-                node: choice.node,
-                name,
-                channel: link.channel.clone(),
-                outstanding: Arc::clone(&link.outstanding),
-                left,
-            })
+            Some(ticket)
         })
+    }
+
+    /// Takes a place for the prompt of `ticket`, which has `prompt` tokens and
+    /// begins with `prefix`, on a node for prefill, if that is worth it.
+    pub(super) fn pair(
+        &self,
+        ticket: &mut Ticket,
+        prefix: &[u64],
+        prompt: usize,
+    ) -> Option<Helper> {
+        let mut known = self.lock();
+        let helper = self.state.with(|membership, time| {
+            let for_prefill = |duty| duty == Duty::Prefill;
+            let helpers = self.candidates(&mut known, membership, time, &[], for_prefill);
+            let node = membership.node(ticket.node)?;
+            let told = node.report.serving.outstanding_tokens;
+            let link = known.links.get_mut(&ticket.node)?;
+            let outstanding = link.outstanding(told, node.last_seen, time);
+            let decoder = Decoder {
+                node: ticket.node,
+                outstanding: outstanding.saturating_sub(ticket.left as u64),
+                cached: ticket.cached as u64,
+                runs_prompts: node.duty == Duty::Both,
+            };
+            let affinity = &known.affinity;
+            let choice = affinity.pair(prefix, prompt as u64, &decoder, &helpers)?;
+            let address = membership.node(choice.node)?.address.clone();
+            let ticket = known.ticket(membership, &choice, prompt)?;
+            Some(Helper { ticket, address })
+        })?;
+        let own = prompt.saturating_sub(ticket.cached);
+        ticket.settle(ticket.left.saturating_sub(own));
+        tracing::debug!(
+            node = helper.ticket.name,
+            decodes = ticket.name,
+            prompt,
+            "a prompt has a node"
+        );
+        Some(helper)
+    }
+
+    /// Ready nodes whose duty is `wanted`, but for those in `tried`: those under
+    /// suspicion only if there are no others.
+    fn candidates(
+        &self,
+        known: &mut Known,
+        membership: &Membership,
+        time: Duration,
+        tried: &[NodeId],
+        wanted: impl Fn(Duty) -> bool,
+    ) -> Vec<Candidate> {
+        let now = Instant::now();
+        let links = &mut known.links;
+        let (mut trusted, mut suspected) = (Vec::new(), Vec::new());
+        for node in membership
+            .serving()
+            .filter(|node| wanted(node.duty) && !tried.contains(&node.id))
+        {
+            let known = links
+                .get(&node.id)
+                .is_some_and(|link| link.address == node.address);
+            if !known {
+                match self.dialer.lazy_alert(&node.address, QUIET, SILENCE) {
+                    Ok(channel) => links.insert(node.id, Link::new(channel, &node.address)),
+                    Err(error) => {
+                        tracing::warn!(node = node.name, "{error}");
+                        continue;
+                    }
+                };
+            }
+            let Some(link) = links.get_mut(&node.id) else {
+                continue;
+            };
+            let told = node.report.serving.outstanding_tokens;
+            let candidate = Candidate {
+                node: node.id,
+                outstanding: link.outstanding(told, node.last_seen, time),
+            };
+            match link.suspected_until.is_some_and(|until| now < until) {
+                true => suspected.push(candidate),
+                false => trusted.push(candidate),
+            }
+        }
+        if trusted.is_empty() {
+            suspected
+        } else {
+            trusted
+        }
     }
 
     /// `node` has taken a request that begins with `prefix`.
@@ -222,6 +282,37 @@ impl Nodes {
 
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Known {
+    /// Forgets who is no longer a member.
+    fn keep(&mut self, membership: &Membership) {
+        let affinity = &mut self.affinity;
+        self.links.retain(|id, _| {
+            let stays = membership.node(*id).is_some();
+            if !stays {
+                affinity.forget(*id);
+            }
+            stays
+        });
+    }
+
+    /// A place on the chosen node for `tokens`, less what it has.
+    fn ticket(&self, membership: &Membership, choice: &Choice, tokens: usize) -> Option<Ticket> {
+        let link = self.links.get(&choice.node)?;
+        let name = membership.node(choice.node)?.name.clone();
+        let cached = choice.cached as usize;
+        let left = tokens.saturating_sub(cached);
+        link.outstanding.fetch_add(left, Ordering::Relaxed);
+        Some(Ticket {
+            node: choice.node,
+            name,
+            channel: link.channel.clone(),
+            outstanding: Arc::clone(&link.outstanding),
+            left,
+            cached,
+        })
     }
 }
 

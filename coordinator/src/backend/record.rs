@@ -33,6 +33,8 @@ impl Record {
     /// A stream that nothing has come of yet. `eos` ends it unless the request
     /// says otherwise.
     pub(super) fn new(mut request: GenerateRequest, eos: &[u32]) -> Record {
+        // Nobody outside says where prompts are run.
+        request.prefill_from.clear();
         let tokens = match request.input.take() {
             Some(Input::TokenIds(tokens)) => tokens.ids,
             _ => Vec::new(),
@@ -81,6 +83,14 @@ impl Record {
     pub(super) fn to_come(&self) -> usize {
         let most = self.sampling_max().unwrap_or(0);
         most.saturating_sub(self.emitted())
+    }
+
+    /// Whether another node may run the prompt of the node that decodes: rows of
+    /// others have no logits.
+    pub(super) fn may_be_paired(&self) -> bool {
+        let sampling = self.request.sampling.as_ref();
+        let scores = sampling.is_some_and(|s| s.prompt_logprobs.is_some());
+        self.prompt_told || !scores
     }
 
     /// The request for what is still to come.

@@ -23,7 +23,7 @@ use guild_scheduler::placement::NodeId;
 use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Status, Streaming};
 
-use super::nodes::{Nodes, Ticket};
+use super::nodes::{Helper, Nodes, Ticket};
 use super::record::Record;
 use crate::front::EventStream;
 
@@ -62,6 +62,8 @@ struct Home {
     ticket: Ticket,
     events: Streaming<GenerateResponse>,
     gone: BoxFuture<'static, ()>,
+    /// A place on the node that runs the prompt for it, until that is through.
+    helper: Option<Helper>,
 }
 
 /// Why a node does not give what it was asked for.
@@ -131,6 +133,7 @@ impl Relay {
                     if self.record.emitted() > emitted {
                         self.fruitless = 0;
                         home.ticket.settle(self.record.to_come());
+                        home.helper = None;
                     }
                     return Ok(response);
                 }
@@ -204,9 +207,12 @@ impl Relay {
             };
             let (node, name) = (ticket.node, ticket.name.clone());
             tried.push(node);
-            let fault = match self.offer(ticket, deadline).await {
+            let fault = match self.offer(ticket, &prefix, deadline).await {
                 Ok(home) => {
                     self.nodes.runs(&prefix, node);
+                    if let Some(helper) = &home.helper {
+                        self.nodes.runs(&prefix, helper.ticket.node);
+                    }
                     if lost.is_some() {
                         let (request, emitted) = (self.record.id(), self.record.emitted());
                         tracing::info!(request, emitted, node = name, "a stream goes on elsewhere");
@@ -241,14 +247,28 @@ impl Relay {
         }
     }
 
-    /// Offers what is still to come to a node.
-    async fn offer(&mut self, ticket: Ticket, deadline: Instant) -> Result<Home, Fault> {
+    /// Offers what is still to come to a node, with another one to run the prompt
+    /// for it where that is worth it. When that one goes, the node runs it itself.
+    async fn offer(
+        &mut self,
+        mut ticket: Ticket,
+        prefix: &[u64],
+        deadline: Instant,
+    ) -> Result<Home, Fault> {
+        let mut request = self.record.request();
+        let prompt = self.record.tokens().len();
+        let may = self.record.may_be_paired();
+        let helper = may.then(|| self.nodes.pair(&mut ticket, prefix, prompt));
+        let helper = helper.flatten();
+        if let Some(helper) = &helper {
+            request.prefill_from.clone_from(&helper.address);
+        }
         let mut client =
             InferenceClient::new(ticket.channel.clone()).max_decoding_message_size(MAX_EVENT_BYTES);
         let mut gone = self.nodes.lost(ticket.node).boxed();
         let limit = deadline.min(Instant::now() + ACCEPT_LIMIT);
         let answer = tokio::select! {
-            answer = timeout_at(limit, client.generate(self.record.request())) => answer,
+            answer = timeout_at(limit, client.generate(request)) => answer,
             () = &mut gone => return Err(Fault::Lost(lost(&ticket, "its lease ran out"))),
         };
         match answer {
@@ -256,6 +276,7 @@ impl Relay {
                 ticket,
                 events: response.into_inner(),
                 gone,
+                helper,
             }),
             Ok(Err(status)) => Err(judge(&ticket, status)),
             Err(_) => Err(Fault::Unreached(lost(&ticket, "it does not answer"))),

@@ -291,6 +291,7 @@ impl Node {
             capacity_bytes: 0,
             process: String::new(),
             failure_domain: String::new(),
+            duty: Default::default(),
         })
         .unwrap();
         expect("joining", || async { member.node_id().is_some() }).await;
@@ -438,6 +439,7 @@ impl Attention {
             capacity_bytes: 0,
             process: String::new(),
             failure_domain: String::new(),
+            duty: Default::default(),
         })
         .unwrap();
     }

@@ -224,6 +224,7 @@ impl Fake {
             capacity_bytes: 0,
             process: String::new(),
             failure_domain: String::new(),
+            duty: Default::default(),
         })
         .unwrap();
         expect("joining", || async { member.node_id().is_some() }).await;

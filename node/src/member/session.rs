@@ -161,6 +161,7 @@ impl Session {
                 incarnation: self.incarnation,
                 process: self.config.process.clone(),
                 failure_domain: self.config.failure_domain.clone(),
+                duty: self.config.duty.into(),
             };
             let asked = Instant::now();
             let (at, coordinator, mut client) = self.coordinators.current();

@@ -35,9 +35,11 @@ impl Role {
     pub const JOINING: &'static [Role] = &[Role::Attention, Role::Expert, Role::Operator];
     /// Who may dial guild.experts.v1: expert nodes copy experts from each other.
     pub const SENDING_ROWS: &'static [Role] = &[Role::Attention, Role::Expert, Role::Coordinator];
-    /// Who may dial guild.inference.v1 of an attention node, and who is found at a coordinator.
+    /// Who may dial an attention node: coordinators bring requests, others like it want pages.
+    pub const REQUESTING: &'static [Role] = &[Role::Coordinator, Role::Attention];
+    /// Who may call guild.inference.v1 of an attention node, and who is found at a coordinator.
     pub const COORDINATING: &'static [Role] = &[Role::Coordinator];
-    /// Who is found where a coordinator sends requests.
+    /// Who is found where requests are sent, and who may call guild.pages.v1 there.
     pub const ATTENDING: &'static [Role] = &[Role::Attention];
     /// Who is found where rows are sent.
     pub const TAKING_ROWS: &'static [Role] = &[Role::Expert];

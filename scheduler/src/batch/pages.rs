@@ -75,6 +75,11 @@ impl Pages {
         Some(page)
     }
 
+    /// The page with these contents, whoever holds it.
+    pub(super) fn find(&self, key: u128) -> Option<u32> {
+        self.by_key.get(&key).copied()
+    }
+
     /// Lets others share a page, which is full and will not be written again. Where another page
     /// has the same contents already, that one stays the one to share.
     pub(super) fn publish(&mut self, page: u32, key: u128) {

@@ -32,6 +32,9 @@ pub struct NewRequest {
     /// Keys of its first pages, in order: equal keys mean that all tokens up to the end of the page
     /// are the same, and what was computed from them. There may be fewer than pages.
     pub keys: Vec<u128>,
+    /// Whether its pages come from elsewhere: it gets no rows before they have, see
+    /// [`Scheduler::arrival`](super::Scheduler::arrival).
+    pub arrives: bool,
 }
 
 impl NewRequest {
@@ -47,6 +50,7 @@ impl NewRequest {
             start_by: None,
             reuse: true,
             keys: Vec::new(),
+            arrives: false,
         }
     }
 }
@@ -159,11 +163,14 @@ pub(super) struct Live {
     pub(super) cached: Option<usize>,
     /// It is to give its pages back.
     pub(super) leaves: bool,
+    /// It waits for pages, and gets no rows.
+    pub(super) awaits: bool,
 }
 
 impl Live {
     pub(super) fn new(request: NewRequest, arrival: u64) -> Live {
         Live {
+            awaits: request.arrives,
             request,
             arrival,
             pages: Arc::default(),
@@ -203,6 +210,7 @@ impl Live {
     pub(super) fn rewind(&mut self) {
         self.pages = Arc::default();
         (self.computed, self.drafts, self.published) = (0, 0, 0);
+        self.awaits = false;
         // What had to be run for its own sake has been run.
         self.request.reuse |= self.generated > 0;
     }
@@ -309,6 +317,7 @@ impl Live {
         self.pages = table.into();
         self.computed = shared * limits.page_tokens;
         self.published = shared;
+        self.awaits &= shared < useful;
         self.cached.get_or_insert(self.computed);
         true
     }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::failing::BackOff;
 use super::moving::{LoadingStep, Moving};
 use super::planning::placed;
-use super::{MAX_EPOCH, MAX_NODES, Membership, Node, Phase, Placed, Published, Report, Role};
+use super::{Duty, MAX_EPOCH, MAX_NODES, Membership, Node, Phase, Placed, Published, Report, Role};
 use crate::placement::{NodeId, NodeSlots, Placement};
 
 /// A membership at rest. What changes with every heartbeat (how busy a node is,
@@ -76,6 +76,8 @@ struct SavedNode {
     process: String,
     #[serde(default)]
     failure_domain: String,
+    #[serde(default)]
+    duty: Duty,
     #[serde(default)]
     speed: f64,
 }
@@ -277,6 +279,7 @@ fn saved(node: &Node) -> SavedNode {
         draining: node.report.draining,
         process: node.process.clone(),
         failure_domain: node.failure_domain.clone(),
+        duty: node.duty,
         speed: node.speed,
     }
 }
@@ -300,6 +303,7 @@ impl SavedNode {
             },
             process: self.process.clone(),
             failure_domain: self.failure_domain.clone(),
+            duty: self.duty,
             tokens_per_second: 0.0,
             speed: self.speed,
             capacity_bytes: self.capacity_bytes,

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::placement::{NodeId, Placement};
 
 use super::status::Outcome;
@@ -55,6 +57,25 @@ impl Role {
     }
 }
 
+/// What of a request an attention node does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Duty {
+    /// Prompts and outputs.
+    #[default]
+    Both,
+    /// Prompts, for nodes that decode: no stream while one of these is there.
+    Prefill,
+    /// Outputs; a prompt only as far as no other node has run it.
+    Decode,
+}
+
+impl Duty {
+    /// Whether streams are meant to come to it.
+    pub fn decodes(self) -> bool {
+        self != Duty::Prefill
+    }
+}
+
 /// A node's request to join.
 #[derive(Clone, Debug)]
 pub struct Registration {
@@ -78,6 +99,8 @@ pub struct Registration {
     pub process: String,
     /// What fails together with it; empty: nothing else.
     pub failure_domain: String,
+    /// What of a request it does (attention nodes).
+    pub duty: Duty,
 }
 
 /// What an expert node has measured of itself.
@@ -302,6 +325,8 @@ pub struct Node {
     pub process: String,
     /// As in [`Registration::failure_domain`].
     pub failure_domain: String,
+    /// As in [`Registration::duty`].
+    pub duty: Duty,
     /// Measured rows a second in coarse steps, so that noise changes nothing;
     /// 0: not known.
     pub speed: f64,

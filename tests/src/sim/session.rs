@@ -102,6 +102,7 @@ impl Session {
             incarnation: self.incarnation,
             process: format!("{}-{}", self.name, self.incarnation),
             failure_domain: self.domain.clone(),
+            duty: Default::default(),
         }
     }
 

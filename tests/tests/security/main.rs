@@ -173,7 +173,7 @@ async fn answers(channel: Channel) -> bool {
 fn callers(of: Role) -> &'static [Role] {
     match of {
         Role::Coordinator => Role::JOINING,
-        Role::Attention => Role::COORDINATING,
+        Role::Attention => Role::REQUESTING,
         Role::Expert => Role::SENDING_ROWS,
         Role::Operator => &[],
     }

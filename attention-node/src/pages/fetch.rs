@@ -1,0 +1,244 @@
+//! The node that decodes: pages that another one has computed for it.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use guild_node::channel::Dialer;
+use guild_proto::pages::v1::pages_client::PagesClient;
+use guild_proto::pages::v1::{PageFrame, PrefillRequest};
+use tokio::time::{Instant, timeout};
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+
+use super::{differ, digest, told};
+use crate::moving::Arriving;
+
+/// Other nodes that connections are kept to, at most.
+const MAX_HELPERS: usize = 256;
+/// A node that has failed is not asked again for so long: prompts are run here meanwhile.
+const REST: Duration = Duration::from_secs(5);
+/// A node that has said nothing for this long is asked for a sign of life.
+const QUIET: Duration = Duration::from_millis(500);
+/// Without one it is given up after this long.
+const SILENCE: Duration = Duration::from_secs(1);
+/// How long the next page may take, the first one's place in the other node's queue among it.
+const PAGE_LIMIT: Duration = Duration::from_secs(15);
+
+/// What has been moved here so far.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pages: AtomicU64,
+    bytes: AtomicU64,
+    micros: AtomicU64,
+    prompts: AtomicU64,
+    failures: AtomicU64,
+}
+
+impl Counters {
+    /// One line for the log, if there is anything to say.
+    pub(crate) fn log(&self) {
+        let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        let (prompts, failures) = (load(&self.prompts), load(&self.failures));
+        if prompts + failures > 0 {
+            tracing::info!(
+                prompts,
+                failures,
+                pages = load(&self.pages),
+                bytes = load(&self.bytes),
+                seconds = load(&self.micros) as f64 / 1e6,
+                "prompts that other nodes have run for this one"
+            );
+        }
+    }
+}
+
+struct Helper {
+    channel: Channel,
+    rests_until: Option<Instant>,
+}
+
+/// The nodes that run prompts for this one.
+pub(crate) struct Helpers {
+    dialer: Dialer,
+    numerics: String,
+    known: Mutex<HashMap<String, Helper>>,
+    counters: Counters,
+}
+
+/// A prompt that another node is to run.
+pub(crate) struct Fetching {
+    /// `host:port` of that node.
+    pub(crate) from: String,
+    /// Digest of configuration and weights.
+    pub(crate) digest: String,
+    pub(crate) prompt: Vec<u32>,
+    pub(crate) tenant: u64,
+    pub(crate) priority: i32,
+    pub(crate) timeout: Option<Duration>,
+}
+
+impl std::fmt::Debug for Helpers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Helpers").finish_non_exhaustive()
+    }
+}
+
+impl Helpers {
+    pub(crate) fn new(dialer: Dialer, numerics: &str) -> Helpers {
+        Helpers {
+            dialer,
+            numerics: numerics.to_owned(),
+            known: Mutex::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// Which numerics this node's pages are of.
+    pub(crate) fn numerics(&self) -> &str {
+        &self.numerics
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Brings the pages of a prompt, as far as they come.
+    pub(crate) async fn fetch(&self, asked: Fetching, arriving: Arriving) {
+        let from = asked.from.clone();
+        let Some(channel) = self.channel(&from) else {
+            return;
+        };
+        let began = Instant::now();
+        let outcome = tokio::select! {
+            outcome = self.bring(channel, asked, &arriving) => outcome,
+            () = arriving.over() => Ok(()),
+        };
+        let micros = began.elapsed().as_micros() as u64;
+        self.counters.micros.fetch_add(micros, Ordering::Relaxed);
+        match outcome {
+            Ok(()) => {
+                self.counters.prompts.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(status) => {
+                self.counters.failures.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(from, "pages are computed here: {}", status.message());
+                if let Some(helper) = self.lock().get_mut(&from)
+                    && status.code() != Code::ResourceExhausted
+                {
+                    helper.rests_until = Some(Instant::now() + REST);
+                }
+            }
+        }
+    }
+
+    async fn bring(
+        &self,
+        channel: Channel,
+        asked: Fetching,
+        arriving: &Arriving,
+    ) -> Result<(), Status> {
+        let form = told(
+            &arriving.form,
+            arriving.drafts,
+            &asked.digest,
+            &self.numerics,
+        );
+        let page_tokens = arriving.form.page_tokens;
+        let needed = arriving.keys.len() * page_tokens + 1;
+        let page_bytes = arriving.form.bytes(arriving.drafts);
+        let request = PrefillRequest {
+            form: Some(form.clone()),
+            token_ids: asked.prompt.into_iter().take(needed).collect(),
+            tenant: asked.tenant,
+            priority: asked.priority,
+            first_page: arriving.known as u32,
+            timeout_ms: { asked.timeout }
+                .map(|limit| u32::try_from(limit.as_millis()).unwrap_or(u32::MAX)),
+        };
+        let mut client = PagesClient::new(channel);
+        let answer = timeout(PAGE_LIMIT, client.prefill(request));
+        let mut frames = answer.await.map_err(|_| late())??.into_inner();
+        for (index, &key) in arriving.keys.iter().enumerate().skip(arriving.known) {
+            let mut bytes = Vec::with_capacity(page_bytes);
+            loop {
+                let frame = timeout(PAGE_LIMIT, frames.message());
+                let Some(frame) = frame.await.map_err(|_| late())?? else {
+                    return Err(Status::unavailable("the other node has stopped early"));
+                };
+                if append(&mut bytes, index, page_bytes, &frame)? {
+                    if frame.digest[..] != digest(&form, key, &bytes)[..] {
+                        return Err(differ(format!("page {index} has a wrong digest")));
+                    }
+                    break;
+                }
+            }
+            self.counters.pages.fetch_add(1, Ordering::Relaxed);
+            let moved = bytes.len() as u64;
+            self.counters.bytes.fetch_add(moved, Ordering::Relaxed);
+            if !arriving.bring((index, bytes)).await {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// To a node that is not left alone at present.
+    fn channel(&self, address: &str) -> Option<Channel> {
+        let now = Instant::now();
+        let mut known = self.lock();
+        if let Some(helper) = known.get(address) {
+            let rests = helper.rests_until.is_some_and(|until| now < until);
+            return (!rests).then(|| helper.channel.clone());
+        }
+        if known.len() >= MAX_HELPERS {
+            // Connections that streams use live on with them.
+            known.clear();
+        }
+        match self.dialer.lazy_alert(address, QUIET, SILENCE) {
+            Ok(channel) => {
+                let helper = Helper {
+                    channel: channel.clone(),
+                    rests_until: None,
+                };
+                known.insert(address.to_owned(), helper);
+                Some(channel)
+            }
+            Err(error) => {
+                tracing::warn!("prefill_from: {error}");
+                None
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Helper>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn late() -> Status {
+    Status::deadline_exceeded(format!("no page has come within {PAGE_LIMIT:?}"))
+}
+
+/// Adds a piece of page `index` to what there is of it. True: it is whole.
+fn append(
+    bytes: &mut Vec<u8>,
+    index: usize,
+    page_bytes: usize,
+    frame: &PageFrame,
+) -> Result<bool, Status> {
+    let follows = frame.page as usize == index && frame.offset as usize == bytes.len();
+    let fits = !frame.data.is_empty() && frame.data.len() <= page_bytes - bytes.len();
+    if !follows || !fits {
+        return Err(differ(format!(
+            "page {index} has a piece of {} bytes of page {} at {}, and {} of {page_bytes} bytes were there",
+            frame.data.len(),
+            frame.page,
+            frame.offset,
+            bytes.len()
+        )));
+    }
+    bytes.extend_from_slice(&frame.data);
+    Ok(bytes.len() == page_bytes)
+}
