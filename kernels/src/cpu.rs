@@ -13,7 +13,7 @@ use std::{
 };
 
 use crate::{
-    Ffn, HeadLayout, Isa, LatentAttention, MatrixRef, WeightsRef,
+    Arithmetic, Ffn, HeadLayout, Isa, LatentAttention, MatrixRef, WeightsRef,
     generic::{
         matmul::{Input, Output},
         rows::{Add, Both, Each, Fma, Map2, MaxAndSum, RmsNorm, Sigmoid, SiluMul, Softmax},
@@ -42,6 +42,13 @@ const EXP_MACS: usize = 16;
 /// output is the chain `fma(dot, weight scale * s, acc)` over the groups in ascending order from +0.0. A group of x with a
 /// number that is not finite makes its row NaN.
 ///
+/// Weights of bf16 and FP8 may be multiplied in pairs of bf16 instead ([`Arithmetic`]): a row of x is rounded to bf16
+/// once, to the nearest, halves to even; products are added in f32 as the instruction does, each step rounded to the
+/// nearest, subnormal numbers counting as zeros. By `vdpbf16ps` lane `j` of 16 takes, of each 32 columns, `2 j + 1` and then
+/// `2 j`, and the tree above ends; by `tdpbf16ps` 32 columns give the sum of two chains, of even and of odd columns, which
+/// is added to the output's. FP8 weights go in without their scale: what 128 columns give from +0.0 on is the `part` of
+/// `fma(part, scale, acc)`.
+///
 /// Shapes are the caller's duty: a wrong one panics with a message and never touches foreign memory.
 #[derive(Clone)]
 pub struct Cpu {
@@ -50,6 +57,7 @@ pub struct Cpu {
 
 struct Inner {
     isa: Isa,
+    arithmetic: Arithmetic,
     choice: Choice,
     pool: Pool,
     clock: Clock,
@@ -75,10 +83,23 @@ impl Cpu {
 
     /// The same on a given instruction set; `None` when this machine lacks it.
     pub fn with_isa(threads: usize, isa: Isa) -> Option<Cpu> {
-        let choice = Choice::new(isa).ok()?;
-        Some(Cpu {
+        Cpu::with(threads, isa, Arithmetic::Fma).ok()
+    }
+
+    /// The same with a given rule for bf16 and FP8 weights.
+    ///
+    /// # Errors
+    /// Why this machine lacks the instruction set, and those that it has. A rule is never refused:
+    /// [`Arithmetic::emulated`] tells where it is slow.
+    pub fn with(threads: usize, isa: Isa, arithmetic: Arithmetic) -> Result<Cpu, String> {
+        let choice = Choice::new(isa, arithmetic).map_err(|why| {
+            let names: Vec<&str> = Isa::available().into_iter().map(Isa::name).collect();
+            format!("{isa}: {why}; this machine has {}", names.join(", "))
+        })?;
+        Ok(Cpu {
             inner: Arc::new(Inner {
                 isa,
+                arithmetic,
                 choice,
                 pool: Pool::new(threads),
                 clock: Clock::default(),
@@ -96,6 +117,11 @@ impl Cpu {
         self.inner.isa
     }
 
+    /// The rule for bf16 and FP8 weights.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.inner.arithmetic
+    }
+
     /// Threads that take part in one operation, the caller's included.
     pub fn threads(&self) -> usize {
         self.inner.pool.threads()
@@ -103,13 +129,17 @@ impl Cpu {
 
     /// Names the arithmetic rule. Nodes of one class give the same bits.
     pub fn numerics_class(&self) -> &'static str {
-        "f32-fma16-v2"
+        self.arithmetic().numerics_class()
     }
 
     /// What was chosen and why, for a log line.
     pub fn describe(&self) -> String {
+        let slow = match self.arithmetic().emulated(self.isa()) {
+            Some(why) => format!(", its dot products by plain Rust and slow: {why}"),
+            None => String::new(),
+        };
         format!(
-            "{:?} (this machine has {:?}), {} threads, numerics {}",
+            "{:?} (this machine has {:?}), {} threads, numerics {}{slow}",
             self.isa(),
             Isa::available(),
             self.threads(),

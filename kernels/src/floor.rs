@@ -10,6 +10,8 @@
 
 use std::{hint::black_box, time::Instant};
 
+#[cfg(target_arch = "x86_64")]
+use crate::{Arithmetic, arithmetic::Pairs};
 use crate::{
     Cpu,
     generic::{LANES, Lanes, Op},
@@ -20,7 +22,7 @@ use crate::{
 pub enum Unit {
     /// f32 fused multiply-add, of the instruction set in use.
     Fma,
-    /// Dot products of bf16 (AVX-512 BF16).
+    /// Dot products of bf16: AMX where the machine has it, else AVX-512 BF16.
     Bf16,
     /// Dot products of bytes (AVX-512 VNNI).
     Int8,
@@ -32,6 +34,12 @@ const PIECE: usize = 1 << 20;
 const CHAINS: usize = 12;
 /// Operations of one chain in one piece of work: a millisecond or so.
 const LINKS: usize = 500_000;
+/// Operations of one product of tiles of bf16.
+#[cfg(target_arch = "x86_64")]
+const TILE_OPS: usize = 2 * 16 * 16 * 32;
+/// Four products each, in one piece of work.
+#[cfg(target_arch = "x86_64")]
+const TILE_LINKS: usize = 50_000;
 /// Pieces of work for a thread in one measure.
 const PIECES: usize = 4;
 
@@ -56,10 +64,14 @@ pub fn peak(cpu: &Cpu, unit: Unit) -> Option<f64> {
             Some(rate(cpu, 2 * LANES * CHAINS * LINKS, chains))
         }
         #[cfg(target_arch = "x86_64")]
-        Unit::Bf16 => is_x86_feature_detected!("avx512bf16").then(|| {
-            // SAFETY: the feature was just seen.
-            rate(cpu, 64 * CHAINS * LINKS, || unsafe { x86::bf16() })
-        }),
+        Unit::Bf16 => match Pairs::new(cpu.isa(), Arithmetic::fastest_dot(cpu.isa()).ok()?)? {
+            Pairs::Amx(amx) => Some(rate(cpu, 4 * TILE_OPS * TILE_LINKS, || {
+                amx.chains(TILE_LINKS)
+            })),
+            // SAFETY: the value proves the instruction.
+            Pairs::Bf16(_) => Some(rate(cpu, 64 * CHAINS * LINKS, || unsafe { x86::bf16() })),
+            Pairs::Plain(_) => None,
+        },
         #[cfg(target_arch = "x86_64")]
         Unit::Int8 => is_x86_feature_detected!("avx512vnni").then(|| {
             // SAFETY: the feature was just seen.

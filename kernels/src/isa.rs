@@ -11,6 +11,8 @@ use crate::plan;
 #[cfg(target_arch = "x86_64")]
 use crate::x86::{amx::Amx, avx2::Avx2, avx512::Avx512, bytes256::AvxVnni, bytes512::Vnni};
 use crate::{
+    Arithmetic,
+    arithmetic::Pairs,
     generic::{Op, int::DotOp},
     portable::Portable,
 };
@@ -63,7 +65,7 @@ impl Isa {
 
     /// Why this machine, or this build, cannot run it.
     pub fn refused(self) -> Option<String> {
-        Choice::new(self).err()
+        Leaf::new(self).err()
     }
 
     /// As it is written on a command line.
@@ -114,9 +116,78 @@ impl FromStr for Isa {
     }
 }
 
+/// A proven instruction set, and how it multiplies pairs of bf16 where it is to do that.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Choice {
+    leaf: Leaf,
+    pairs: Option<Pairs>,
+}
+
+impl Choice {
+    /// # Errors
+    /// Why this machine, or this build, lacks it.
+    pub(crate) fn new(isa: Isa, arithmetic: Arithmetic) -> Result<Choice, String> {
+        let leaf = Leaf::new(isa)?;
+        let pairs = Pairs::new(isa, arithmetic);
+        Ok(Choice { leaf, pairs })
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn of(leaf: Leaf) -> Choice {
+        Choice { leaf, pairs: None }
+    }
+
+    /// Plain Rust.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn portable() -> Choice {
+        Choice::of(Leaf::Portable(Portable))
+    }
+
+    /// Plain Rust as a leaf with tiles.
+    #[cfg(all(test, target_arch = "x86_64"))]
+    pub(crate) fn tiled() -> Choice {
+        Choice::of(Leaf::Tiled)
+    }
+
+    /// The same with this way to multiply pairs.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn with(self, pairs: Pairs) -> Choice {
+        Choice {
+            pairs: Some(pairs),
+            ..self
+        }
+    }
+
+    /// How bf16 and FP8 weights are multiplied in pairs; `None` where they are widened to f32.
+    #[inline]
+    pub(crate) fn pairs(self) -> Option<Pairs> {
+        self.pairs
+    }
+
+    /// Runs an operation inside the leaf's code.
+    ///
+    /// # Safety
+    /// What `O` asks for besides the instruction set, which this value proves.
+    #[inline]
+    pub(crate) unsafe fn run<O: Op>(self, op: O) -> O::Out {
+        // SAFETY: handed through.
+        unsafe { self.leaf.run(op) }
+    }
+
+    /// The same for operations on bytes.
+    ///
+    /// # Safety
+    /// What `O` asks for besides the instruction set, which this value proves.
+    #[inline]
+    pub(crate) unsafe fn run_dot<O: DotOp>(self, op: O) -> O::Out {
+        // SAFETY: handed through.
+        unsafe { self.leaf.run_dot(op) }
+    }
+}
+
 /// A proven instruction set.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Choice {
+enum Leaf {
     #[cfg(target_arch = "x86_64")]
     Amx(Amx),
     #[cfg(target_arch = "x86_64")]
@@ -137,91 +208,87 @@ pub(crate) enum Choice {
     Tiled,
 }
 
-impl Choice {
+impl Leaf {
     /// # Errors
     /// Why this machine, or this build, lacks it.
-    pub(crate) fn new(isa: Isa) -> Result<Choice, String> {
+    fn new(isa: Isa) -> Result<Leaf, String> {
         let choice = match isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Amx => {
-                let right = |amx| plan::is_right(Choice::Amx(amx));
-                return Amx::new(right).map(Choice::Amx);
+                let right = |amx| plan::is_right(Choice::of(Leaf::Amx(amx)));
+                return Amx::new(right).map(Leaf::Amx);
             }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Vnni => Vnni::new().map(Choice::Vnni),
+            Isa::Avx512Vnni => Vnni::new().map(Leaf::Vnni),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Avx512::new().map(Choice::Avx512),
+            Isa::Avx512 => Avx512::new().map(Leaf::Avx512),
             #[cfg(target_arch = "x86_64")]
-            Isa::AvxVnni => AvxVnni::new().map(Choice::AvxVnni),
+            Isa::AvxVnni => AvxVnni::new().map(Leaf::AvxVnni),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => Avx2::new().map(Choice::Avx2),
+            Isa::Avx2 => Avx2::new().map(Leaf::Avx2),
             #[cfg(target_arch = "aarch64")]
-            Isa::NeonDot => NeonDot::new().map(Choice::NeonDot),
+            Isa::NeonDot => NeonDot::new().map(Leaf::NeonDot),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon => Neon::new().map(Choice::Neon),
-            Isa::Portable => Some(Choice::Portable(Portable)),
+            Isa::Neon => Neon::new().map(Leaf::Neon),
+            Isa::Portable => Some(Leaf::Portable(Portable)),
             #[allow(unreachable_patterns, reason = "the leaves of other architectures")]
             _ => return Err(format!("not built for {}", std::env::consts::ARCH)),
         };
         choice.ok_or_else(|| format!("the processor must have {}", isa.needs()))
     }
 
-    /// Runs an operation inside the leaf's code.
-    ///
     /// # Safety
-    /// What `O` asks for besides the instruction set, which this value proves.
+    /// As for [`Choice::run`].
     #[inline]
-    pub(crate) unsafe fn run<O: Op>(self, op: O) -> O::Out {
+    unsafe fn run<O: Op>(self, op: O) -> O::Out {
         // SAFETY: handed through.
         unsafe {
             match self {
                 #[cfg(target_arch = "x86_64")]
-                Choice::Amx(isa) => isa.vnni().avx512().run(op),
+                Leaf::Amx(isa) => isa.vnni().avx512().run(op),
                 #[cfg(target_arch = "x86_64")]
-                Choice::Vnni(isa) => isa.avx512().run(op),
+                Leaf::Vnni(isa) => isa.avx512().run(op),
                 #[cfg(target_arch = "x86_64")]
-                Choice::Avx512(isa) => isa.run(op),
+                Leaf::Avx512(isa) => isa.run(op),
                 #[cfg(target_arch = "x86_64")]
-                Choice::AvxVnni(isa) => isa.avx2().run(op),
+                Leaf::AvxVnni(isa) => isa.avx2().run(op),
                 #[cfg(target_arch = "x86_64")]
-                Choice::Avx2(isa) => isa.run(op),
+                Leaf::Avx2(isa) => isa.run(op),
                 #[cfg(target_arch = "aarch64")]
-                Choice::NeonDot(isa) => isa.neon().run(op),
+                Leaf::NeonDot(isa) => isa.neon().run(op),
                 #[cfg(target_arch = "aarch64")]
-                Choice::Neon(isa) => isa.run(op),
-                Choice::Portable(isa) => isa.run(op),
+                Leaf::Neon(isa) => isa.run(op),
+                Leaf::Portable(isa) => isa.run(op),
                 #[cfg(test)]
-                Choice::Tiled => Portable.run(op),
+                Leaf::Tiled => Portable.run(op),
             }
         }
     }
 
-    /// The same for operations on bytes.
-    ///
     /// # Safety
-    /// What `O` asks for besides the instruction set, which this value proves.
+    /// As for [`Choice::run_dot`].
     #[inline]
-    pub(crate) unsafe fn run_dot<O: DotOp>(self, op: O) -> O::Out {
+    unsafe fn run_dot<O: DotOp>(self, op: O) -> O::Out {
         // SAFETY: handed through.
         unsafe {
             match self {
                 #[cfg(target_arch = "x86_64")]
-                Choice::Amx(isa) => isa.run_dot(op),
+                Leaf::Amx(isa) => isa.run_dot(op),
                 #[cfg(target_arch = "x86_64")]
-                Choice::Vnni(isa) => isa.run_dot(op),
+                Leaf::Vnni(isa) => isa.run_dot(op),
                 #[cfg(target_arch = "x86_64")]
-                Choice::Avx512(isa) => isa.run_dot(op),
+                Leaf::Avx512(isa) => isa.run_dot(op),
                 #[cfg(target_arch = "x86_64")]
-                Choice::AvxVnni(isa) => isa.run_dot(op),
+                Leaf::AvxVnni(isa) => isa.run_dot(op),
                 #[cfg(target_arch = "x86_64")]
-                Choice::Avx2(isa) => isa.run_dot(op),
+                Leaf::Avx2(isa) => isa.run_dot(op),
                 #[cfg(target_arch = "aarch64")]
-                Choice::NeonDot(isa) => isa.run_dot(op),
+                Leaf::NeonDot(isa) => isa.run_dot(op),
                 #[cfg(target_arch = "aarch64")]
-                Choice::Neon(isa) => isa.run_dot(op),
-                Choice::Portable(isa) => isa.run_dot(op),
+                Leaf::Neon(isa) => isa.run_dot(op),
+                Leaf::Portable(isa) => isa.run_dot(op),
                 #[cfg(test)]
-                Choice::Tiled => Portable.run_tiled(op),
+                Leaf::Tiled => Portable.run_tiled(op),
             }
         }
     }

@@ -5,9 +5,10 @@
 //! threads; it must not know what a model, a token or a network is.
 //!
 //! Inside: `generic` holds the algorithms over 16 virtual lanes, `x86`, `arm` and `portable` the leaves that compile
-//! them, `isa` the one choice between leaves, `plan` and `pool` the cut into tasks, [`pack`] the layout of
-//! small integers, [`mod@file`] the mapping of checkpoints.
+//! them, `isa` the one choice between leaves, `arithmetic` that between rules for bf16, `plan` and `pool` the cut into
+//! tasks, [`pack`] the layout of small integers, [`mod@file`] the mapping of checkpoints.
 
+mod arithmetic;
 #[cfg(target_arch = "aarch64")]
 mod arm;
 mod cpu;
@@ -25,6 +26,7 @@ mod reuse;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub use arithmetic::Arithmetic;
 pub use cpu::Cpu;
 pub use isa::Isa;
 pub use latent::LatentFormat;

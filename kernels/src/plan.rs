@@ -6,6 +6,7 @@
 mod attend;
 mod ffn;
 mod operand;
+mod pairs;
 #[cfg(target_arch = "x86_64")]
 mod proof;
 
@@ -43,7 +44,7 @@ pub(crate) use attend::attend;
 pub(crate) use ffn::ffn;
 use operand::{Form, grown, product};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use proof::is_right;
+pub(crate) use proof::{is_right, multiplies};
 
 pub(crate) fn is_small(bytes: usize, macs: usize) -> bool {
     bytes / BYTES_PER_NS + macs / MACS_PER_NS < SERIAL_NS

@@ -2,6 +2,8 @@
 //!
 //! Secret: none; it is the definition the others are held to.
 
+mod pairs;
+
 use half::bf16;
 
 #[cfg(test)]

@@ -116,7 +116,7 @@ impl<W: Weights> Op for Direct<'_, W> {
                 0 => {}
                 1 if V::REGISTERS >= 32 => self.panels::<V, 4, 1>(rows, 0),
                 2 if V::REGISTERS >= 32 => self.panels::<V, 4, 2>(rows, 0),
-                3..=4 if V::REGISTERS >= 32 => self.panels::<V, 6, 4>(rows, 0),
+                3..=4 if V::REGISTERS >= 32 => self.panels::<V, 4, 4>(rows, 0),
                 // Widening needs registers too.
                 5.. if V::REGISTERS >= 32 && W::WIDENS => {
                     for at in (0..m).step_by(8) {

@@ -12,6 +12,7 @@
 pub(crate) mod attention;
 pub(crate) mod int;
 pub(crate) mod matmul;
+pub(crate) mod pairs;
 pub(crate) mod rows;
 pub(crate) mod weights;
 

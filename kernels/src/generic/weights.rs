@@ -156,13 +156,13 @@ impl Weights for Fp8<'_> {
 
 /// The value of an OCP FP8 e4m3 byte: bias 7, no infinities, NaN at 0x7f and 0xff.
 #[inline(always)]
-pub(crate) fn e4m3_to_f32(byte: u8) -> f32 {
-    let magnitude = u32::from(byte & 0x7f);
+pub(crate) const fn e4m3_to_f32(byte: u8) -> f32 {
+    let magnitude = (byte & 0x7f) as u32;
     if magnitude == 0x7f {
         return f32::NAN;
     }
     // Exponent and mantissa moved to their places in f32; the difference of the biases is 120, and the multiplication
     // renormalises subnormals exactly.
     let value = f32::from_bits(magnitude << 20) * f32::from_bits((127 + 120) << 23);
-    f32::from_bits(value.to_bits() | u32::from(byte & 0x80) << 24)
+    f32::from_bits(value.to_bits() | ((byte & 0x80) as u32) << 24)
 }

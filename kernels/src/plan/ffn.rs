@@ -249,7 +249,7 @@ fn list(tasks: &mut Vec<Task>, items: &[Item<'_>], parts: &[Parts], threads: usi
                     (item.gate.rows, cost, unit)
                 }
                 Step::Repack => match item.inner {
-                    Form::Lines { .. } => (item.inner.tiles(item.x.m), 0, 1),
+                    Form::Lines { .. } | Form::Pairs(_) => (item.inner.tiles(item.x.m), 0, 1),
                     _ => (0, 0, 1),
                 },
                 Step::Down => (item.down.rows, item.cost(&item.down), LANES),

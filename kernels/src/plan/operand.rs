@@ -6,13 +6,14 @@ use std::cell::Cell;
 
 use half::bf16;
 
-use super::PACK_FROM;
+use super::{PACK_FROM, pairs};
 use crate::{
     MatrixRef, WeightsRef,
     generic::{
         LANES,
         int::{self, DotRows, Groups, Product, QuantRows, Quantise},
         matmul::{Direct, EMPTY, Input, Line, Output, Packed, TASK_ROWS, TileRows, pack_tile},
+        pairs::{Form as PairForm, PairRows},
         weights::{Bf16, F32, Fp8, Weights},
     },
     isa::Choice,
@@ -33,11 +34,16 @@ pub(crate) enum Form {
     Lines { tile_rows: usize, tile_lines: usize },
     /// Tiles from [`Quantise`].
     Words { most: usize, groups: Groups },
+    /// Tiles of bf16.
+    Pairs(PairForm),
 }
 
 impl Form {
     /// What suits `m` rows and these weights.
     pub(crate) fn of(isa: Choice, w: &MatrixRef<'_>, m: usize) -> Form {
+        if let Some(form) = pairs::form(isa, w) {
+            return Form::Pairs(form);
+        }
         match w.data {
             WeightsRef::Int8 { group, .. } | WeightsRef::Int4 { group, .. } => Form::Words {
                 // SAFETY: asks for nothing.
@@ -62,6 +68,7 @@ impl Form {
             Form::Plain => usize::MAX,
             Form::Lines { tile_rows, .. } => tile_rows,
             Form::Words { most, .. } => most,
+            Form::Pairs(form) => form.most(),
         }
     }
 
@@ -71,6 +78,7 @@ impl Form {
             Form::Plain => 0,
             Form::Lines { tile_lines, .. } => tile_lines,
             Form::Words { most, groups } => groups.tile_lines(most),
+            Form::Pairs(form) => form.tile_lines(),
         }
     }
 
@@ -92,6 +100,7 @@ impl Form {
                 // SAFETY: the tile's memory is all there, and exclusively ours.
                 unsafe { quantise(isa, x, most, groups, tile, 0, lines.as_mut_ptr()) }
             }
+            Form::Pairs(form) => pairs::round(isa, x, form, tile, lines),
         }
     }
 
@@ -109,6 +118,11 @@ impl Form {
                 m: plain.m,
                 most,
                 groups,
+            }),
+            Form::Pairs(form) => Rows::Pairs(PairRows {
+                lines,
+                m: plain.m,
+                form,
             }),
         }
     }
@@ -151,6 +165,7 @@ pub(crate) enum Rows<'a> {
         cols: usize,
     },
     Words(QuantRows<'a>),
+    Pairs(PairRows<'a>),
 }
 
 /// Columns `from..to` of `out = x wᵀ`. The two are multiples of 16, or the end.
@@ -174,6 +189,9 @@ pub(crate) unsafe fn product(
     assert!(to <= rows);
     // SAFETY: the caller's promise.
     unsafe {
+        if pairs::product(isa, out, x, w, from, to) {
+            return;
+        }
         match w.data {
             WeightsRef::F32(data) => floats(isa, out, x, F32 { data, cols }, from, to),
             WeightsRef::Bf16(data) => floats(isa, out, x, Bf16 { data, cols }, from, to),
@@ -227,7 +245,7 @@ unsafe fn floats<W: Weights>(isa: Choice, out: Output, x: Rows<'_>, w: W, from: 
                 };
             }
         }
-        Rows::Words(_) => unreachable!("`Form::of` gives floats no words"),
+        Rows::Words(_) | Rows::Pairs(_) => unreachable!("`Form::of` gives floats none of these"),
     }
     PANEL.set(scratch);
 }

@@ -11,6 +11,8 @@ use std::{
     sync::OnceLock,
 };
 
+pub(crate) mod pairs;
+
 use super::bytes512::{Dpbusd, Vnni};
 use crate::generic::int::{Dot, DotOp, FULL, Tile};
 
@@ -35,7 +37,7 @@ impl Amx {
         PROVEN
             .get_or_init(|| {
                 let vnni = Vnni::new().ok_or("the processor must have AVX-512 with VNNI")?;
-                if !has_tiles() {
+                if !has_tiles(AMX_TILE | AMX_INT8) {
                     return Err("the processor must have amx-tile and amx-int8".into());
                 }
                 permission()?;
@@ -66,15 +68,15 @@ impl Amx {
     }
 }
 
-fn has_tiles() -> bool {
-    // The system saves tiles, and the processor has them.
+/// Whether the processor has `features`, bits of leaf 7, and the system saves tiles.
+fn has_tiles(features: u32) -> bool {
     if !is_x86_feature_detected!("xsave") || __cpuid(0).eax < 7 {
         return false;
     }
     let leaf = __cpuid_count(7, 0);
     // SAFETY: the processor has XSAVE and, AVX-512 being usable, the system has switched it on.
     let saved = unsafe { xcr0() };
-    leaf.edx & (AMX_TILE | AMX_INT8) == AMX_TILE | AMX_INT8 && saved & XTILE == XTILE
+    leaf.edx & features == features && saved & XTILE == XTILE
 }
 
 /// # Safety

@@ -5,3 +5,4 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod bytes256;
 pub(crate) mod bytes512;
+pub(crate) mod pairs512;
