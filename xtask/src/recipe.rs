@@ -119,7 +119,10 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
             FAIL_POINTS,
         ];
         test.extend(filter);
-        cargo(&test)
+        let mut one_by_one = cargo(&test);
+        // What .config/nextest.toml says of clusters, said to the plain runner.
+        one_by_one.env("RUST_TEST_THREADS", "1");
+        one_by_one
     };
     // The one just built: tests that start processes need not build it again.
     tests.env("GUILD_BIN", target.join("debug").join("guild"));
@@ -130,7 +133,15 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     if filter.is_none() {
         steps.run(
             "doc tests",
-            &mut cargo(&["test", "--workspace", "--doc", "--quiet"]),
+            // The features of the tests, or all rooms would be built once more for it.
+            &mut cargo(&[
+                "test",
+                "--workspace",
+                "--doc",
+                "--quiet",
+                "--features",
+                FAIL_POINTS,
+            ]),
         )?;
     }
     steps.finish();
