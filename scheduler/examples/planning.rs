@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use guild_scheduler::eplb::{Shape, rebalance};
 use guild_scheduler::load::{Shot, Synthetic};
-use guild_scheduler::planner::{Aim, Policy, plan};
+use guild_scheduler::placement::{NodeSlots, Placement};
+use guild_scheduler::planner::{Aim, Cluster, Layer, Node, Policy, plan};
+use guild_scheduler::spread::{Queue, spread};
 
 #[path = "../tests/rivals/mod.rs"]
 mod rivals;
@@ -20,7 +22,9 @@ fn main() {
     let layers = args.next().map_or(58, |n| n.parse().unwrap());
     let seed = args.next().map_or(7, |n| n.parse().unwrap());
     published();
-    for case in rivals::cases(seed, layers) {
+    at_hand();
+    let few = rivals::few_requests(seed);
+    for case in rivals::cases(seed, layers).into_iter().chain([few]) {
         println!("{}, at first {:?}", case.name, case.start);
         let theirs = rivals::eplb(&case);
         let guild = |aim| {
@@ -55,15 +59,77 @@ fn main() {
             );
         }
         let cluster = case.cluster();
-        let interval = rivals::INTERVAL;
-        let window: Vec<&Shot> = case.shots[interval..2 * interval].iter().collect();
+        let window: Vec<&Shot> = case.shots[case.interval..2 * case.interval]
+            .iter()
+            .collect();
         let start = Instant::now();
         std::hint::black_box(plan(&cluster, &window, &Policy::default()).unwrap());
         println!("  the first plan takes {:?}", start.elapsed());
     }
 }
 
-/// EPLB of DeepSeek-V3 on four hosts of eight devices: best of 50.
+/// The least time of 50.
+fn best<T>(mut work: impl FnMut() -> T) -> Duration {
+    let once = |_| {
+        let start = Instant::now();
+        std::hint::black_box(work());
+        start.elapsed()
+    };
+    (0..50).map(once).min().unwrap_or_default()
+}
+
+/// What an attention node does with a placement of DeepSeek-V3's size: once an epoch, and once for
+/// every layer of every batch.
+fn at_hand() {
+    let cases = rivals::cases(1, 58);
+    let cluster = cases[0].cluster();
+    let nodes = slots(&cluster);
+    let table = best(|| Placement::new(1, nodes.clone()).unwrap());
+    println!("58x256 -> 288 on 32 nodes: the table of an epoch {table:?}");
+    let placement = Placement::new(1, nodes).unwrap();
+    let layer = cluster.layers[0].layer;
+    let homes: Vec<Vec<u32>> = (0..cluster.experts)
+        .map(|expert| {
+            let homes = placement.resolve(layer, expert).iter();
+            homes.map(|&(node, _)| node).collect()
+        })
+        .collect();
+    let queue = Queue {
+        rows: 0,
+        capacity: 1e5,
+        latency: 1e-3,
+    };
+    let queues = vec![queue; cluster.nodes.len()];
+    for tokens in [1u64, 64, 4096] {
+        let rows: Vec<u32> = cases[0].shots[0].rows[0]
+            .iter()
+            .map(|&n| (n * tokens * 8 / rivals::ROWS) as u32)
+            .collect();
+        let time = best(|| spread(&rows, &homes, &queues).unwrap());
+        println!("  {tokens} tokens of 8 experts spread over their homes: {time:?}");
+    }
+}
+
+fn slots(cluster: &Cluster) -> Vec<NodeSlots> {
+    let node = |(n, node): (usize, &Node)| {
+        let held = |layer: &Layer| {
+            let mut held: Vec<(u32, u32)> = { layer.slots[n].iter().flatten() }
+                .map(|&expert| (layer.layer, expert))
+                .collect();
+            held.sort_unstable();
+            // EPLB puts two copies on one node.
+            held.dedup();
+            held
+        };
+        NodeSlots {
+            node: node.id,
+            slots: cluster.layers.iter().flat_map(held).collect(),
+        }
+    };
+    cluster.nodes.iter().enumerate().map(node).collect()
+}
+
+/// EPLB of DeepSeek-V3 on four hosts of eight devices.
 fn published() {
     let trace = Synthetic {
         seed: 1,
@@ -87,11 +153,6 @@ fn published() {
         .iter()
         .map(|r| r.iter().map(|&n| n as f32).collect())
         .collect();
-    let mut best = Duration::MAX;
-    for _ in 0..50 {
-        let start = Instant::now();
-        std::hint::black_box(rebalance(&weight, shape).unwrap());
-        best = best.min(start.elapsed());
-    }
-    println!("EPLB 58x256 -> 288, 8 groups, 4 nodes, 32 devices: {best:?}");
+    let time = best(|| rebalance(&weight, shape).unwrap());
+    println!("EPLB 58x256 -> 288, 8 groups, 4 nodes, 32 devices: {time:?}");
 }

@@ -13,7 +13,9 @@
 //! replicas: by water-filling, as the attention nodes do per batch, and evenly,
 //! as EPLB reckons. Water-filling can do with fewer bytes than an even split, but
 //! what is balanced under that as well has slack when the load changes, and is
-//! good for attention nodes that do not know of each other's rows. Best steps per
+//! good for attention nodes that do not know of each other's rows. A gain counts
+//! as far as the shots agree about it: requests come and go, and what they leave in
+//! a window of shots is not worth a byte. Best steps per
 //! byte go first, over all layers, until the budget is spent; what is not done
 //! yet is worth as much at the next interval. Homes that died come before
 //! everything and are outside the budget.

@@ -45,6 +45,33 @@ fn loads_are_balanced_as_by_eplb_or_better_for_a_fifth_of_the_bytes() {
     }
 }
 
+/// Few requests at a time make every window another one. Following them costs bytes and gains
+/// nothing: the next window is another one again.
+#[test]
+fn what_the_requests_of_the_moment_do_to_the_load_moves_next_to_nothing() {
+    let (mut ours, mut theirs) = ((0, 0.0, 0.0), (0, 0.0, 0.0));
+    let add = |sum: &mut (u64, f64, f64), of: rivals::Outcome| {
+        *sum = (
+            sum.0 + of.copies,
+            sum.1 + of.even.mean,
+            sum.2 + of.filled.mean,
+        );
+    };
+    let seeds = 1..6;
+    for seed in seeds.clone() {
+        let case = rivals::few_requests(seed);
+        add(&mut ours, rivals::guild(&case, &Policy::default()));
+        add(&mut theirs, rivals::eplb(&case));
+    }
+    let what = format!("{ours:?}, EPLB {theirs:?}, over {seeds:?}");
+    let chance = CHANCE * seeds.count() as f64;
+    assert!(ours.0 * 12 <= theirs.0, "{what}");
+    assert!(
+        ours.1 >= theirs.1 - chance && ours.2 >= theirs.2 - chance,
+        "{what}"
+    );
+}
+
 #[test]
 fn water_filling_alone_needs_fewer_bytes_than_both() {
     let all = |aim| {

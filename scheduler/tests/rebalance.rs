@@ -263,6 +263,41 @@ fn a_fast_node_carries_more_and_noise_moves_nothing() {
 }
 
 #[test]
+fn a_node_that_turns_out_faster_is_given_more_and_then_all_is_quiet() {
+    let spec = |speed| Spec {
+        speed,
+        ..Spec::default()
+    };
+    let mut c = Cluster::serving(1, 0, &[spec(1000.0), spec(1000.0), spec(300.0)]);
+    let (shots, policy) = (even(), Policy::default());
+    let settle = |c: &mut Cluster| {
+        let plans = (0..10).take_while(|_| {
+            let moves = !c.propose(&shots, &policy).moves.is_empty();
+            if moves {
+                c.rebalance(&shots, &policy);
+            }
+            moves
+        });
+        plans.count()
+    };
+    settle(&mut c);
+    let busy = c.held(3);
+    // Measured again, with the processor to itself.
+    c.speed(3, 1000.0);
+    let plans = settle(&mut c);
+    assert!((1..=3).contains(&plans), "{plans}");
+    let held = [1, 2, 3].map(|id| c.held(id));
+    assert!(
+        held[2] > busy && held.iter().all(|&n| (8..=12).contains(&n)),
+        "{busy} {held:?}"
+    );
+    for noise in [0.9, 1.1, 1.0] {
+        c.speed(3, 1000.0 * noise);
+        assert_eq!(settle(&mut c), 0);
+    }
+}
+
+#[test]
 fn drained_nodes_lose_all_and_nodes_that_have_failed_get_nothing() {
     let mut c = Cluster::serving(1, 8, &[Spec::default(); 4]);
     let shots = skewed(2, 1.0);

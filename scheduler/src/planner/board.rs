@@ -102,6 +102,8 @@ pub(super) struct Board<'a> {
     scenes: Vec<Scene>,
     /// Scenes of one shot.
     ways: usize,
+    /// Which of the shots of each way were seen, and are neither a mean nor foreseen.
+    seen: std::ops::Range<usize>,
     /// [scenes, nodes]
     load: Vec<Vec<f64>>,
     /// [scenes, experts, homes]
@@ -182,6 +184,7 @@ impl<'a> Board<'a> {
             .map(|&split| Window::new(shots, experts, nodes.total, split))
             .collect();
         let many = seen[0].rows.len();
+        let were = seen[0].seen.clone();
         let scenes: Vec<Scene> = (0..many)
             .flat_map(|shot| {
                 let ways = ways.iter().zip(&seen).enumerate();
@@ -223,6 +226,7 @@ impl<'a> Board<'a> {
             rows,
             scenes,
             ways: ways.len(),
+            seen: were,
         };
         board.settle();
         board
@@ -315,6 +319,20 @@ impl<'a> Board<'a> {
             (sum / weights + p90) / 2.0
         };
         (0..self.ways).map(way).sum::<f64>() / self.ways as f64
+    }
+
+    /// The worst node's relative load in each shot that was seen, in the mean of the ways to share
+    /// rows out.
+    pub(super) fn each(&self) -> Vec<f64> {
+        let worst = |at: usize| {
+            let load = self.load[at].iter().zip(&self.nodes.capacity);
+            load.map(|(l, c)| l / c).fold(0.0, f64::max)
+        };
+        let shot = |first: usize| {
+            let ways = first * self.ways..(first + 1) * self.ways;
+            ways.map(worst).sum::<f64>() / self.ways as f64
+        };
+        self.seen.clone().map(shot).collect()
     }
 
     /// How much each node adds to the penalty, over all shots.

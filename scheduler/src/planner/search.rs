@@ -21,6 +21,10 @@ const FINALISTS: usize = 12;
 const GOOD_ENOUGH: f64 = 0.002;
 /// What a step without copies counts in comparisons, in copies.
 const FREE_STEP: f64 = 0.5;
+/// Standard errors by which a gain is taken for smaller than the shots make it:
+/// else every plan would follow the requests that happened to run, and the next
+/// one go back.
+const DOUBT: f64 = 1.0;
 /// A step must lower the penalty by this part of a layer's whole.
 const PROGRESS: f64 = 1e-6;
 
@@ -31,6 +35,8 @@ struct Trail {
     cost: Vec<usize>,
     /// Objective after each step.
     objective: Vec<f64>,
+    /// What each shot alone makes of it, after each step.
+    each: Vec<Vec<f64>>,
     /// A fresh layout that beats all steps by far.
     fresh: Option<(Layer, usize, f64)>,
     /// What one copy must gain.
@@ -92,6 +98,7 @@ impl Trail {
             steps: Vec::new(),
             cost: vec![0],
             objective: vec![start],
+            each: vec![board.each()],
             fresh: None,
             least: policy.min_gain_per_layout / board.all_homes().max(1) as f64,
             at: 0,
@@ -115,6 +122,7 @@ impl Trail {
             trail.steps.push(step);
             trail.cost.push(copies);
             trail.objective.push(now);
+            trail.each.push(board.each());
         }
         let reached = trail
             .objective
@@ -125,6 +133,21 @@ impl Trail {
             trail.fresh = afresh(&board, layer, view, reached - policy.fresh_gain, budget);
         }
         trail
+    }
+
+    /// By how much chance may have made the gain of the steps up to `to` look
+    /// greater than it is: the less the shots agree about it, the more.
+    fn doubt(&self, to: usize) -> f64 {
+        let gains: Vec<f64> = { self.each[self.at].iter().zip(&self.each[to]) }
+            .map(|(before, after)| before - after)
+            .collect();
+        let many = gains.len() as f64;
+        if gains.len() < 2 {
+            return 0.0;
+        }
+        let mean = gains.iter().sum::<f64>() / many;
+        let square = gains.iter().map(|gain| (gain - mean).powi(2)).sum::<f64>();
+        DOUBT * (square / (many - 1.0) / many).sqrt()
     }
 
     /// The stretch of steps that gains most per copy, and where it ends.
@@ -144,6 +167,7 @@ impl Trail {
             let cost = self.cost[to] - self.cost[self.at];
             let gain = self.objective[self.at] - self.objective[to];
             let ratio = gain / (cost as f64).max(FREE_STEP);
+            let sure = gain - self.doubt(to);
             let enough = if self.at == 0 {
                 policy.min_gain
             } else {
@@ -151,7 +175,7 @@ impl Trail {
             };
             if cost <= budget
                 && gain >= enough
-                && ratio >= self.least
+                && sure >= self.least * (cost as f64).max(FREE_STEP)
                 && best.is_none_or(|(highest, _)| ratio > highest)
             {
                 best = Some((ratio, to));

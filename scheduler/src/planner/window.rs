@@ -17,6 +17,8 @@ pub(super) struct Window {
     pub(super) rows: Vec<Vec<f64>>,
     /// [shots]: 1 for the mean, 1 for all others together.
     pub(super) weight: Vec<f64>,
+    /// Which of the rows are shots that were seen.
+    pub(super) seen: std::ops::Range<usize>,
 }
 
 impl Window {
@@ -43,8 +45,13 @@ impl Window {
         rows.iter_mut().for_each(|shot| scale(shot, total));
         if rows.len() == 1 {
             let weight = vec![1.0];
-            return Window { rows, weight };
+            return Window {
+                rows,
+                weight,
+                seen: 0..1,
+            };
         }
+        let seen = 1..1 + rows.len();
         let mut weight: Vec<f64> = (0..rows.len())
             .rev()
             .map(|age| RECENCY.powi(age as i32))
@@ -56,7 +63,7 @@ impl Window {
         let mean = (0..experts).map(mean).collect();
         rows.insert(0, mean);
         weight.insert(0, 1.0);
-        Window { rows, weight }
+        Window { rows, weight, seen }
     }
 }
 

@@ -29,6 +29,10 @@ pub(crate) struct Case {
     pub(crate) slots: u32,
     pub(crate) experts: u32,
     pub(crate) shots: Vec<Shot>,
+    /// Between two plans.
+    pub(crate) interval: usize,
+    /// Shots that a plan looks back on.
+    pub(crate) window: usize,
     pub(crate) start: Start,
 }
 
@@ -76,10 +80,10 @@ pub(crate) fn synthetic(
 }
 
 impl Case {
-    fn windows(&self) -> Vec<Vec<&Shot>> {
-        self.shots
-            .chunks(INTERVAL)
-            .map(|shots| shots.iter().collect())
+    /// What is seen when `at` shots have passed.
+    fn seen(&self, at: usize) -> Vec<&Shot> {
+        self.shots[at.saturating_sub(self.window)..at]
+            .iter()
             .collect()
     }
 
@@ -104,7 +108,7 @@ impl Case {
             expert_bytes: 1,
         };
         cluster.layers = match self.start {
-            Start::Eplb => by_eplb(&cluster, &self.windows()[0]),
+            Start::Eplb => by_eplb(&cluster, &self.seen(self.interval)),
             Start::InOrder => cluster
                 .layers
                 .iter()
@@ -177,15 +181,14 @@ fn copied(old: &[Layer], new: &[Layer]) -> u64 {
 
 /// Runs a case; `next` says where everything is to be after an interval.
 pub(crate) fn over(case: &Case, mut next: impl FnMut(&Cluster, &[&Shot]) -> Vec<Layer>) -> Outcome {
-    let windows = case.windows();
     let mut cluster = case.cluster();
     let (mut copies, mut even, mut filled) = (0, Vec::new(), Vec::new());
     // The first interval only says where EPLB begins.
-    for pair in windows[1..].windows(2) {
-        let layers = next(&cluster, &pair[0]);
+    for at in (2 * case.interval..case.shots.len()).step_by(case.interval) {
+        let layers = next(&cluster, &case.seen(at));
         copies += copied(&cluster.layers, &layers);
         cluster.layers = layers;
-        for shot in &pair[1] {
+        for shot in case.shots[at..].iter().take(case.interval) {
             let figure = |split| {
                 let loads = node_loads(&cluster, shot, split).expect("a cluster that makes sense");
                 balancedness(&loads).unwrap_or(1.0)
@@ -237,6 +240,8 @@ pub(crate) fn cases(seed: u64, layers: u32) -> Vec<Case> {
             slots,
             experts: 256,
             shots,
+            interval: INTERVAL,
+            window: INTERVAL,
             start,
         };
         for start in [Start::Eplb, Start::InOrder] {
@@ -274,7 +279,79 @@ pub(crate) fn cases(seed: u64, layers: u32) -> Vec<Case> {
         slots: 9,
         experts: 32,
         shots: skew,
+        interval: INTERVAL,
+        window: INTERVAL,
         start: Start::InOrder,
     });
     cases
+}
+
+/// A small cluster that serves few requests of a few kinds, each of which likes other experts. The
+/// load stays what it is, but which requests happen to run makes shots differ by far more than
+/// chance makes of single rows.
+pub(crate) fn few_requests(seed: u64) -> Case {
+    let (layers, experts, interval) = (4, 32, 4);
+    let (kinds, at_once, shots) = (16, 13, 24 * interval);
+    let mut random = Random(seed);
+    let likes: Vec<Vec<Vec<f64>>> = (0..kinds)
+        .map(|_| { 0..layers }.map(|_| likes(experts, &mut random)).collect())
+        .collect();
+    let shot = |random: &mut Random| {
+        let mut of_kind = vec![0.0; kinds];
+        for _ in 0..at_once {
+            of_kind[random.below(kinds)] += 1.0;
+        }
+        let row = |layer: usize, expert: usize, random: &mut Random| {
+            let kinds = likes.iter().zip(&of_kind);
+            let mean: f64 = kinds.map(|(kind, n)| kind[layer][expert] * n).sum();
+            (mean + mean.sqrt() * random.normal()).round().max(0.0) as u64
+        };
+        let rows = { 0..layers }
+            .map(|layer| (0..experts).map(|e| row(layer, e, random)).collect())
+            .collect();
+        Shot { rows }
+    };
+    Case {
+        name: format!("few requests, seed {seed}"),
+        nodes: 4,
+        slots: 9,
+        experts: experts as u32,
+        shots: (0..shots).map(|_| shot(&mut random)).collect(),
+        interval,
+        window: 4 * interval,
+        start: Start::InOrder,
+    }
+}
+
+/// Rows of one request for each expert: log-normal, a few hundred in all.
+fn likes(experts: usize, random: &mut Random) -> Vec<f64> {
+    const ROWS: f64 = 192.0;
+    let weights: Vec<f64> = (0..experts).map(|_| random.normal().exp()).collect();
+    let all: f64 = weights.iter().sum();
+    weights
+        .into_iter()
+        .map(|weight| weight / all * ROWS)
+        .collect()
+}
+
+/// SplitMix64 (Steele, Lea, Flood 2014).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        ((u128::from(self.next()) * n as u128) >> 64) as usize
+    }
+
+    /// Close to normal: the sum of twelve uniform draws.
+    fn normal(&mut self) -> f64 {
+        let unit = |_| (self.next() >> 11) as f64 / (1u64 << 53) as f64;
+        (0..12).map(unit).sum::<f64>() - 6.0
+    }
 }
