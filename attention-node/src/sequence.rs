@@ -85,6 +85,9 @@ pub enum Failure {
     /// It was not admitted within the time that it gave.
     #[error("the request has waited for its first row for as long as it allowed")]
     Queue,
+    /// It gave its place in the queue to another tenant's request.
+    #[error("the queue is full, and others who ask have fewer places in it")]
+    Displaced,
     /// Its time is over.
     #[error("the request has taken longer than its timeout")]
     Deadline,

@@ -13,6 +13,7 @@ use std::time::Duration;
 use futures::{Stream, StreamExt, stream};
 use guild_model::Config;
 use guild_model::sampler::{Sampled, Sampling, Shaping};
+use guild_node::call::{self, Calls};
 use guild_node::channel::Dialer;
 use guild_node::status;
 use guild_proto::cluster::v1::Duty;
@@ -34,6 +35,8 @@ use crate::sequence::{Event, Events, Failure, Finish, MAX_TOP_LOGPROBS, Request}
 pub const MAX_REQUEST_ID: usize = 256;
 /// Stop tokens of one request.
 pub const MAX_STOP_TOKENS: usize = 256;
+/// Whoever gets this far may end any request: all come from coordinators.
+const OWNER: u64 = 0;
 /// Retry hint while the node is not ready.
 pub const RETRY_NOT_READY: Duration = Duration::from_secs(1);
 
@@ -60,6 +63,8 @@ pub struct Inference {
     model: String,
     phase: watch::Receiver<Phase>,
     next_request: AtomicU64,
+    /// Requests under way, by their ids.
+    calls: Calls,
     constraints: Constraints,
     /// None: nobody runs prompts for this node.
     helpers: Option<Arc<Helpers>>,
@@ -75,6 +80,7 @@ impl Inference {
             model: model.to_owned(),
             phase,
             next_request: AtomicU64::new(1),
+            calls: Calls::default(),
             helpers: None,
             duty: Duty::Both,
         }
@@ -123,7 +129,8 @@ impl wire::inference_server::Inference for Inference {
         call: Call<wire::GenerateRequest>,
     ) -> Result<Response<BoxStream<wire::GenerateResponse>>, Status> {
         let (engine, digest) = self.engine()?;
-        let call = call.into_inner();
+        let (metadata, _, mut call) = call.into_parts();
+        call.timeout_ms = call::shorter(call.timeout_ms, &metadata);
         if !call.model.is_empty() && call.model != self.model {
             let message = format!(
                 "model {:?} is not served here, {:?} is",
@@ -151,7 +158,20 @@ impl wire::inference_server::Inference for Inference {
         let from = call.prefill_from;
         let events = self.submit((engine, digest), request, constraint, from);
         let events = events.map_err(refused)?;
-        Ok(Response::new(replies(events, request_id, prompt).boxed()))
+        let under_way = self.calls.begin(OWNER, &request_id);
+        let name = request_id.clone();
+        let mut response = Response::new(replies(events, under_way, request_id, prompt).boxed());
+        call::name(response.metadata_mut(), &name);
+        Ok(response)
+    }
+
+    async fn abort(
+        &self,
+        call: Call<wire::AbortRequest>,
+    ) -> Result<Response<wire::AbortResponse>, Status> {
+        let aborted = self.calls.end(OWNER, &call.into_inner().request_id);
+        let aborted = u32::try_from(aborted).unwrap_or(u32::MAX);
+        Ok(Response::new(wire::AbortResponse { aborted }))
     }
 
     async fn model_info(
@@ -179,18 +199,37 @@ impl wire::inference_server::Inference for Inference {
 /// nobody; when the stream is dropped, the channel closes, and the engine lets go of the request.
 fn replies(
     events: Events,
+    under_way: call::Call,
     request_id: String,
     prompt: Vec<u32>,
 ) -> impl Stream<Item = Result<wire::GenerateResponse, Status>> + Send {
     let usage = prompt.len() as u32;
     let mut head = Some((request_id, prompt));
-    stream::unfold(Some(events), |events| async {
-        let mut events = events?;
-        let event = events.recv().await;
-        let last = !matches!(event, Some(Event::Prompt { .. } | Event::Token { .. }));
-        Some((event, (!last).then_some(events)))
+    let mut said = 0;
+    stream::unfold(Some((events, under_way)), |open| async {
+        let (mut events, under_way) = open?;
+        let event = tokio::select! {
+            event = events.recv() => Ok(event),
+            () = under_way.ended() => Err(Aborted),
+        };
+        let goes_on = matches!(event, Ok(Some(Event::Prompt { .. } | Event::Token { .. })));
+        Some((event, goes_on.then_some((events, under_way))))
     })
     .map(move |event| {
+        let Ok(event) = event else {
+            let usage = wire::Usage {
+                prompt_tokens: usage,
+                completion_tokens: said,
+                ..wire::Usage::default()
+            };
+            let event = Some(WireEvent::Complete(wire::Complete {
+                finish_reason: wire::FinishReason::Abort.into(),
+                matched_stop: None,
+                usage: Some(usage),
+            }));
+            return Ok(wire::GenerateResponse { event });
+        };
+        said += u32::from(matches!(event, Some(Event::Token { .. })));
         let event = match event {
             Some(Event::Prompt { logprobs }) => {
                 let (request_id, token_ids) = head.take().unwrap_or_default();
@@ -235,6 +274,9 @@ fn replies(
         Ok(wire::GenerateResponse { event: Some(event) })
     })
 }
+
+/// Somebody has ended the request by its id.
+struct Aborted;
 
 fn logprobs_wire(of: Sampled) -> wire::TokenLogprobs {
     let top = of.top.into_iter();
@@ -485,6 +527,7 @@ fn failed(failure: &Failure) -> Status {
     match failure {
         Failure::ShuttingDown => draining(),
         Failure::Queue => status::exhausted("QUEUE_TIMEOUT", failure.to_string(), RETRY_NOT_READY),
+        Failure::Displaced => status::exhausted("QUEUE_FULL", failure.to_string(), RETRY_NOT_READY),
         Failure::Deadline => {
             status::with_reason(Code::DeadlineExceeded, "TIMEOUT", failure.to_string(), [])
         }

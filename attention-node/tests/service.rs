@@ -15,7 +15,8 @@ use guild_proto::inference::v1::generate_request::Input;
 use guild_proto::inference::v1::generate_response::Event;
 use guild_proto::inference::v1::inference_server::Inference as _;
 use guild_proto::inference::v1::{
-    Complete, FinishReason, GenerateRequest, ModelInfoRequest, SamplingParams, TokenIds, complete,
+    AbortRequest, Complete, FinishReason, GenerateRequest, ModelInfoRequest, SamplingParams,
+    TokenIds, complete,
 };
 use guild_scheduler::batch::Limits;
 use tokio::sync::watch;
@@ -499,6 +500,56 @@ async fn when_not_now_the_client_is_told_to_come_back() {
         (status.code(), reason_of(&status).as_deref()),
         (Code::Unavailable, Some("DRAINING"))
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_is_aborted_by_its_id_and_ends_by_the_timeout_of_its_call() {
+    let rig = Rig::new(Model::v3_basic());
+    let service = serving(&rig);
+    let endless = SamplingParams {
+        ignore_eos: true,
+        ..max(200)
+    };
+    let mut asked = call(vec![5, 6, 7], endless.clone());
+    asked.request_id = "mine".to_owned();
+    let response = service.generate(Request::new(asked)).await.unwrap();
+    assert_eq!(response.metadata().get("x-request-id").unwrap(), "mine");
+    let mut stream = response.into_inner();
+    let prompt = stream.next().await.unwrap().unwrap().event;
+    assert!(matches!(prompt, Some(Event::Prompt(_))), "{prompt:?}");
+    let abort = async |request_id: &str| {
+        let request_id = request_id.to_owned();
+        let answer = service.abort(Request::new(AbortRequest { request_id }));
+        answer.await.unwrap().into_inner().aborted
+    };
+    assert_eq!(abort("another").await, 0);
+    assert_eq!(abort("mine").await, 1);
+    let (mut tokens, mut end) = (0, None);
+    while let Some(event) = stream.next().await {
+        match event.unwrap().event.unwrap() {
+            Event::Chunk(chunk) => tokens += chunk.token_ids.len() as u32,
+            Event::Complete(complete) => end = Some(complete),
+            other => panic!("{other:?}"),
+        }
+    }
+    let end = end.unwrap();
+    assert_eq!(end.finish_reason(), FinishReason::Abort);
+    assert_eq!(end.usage.unwrap().completion_tokens, tokens);
+    rig.settle().await;
+    assert_eq!(abort("mine").await, 0);
+
+    let mut asked = Request::new(call(vec![5, 6, 7], endless));
+    let header = "0m".parse().unwrap();
+    asked.metadata_mut().insert("grpc-timeout", header);
+    let mut stream = service.generate(asked).await.unwrap().into_inner();
+    let status = loop {
+        if let Err(status) = stream.next().await.unwrap() {
+            break status;
+        }
+    };
+    assert_eq!(status.code(), Code::DeadlineExceeded);
+    assert_eq!(reason_of(&status).as_deref(), Some("TIMEOUT"));
+    rig.settle().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

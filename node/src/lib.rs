@@ -7,6 +7,7 @@
 //! not know what a model, an expert or a scheduler is: whatever of those has to
 //! be told to the coordinator comes in as data.
 
+pub mod call;
 pub mod channel;
 pub mod config;
 pub mod exit;

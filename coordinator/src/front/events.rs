@@ -4,6 +4,7 @@ use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use futures::{StreamExt, stream};
 use guild_model::text::{Detokenizer, StopStrings, Text};
+use guild_node::call::Call;
 use guild_proto::inference::v1::{
     Chunk, Complete, FinishReason, GenerateResponse, Timing, TokenLogprobs, Usage,
     complete::MatchedStop, generate_response::Event,
@@ -13,6 +14,7 @@ use tonic::Status;
 
 use super::{
     EventStream, ServedModel,
+    metrics::Metrics,
     request::{Handling, Params},
 };
 
@@ -60,8 +62,10 @@ pub(super) fn with_text(
     upstream: EventStream,
     rules: TextRules,
     request_id: String,
-    permit: OwnedSemaphorePermit,
+    metrics: Arc<Metrics>,
+    hold: (OwnedSemaphorePermit, Call),
 ) -> EventStream {
+    let (permit, call) = hold;
     let writer = Writer {
         upstream: Some(upstream),
         ready: VecDeque::new(),
@@ -77,6 +81,8 @@ pub(super) fn with_text(
         first_token: None,
         request_id,
         rules,
+        metrics,
+        call,
         _permit: permit,
     };
     stream::unfold(writer, |mut writer| async move {
@@ -102,6 +108,9 @@ struct Writer {
     first_token: Option<Instant>,
     request_id: String,
     rules: TextRules,
+    metrics: Arc<Metrics>,
+    /// By which it may be ended.
+    call: Call,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -111,15 +120,22 @@ impl Writer {
             if let Some(event) = self.ready.pop_front() {
                 return Some(event);
             }
+            let deadline = self.rules.handling.deadline();
             let next = self.upstream.as_mut()?.next();
-            let event = match self.rules.handling.deadline() {
-                None => next.await,
-                Some(deadline) => match timeout_at(deadline.into(), next).await {
-                    Ok(event) => event,
-                    Err(_) => Some(Err(Status::deadline_exceeded(
-                        "the request has taken longer than its `timeout_ms`",
-                    ))),
-                },
+            let next = async {
+                match deadline {
+                    None => next.await,
+                    Some(deadline) => match timeout_at(deadline.into(), next).await {
+                        Ok(event) => event,
+                        Err(_) => Some(Err(Status::deadline_exceeded(
+                            "the request has taken longer than its `timeout_ms`",
+                        ))),
+                    },
+                }
+            };
+            let event = tokio::select! {
+                event = next => event,
+                () = self.call.ended() => Some(Ok(aborted())),
             };
             let taken = match event {
                 Some(Ok(response)) => self.take(response),
@@ -157,7 +173,10 @@ impl Writer {
                 Ok(())
             }
             Some(Event::Chunk(chunk)) if self.prompt_tokens.is_some() => self.take_chunk(chunk),
-            Some(Event::Complete(complete)) if self.prompt_tokens.is_some() => {
+            Some(Event::Complete(complete))
+                if self.prompt_tokens.is_some()
+                    || complete.finish_reason() == FinishReason::Abort =>
+            {
                 self.take_complete(complete)
             }
             _ => Err(out_of_order("events out of order")),
@@ -266,11 +285,13 @@ impl Writer {
             timing: self.rules.handling.timing.then(|| self.timing()),
             ..self.said.take().unwrap_or_default()
         };
-        self.emit(Event::Complete(Complete {
+        let complete = Complete {
             finish_reason: reason.into(),
             matched_stop,
             usage: Some(usage),
-        }));
+        };
+        self.metrics.count(&complete);
+        self.emit(Event::Complete(complete));
     }
 
     fn timing(&self) -> Timing {
@@ -286,6 +307,16 @@ impl Writer {
     fn emit(&mut self, event: Event) {
         self.ready
             .push_back(Ok(GenerateResponse { event: Some(event) }));
+    }
+}
+
+/// The end of a request that somebody has ended, which may be before its Prompt.
+fn aborted() -> GenerateResponse {
+    GenerateResponse {
+        event: Some(Event::Complete(Complete {
+            finish_reason: FinishReason::Abort.into(),
+            ..Complete::default()
+        })),
     }
 }
 

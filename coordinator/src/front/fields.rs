@@ -11,10 +11,11 @@ use super::fault::Fault;
 pub(super) const MAX_JSON_DEPTH: usize = 32;
 
 /// Request fields that change nothing about an answer.
-const HARMLESS: [&str; 10] = [
+const HARMLESS: [&str; 11] = [
     "metadata",
     "store",
     "service_tier",
+    "cache_prompt",
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",

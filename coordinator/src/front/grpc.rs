@@ -2,9 +2,10 @@
 
 use std::{sync::Arc, time::Instant};
 
+use guild_node::call;
 use guild_proto::inference::v1::{
-    GenerateRequest, ModelInfoRequest, ModelInfoResponse, SamplingParams, generate_request::Input,
-    inference_server::Inference,
+    AbortRequest, AbortResponse, GenerateRequest, ModelInfoRequest, ModelInfoResponse,
+    SamplingParams, generate_request::Input, inference_server::Inference,
 };
 use tonic::{Request, Response, Status};
 
@@ -53,8 +54,9 @@ impl FrontDoor {
     async fn generate(
         &self,
         request: GenerateRequest,
+        timeout_ms: Option<u32>,
         key: Option<&[u8]>,
-    ) -> Result<EventStream, Fault> {
+    ) -> Result<(String, EventStream), Fault> {
         let received = Instant::now();
         self.check_model(&request.model)?;
         let (field, prompt) = match request.input {
@@ -83,7 +85,8 @@ impl FrontDoor {
             received,
             priority: request.priority,
             tenant: tenant::of_number(key, request.tenant),
-            timeout_ms: request.timeout_ms,
+            owner: tenant::of(key, None, None),
+            timeout_ms,
             max_queue_ms: request.max_queue_ms,
             timing: request.timing,
         };
@@ -98,9 +101,10 @@ impl FrontDoor {
         let permits = self.admit(1)?;
         let ids = self.tokenize(vec![prompt], &params, &names).await?;
         let mut streams = self.open(ids, 1, &params, &names, &id, permits).await?;
-        streams
-            .pop()
-            .ok_or_else(|| Fault::internal("no stream for the request"))
+        match streams.pop() {
+            Some(stream) => Ok((id, stream)),
+            None => Err(Fault::internal("no stream for the request")),
+        }
     }
 }
 
@@ -111,10 +115,25 @@ impl Inference for InferenceService {
         request: Request<GenerateRequest>,
     ) -> Result<Response<EventStream>, Status> {
         let (metadata, _, request) = request.into_parts();
+        let timeout_ms = call::shorter(request.timeout_ms, &metadata);
         let headers = metadata.into_headers();
-        Ok(Response::new(
-            self.0.generate(request, auth::key(&headers)).await?,
-        ))
+        let key = auth::key(&headers);
+        let (id, stream) = self.0.generate(request, timeout_ms, key).await?;
+        let mut response = Response::new(stream);
+        call::name(response.metadata_mut(), &id);
+        Ok(response)
+    }
+
+    async fn abort(
+        &self,
+        request: Request<AbortRequest>,
+    ) -> Result<Response<AbortResponse>, Status> {
+        let (metadata, _, request) = request.into_parts();
+        let headers = metadata.into_headers();
+        let owner = tenant::of(auth::key(&headers), None, None);
+        let aborted = self.0.calls.end(owner, &request.request_id);
+        let aborted = u32::try_from(aborted).unwrap_or(u32::MAX);
+        Ok(Response::new(AbortResponse { aborted }))
     }
 
     async fn model_info(

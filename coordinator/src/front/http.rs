@@ -23,6 +23,7 @@ use super::{
     conversation::Conversation,
     fault::Fault,
     fields::{self, Fields},
+    metrics::MEDIA_TYPE,
     request::{Names, Prompt},
     responses,
     tools::Tools,
@@ -38,7 +39,7 @@ pub(super) fn now() -> u64 {
 }
 
 /// Every route of the HTTP API, once.
-fn routes() -> [(&'static str, MethodRouter<Arc<FrontDoor>>); 10] {
+fn routes() -> [(&'static str, MethodRouter<Arc<FrontDoor>>); 11] {
     [
         ("/v1/completions", post(serve_completions)),
         ("/v1/chat/completions", post(serve_chat)),
@@ -47,6 +48,7 @@ fn routes() -> [(&'static str, MethodRouter<Arc<FrontDoor>>); 10] {
         ("/v1/models/{*id}", get(model)),
         ("/health", get(health)),
         ("/ping", get(health)),
+        ("/metrics", get(metrics)),
         ("/version", get(version)),
         ("/tokenize", post(tokenize)),
         ("/detokenize", post(detokenize)),
@@ -191,6 +193,12 @@ async fn health(State(door): Door) -> Response {
         Readiness::Ready => Json(json!({"status": "ready"})).into_response(),
         Readiness::NotReady { reason } => Fault::not_ready(&reason).into_response(),
     }
+}
+
+/// Counters for Prometheus.
+async fn metrics(State(door): Door) -> Response {
+    let kind = [(header::CONTENT_TYPE, MEDIA_TYPE)];
+    (kind, door.metrics.text(&door.model.name)).into_response()
 }
 
 async fn version() -> Response {

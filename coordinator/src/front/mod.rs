@@ -35,6 +35,7 @@ use futures::{
     stream::BoxStream,
 };
 use guild_model::{Config, text::Text};
+use guild_node::call::Calls;
 use guild_proto::inference::v1::{
     GenerateRequest, GenerateResponse, inference_server::InferenceServer,
 };
@@ -54,6 +55,7 @@ mod fields;
 mod grpc;
 mod http;
 mod logprobs;
+mod metrics;
 mod params;
 mod reader;
 mod request;
@@ -72,6 +74,7 @@ pub use request::{
 
 use events::{Outcome, TextRules};
 use fault::Fault;
+use metrics::Metrics;
 use request::{Names, Params};
 
 /// Whether the cluster can take a request now.
@@ -149,6 +152,9 @@ pub struct FrontDoor {
     backend: Arc<dyn Backend>,
     limits: FrontLimits,
     in_flight: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
+    /// Requests under way, by their ids.
+    calls: Calls,
 }
 
 impl FrontDoor {
@@ -162,6 +168,8 @@ impl FrontDoor {
             backend,
             limits,
             in_flight,
+            metrics: Arc::default(),
+            calls: Calls::default(),
         })
     }
 
@@ -223,7 +231,12 @@ impl FrontDoor {
             let request = params.to_request(id.clone(), ids, self.model.max_context, index.into());
             let rules = TextRules::new(&self.model, params);
             let starting = self.backend.generate(request);
-            async move { Ok::<_, Status>(events::with_text(starting.await?, rules, id, permit)) }
+            let metrics = Arc::clone(&self.metrics);
+            let hold = (permit, self.calls.begin(params.handling.owner, request_id));
+            async move {
+                let stream = starting.await?;
+                Ok::<_, Status>(events::with_text(stream, rules, id, metrics, hold))
+            }
         });
         try_join_all(starting)
             .await

@@ -59,6 +59,7 @@ pub(super) fn handling(fields: &mut Fields, key: Option<&[u8]>) -> Result<Handli
         received: Instant::now(),
         priority: priority.and_then(|p| i32::try_from(p).ok()).unwrap_or(0),
         tenant: tenant::of(key, user.as_deref(), salt.as_deref()),
+        owner: tenant::of(key, None, None),
         timeout_ms: fields.unsigned("timeout_ms", 1, u32::MAX)?,
         max_queue_ms: fields.unsigned("max_queue_ms", 0, u32::MAX)?,
         timing: fields.flag("timings", false)?,

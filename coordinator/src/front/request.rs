@@ -71,6 +71,8 @@ pub(super) struct Handling {
     pub(super) priority: i32,
     /// Who asks; see [`super::tenant`].
     pub(super) tenant: u64,
+    /// Whose API key it came with: they may end it.
+    pub(super) owner: u64,
     /// The answer is worth nothing so many milliseconds after `received`.
     pub(super) timeout_ms: Option<u32>,
     /// It is refused when it has waited so many milliseconds for its first row.

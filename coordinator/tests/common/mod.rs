@@ -21,8 +21,8 @@ use guild_proto::inference::v1::generate_response::Event;
 use guild_proto::inference::v1::inference_client::InferenceClient;
 use guild_proto::inference::v1::inference_server::{Inference, InferenceServer};
 use guild_proto::inference::v1::{
-    Chunk, Complete, FinishReason, GenerateRequest, GenerateResponse, ModelInfoRequest,
-    ModelInfoResponse, Prompt, TokenIds, Usage,
+    AbortRequest, AbortResponse, Chunk, Complete, FinishReason, GenerateRequest, GenerateResponse,
+    ModelInfoRequest, ModelInfoResponse, Prompt, TokenIds, Usage,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -515,6 +515,10 @@ impl Inference for Service {
             Ok(GenerateResponse { event: Some(event) })
         });
         Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn abort(&self, _: Request<AbortRequest>) -> Result<Response<AbortResponse>, Status> {
+        Err(Status::unimplemented("streams are dropped here"))
     }
 
     async fn model_info(

@@ -3,9 +3,9 @@
 use futures::StreamExt;
 use guild_coordinator::front::Readiness;
 use guild_proto::inference::v1::{
-    FinishReason, GenerateRequest, GenerateResponse, ModelInfoRequest, SamplingParams, TokenIds,
-    complete::MatchedStop, generate_request::Input, generate_response::Event,
-    inference_client::InferenceClient,
+    AbortRequest, FinishReason, GenerateRequest, GenerateResponse, ModelInfoRequest,
+    SamplingParams, TokenIds, complete::MatchedStop, generate_request::Input,
+    generate_response::Event, inference_client::InferenceClient,
 };
 use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt;
@@ -412,6 +412,128 @@ async fn a_client_that_leaves_cancels_the_request() {
     drop(stream);
     while door.live() > 0 {
         tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn a_request_is_aborted_by_its_id_and_only_by_its_owner() {
+    let door = door();
+    let said = door.will_say("to be or not", 1);
+    door.fake.steps.lock().unwrap().push(Step::Hang);
+    let mut client = client(&door).await;
+    let named = GenerateRequest {
+        request_id: "mine".into(),
+        ..text("x", SamplingParams::default())
+    };
+    for chosen in [true, false] {
+        let asked = GenerateRequest {
+            request_id: if chosen { "mine".into() } else { String::new() },
+            ..named.clone()
+        };
+        let response = client.generate(asked).await.unwrap();
+        let id = response.metadata().get("x-request-id").unwrap();
+        let id = id.to_str().unwrap().to_owned();
+        assert_eq!(id == "mine", chosen, "{id}");
+        let mut stream = response.into_inner();
+        let mut tokens = 0;
+        while tokens < said.len() {
+            let event = stream.next().await.unwrap().unwrap().event.unwrap();
+            if let Event::Chunk(chunk) = event {
+                tokens += chunk.token_ids.len();
+            }
+        }
+        let abort = |request_id: &str| AbortRequest {
+            request_id: request_id.into(),
+        };
+        let mut stranger = tonic::Request::new(abort(&id));
+        let key = "Bearer another".parse().unwrap();
+        stranger.metadata_mut().insert("authorization", key);
+        for (request, aborted) in [
+            (stranger, 0),
+            (tonic::Request::new(abort("nobody")), 0),
+            (tonic::Request::new(abort(&id)), 1),
+            (tonic::Request::new(abort(&id)), 0),
+        ] {
+            let answer = client.abort(request).await.unwrap().into_inner();
+            assert_eq!(answer.aborted, aborted);
+        }
+        let mut last = None;
+        while let Some(event) = stream.next().await {
+            last = event.unwrap().event;
+        }
+        let Some(Event::Complete(complete)) = last else {
+            panic!("{last:?}")
+        };
+        let usage = complete.usage.as_ref().unwrap();
+        assert_eq!(
+            (complete.finish_reason(), usage.completion_tokens as usize),
+            (FinishReason::Abort, said.len())
+        );
+        assert_eq!(door.live(), 0, "the cluster was told");
+    }
+}
+
+#[tokio::test]
+async fn a_request_of_the_other_api_is_aborted_by_its_id_too() {
+    let door = door();
+    door.will(&[Step::Tokens(vec![70]), Step::Hang]);
+    let mut client = client(&door).await;
+    let body = serde_json::json!({"model": "demo", "prompt": [5, 6], "n": 2, "stream": true});
+    let request = axum::http::Request::post("/v1/completions")
+        .header("content-type", "application/json")
+        .body(axum::body::Body::from(body.to_string()))
+        .unwrap();
+    let response = tower::ServiceExt::oneshot(door.router.clone(), request);
+    let mut body = response.await.unwrap().into_body().into_data_stream();
+    let first = String::from_utf8(body.next().await.unwrap().unwrap().to_vec()).unwrap();
+    let data = first.lines().find_map(|line| line.strip_prefix("data: "));
+    let chunk: serde_json::Value = serde_json::from_str(data.unwrap()).unwrap();
+    let request_id = chunk["id"].as_str().unwrap().to_owned();
+    let answer = client.abort(AbortRequest { request_id }).await.unwrap();
+    assert_eq!(answer.into_inner().aborted, 2, "both choices");
+    let mut rest = String::new();
+    while let Some(bytes) = body.next().await {
+        rest.push_str(&String::from_utf8(bytes.unwrap().to_vec()).unwrap());
+    }
+    assert_eq!(
+        rest.matches("\"finish_reason\":\"abort\"").count(),
+        2,
+        "{rest}"
+    );
+    assert!(rest.trim_end().ends_with("[DONE]"));
+    assert_eq!(door.live(), 0);
+}
+
+#[tokio::test]
+async fn the_timeout_of_the_call_is_the_deadline_of_the_stream() {
+    let door = door();
+    door.will(&[Step::Tokens(vec![70]), Step::Hang]);
+    let mut client = client(&door).await;
+    for (own, call, shorter) in [
+        (None, "80m", 80),
+        (Some(60_000), "80m", 80),
+        (Some(80), "9S", 80),
+    ] {
+        let mut request = tonic::Request::new(GenerateRequest {
+            timeout_ms: own,
+            ..ids(&[5], SamplingParams::default())
+        });
+        // Not by set_timeout: that would end the call at the client.
+        let header = call.parse().unwrap();
+        request.metadata_mut().insert("grpc-timeout", header);
+        let mut stream = client.generate(request).await.unwrap().into_inner();
+        let status = loop {
+            match stream.next().await.unwrap() {
+                Ok(_) => {}
+                Err(status) => break status,
+            }
+        };
+        assert_eq!(status.code(), Code::DeadlineExceeded, "{own:?} {call}");
+        let handed_down = door.last_request().timeout_ms.unwrap();
+        assert!(handed_down <= shorter, "{handed_down}");
+        while door.live() > 0 {
+            tokio::task::yield_now().await;
+        }
     }
 }
 

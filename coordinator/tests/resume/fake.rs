@@ -19,8 +19,9 @@ use guild_proto::inference::v1::generate_request::Input;
 use guild_proto::inference::v1::generate_response::Event;
 use guild_proto::inference::v1::inference_server::{Inference, InferenceServer};
 use guild_proto::inference::v1::{
-    Chunk, Complete, FinishReason, GenerateRequest, GenerateResponse, ModelInfoRequest,
-    ModelInfoResponse, Prompt, SamplingParams, TokenIds, TokenLogprobs, TopLogprob, Usage,
+    AbortRequest, AbortResponse, Chunk, Complete, FinishReason, GenerateRequest, GenerateResponse,
+    ModelInfoRequest, ModelInfoResponse, Prompt, SamplingParams, TokenIds, TokenLogprobs,
+    TopLogprob, Usage,
 };
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -351,6 +352,10 @@ impl Inference for Service {
             event
         });
         Ok(Response::new(Box::pin(all)))
+    }
+
+    async fn abort(&self, _: Request<AbortRequest>) -> Result<Response<AbortResponse>, Status> {
+        Err(Status::unimplemented("streams are dropped here"))
     }
 
     async fn model_info(
