@@ -346,6 +346,17 @@ impl Rig {
         placement: Placement,
         patience: Patience,
     ) -> Rig {
+        Rig::made(model, limits, placement, patience, |engine| engine)
+    }
+
+    /// The same with an engine that `finish` has had in its hands.
+    pub fn made(
+        model: &'static Model,
+        limits: Limits,
+        placement: Placement,
+        patience: Patience,
+        finish: impl FnOnce(Engine<Wire>) -> Engine<Wire>,
+    ) -> Rig {
         let runtime = tokio::runtime::Handle::current();
         let wire = Arc::new(Wire {
             links: Links::new("attention", LinkLimits::default(), runtime),
@@ -363,6 +374,7 @@ impl Rig {
             patience,
         )
         .unwrap();
+        let engine = finish(engine);
         let rig = Rig {
             model,
             engine: handle,
