@@ -295,6 +295,7 @@ impl Desk {
                 sequence.fail(match expiry {
                     Expiry::Queue => Failure::Queue,
                     Expiry::Deadline => Failure::Deadline,
+                    Expiry::Displaced => Failure::Displaced,
                 });
             }
         }

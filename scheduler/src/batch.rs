@@ -44,6 +44,8 @@ const RESERVE_SHARE: usize = 8;
 pub struct Scheduler {
     limits: Limits,
     waiting: Vec<Live>,
+    /// Gave way to others in the queue, and have not been told.
+    displaced: Vec<u64>,
     /// By priority, then by arrival: the last one is the first to be preempted.
     running: Vec<Live>,
     pages: Pages,
@@ -67,6 +69,7 @@ impl Scheduler {
             pages: Pages::new(limits.pages),
             limits,
             waiting: Vec::new(),
+            displaced: Vec::new(),
             running: Vec::new(),
             shares: Shares::default(),
             admissions: Admissions::default(),
@@ -86,15 +89,19 @@ impl Scheduler {
     ///
     /// # Errors
     /// [`Refusal::Invalid`] when it can never run here, [`Refusal::Overloaded`] when the queue
-    /// is full, [`Refusal::TooLate`] when it would wait for too long. A refused request leaves no
-    /// trace.
+    /// is full of requests of tenants that have no more of it than this one's,
+    /// [`Refusal::TooLate`] when it would wait for too long. A refused request leaves no trace.
     pub fn submit(&mut self, now: Duration, mut request: NewRequest) -> Result<(), Refusal> {
         let checked = self.limits.check(request.prompt, request.max_tokens);
         checked.map_err(Refusal::Invalid)?;
         if self.contains(request.id) {
             return Err(Refusal::Invalid(Invalid::Duplicate { id: request.id }));
         }
-        self.check_room(now, &request)?;
+        let displaced = self.check_room(now, &request)?;
+        for id in displaced {
+            self.cancel(id);
+            self.displaced.push(id);
+        }
         if !self.limits.prefix_cache {
             request.keys.clear();
         }
@@ -107,6 +114,10 @@ impl Scheduler {
     /// Forgets a request, wherever it is; its pages are given back at once, or at the commit
     /// of the step that is out when it takes part in that. False when it is not here.
     pub fn cancel(&mut self, id: u64) -> bool {
+        if let Some(at) = self.displaced.iter().position(|&gone| gone == id) {
+            self.displaced.remove(at);
+            return true;
+        }
         if let Some(at) = self.waiting.iter().position(|live| live.request.id == id) {
             let gone = self.waiting.remove(at);
             self.shares.leave(gone.request.tenant);
@@ -279,22 +290,17 @@ impl Scheduler {
         }
     }
 
-    /// Whether the queue takes one more, and soon enough.
-    fn check_room(&self, now: Duration, request: &NewRequest) -> Result<(), Refusal> {
+    /// Whether the queue takes one more, and soon enough; who has to leave it for that.
+    fn check_room(&self, now: Duration, request: &NewRequest) -> Result<Vec<u64>, Refusal> {
         let retry_after = self.admissions.hint();
-        let waiting = self.waiting.len();
-        let tokens: usize = self.waiting.iter().map(Live::known).sum();
-        let over = tokens.saturating_add(request.prompt) > self.limits.max_waiting_tokens;
-        if waiting >= self.limits.max_waiting || (over && waiting > 0) {
-            return Err(Refusal::Overloaded {
-                waiting,
-                retry_after,
-            });
-        }
-        let before = |live: &&Live| live.request.priority <= request.priority;
-        let ahead = self.waiting.iter().filter(before).count();
+        let room = queue::give_way(&self.waiting, &self.limits, request);
+        let displaced = room.ok_or(Refusal::Overloaded {
+            waiting: self.waiting.len(),
+            retry_after,
+        })?;
+        let ahead = queue::ahead(&self.waiting, request);
         let Some(expected) = self.admissions.wait(ahead).filter(|_| ahead > 0) else {
-            return Ok(());
+            return Ok(displaced);
         };
         let until = [request.start_by, request.deadline].into_iter().flatten();
         let own = until.map(|until| until.saturating_sub(now)).min();
@@ -304,13 +310,14 @@ impl Scheduler {
                 expected,
                 retry_after: retry_after.max((expected - allowed).min(RETRY_MAX)),
             }),
-            None => Ok(()),
+            None => Ok(displaced),
         }
     }
 
-    /// Lets go of those whose time is over.
+    /// Lets go of those whose time is over; names those that gave way, too.
     fn expire(&mut self, now: Duration) -> Vec<(u64, Expiry)> {
-        let mut expired = Vec::new();
+        let displaced = self.displaced.drain(..);
+        let mut expired: Vec<_> = displaced.map(|id| (id, Expiry::Displaced)).collect();
         for live in &mut self.running {
             if let Some(expiry) = live.expiry(now) {
                 live.leaves = true;

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use guild_scheduler::batch::{Chunk, Limits, NewRequest, Outcome, Scheduler, Step};
+use guild_scheduler::batch::{Chunk, Expiry, Limits, NewRequest, Outcome, Scheduler, Step};
 
 /// Deterministic numbers (splitmix64).
 struct Random(u64);
@@ -151,9 +151,12 @@ impl World {
         self.scheduler
             .audit()
             .unwrap_or_else(|wrong| panic!("seed {}: {wrong}", self.seed));
-        for (id, _) in &step.expired {
+        for (id, expiry) in &step.expired {
             let gone = self.live.remove(id).unwrap();
-            assert!(gone.deadline.unwrap() <= self.now);
+            match expiry {
+                Expiry::Displaced => assert!(!gone.started, "seed {}", self.seed),
+                _ => assert!(gone.deadline.unwrap() <= self.now),
+            }
         }
         let limits = self.scheduler.limits().clone();
         assert!(step.rows() <= limits.max_step_tokens, "token budget");

@@ -81,6 +81,8 @@ pub enum Expiry {
     Queue,
     /// Its deadline has passed.
     Deadline,
+    /// The queue was full, and its tenant had more of it than another one, whose request has its place now.
+    Displaced,
 }
 
 /// The work of one step. Decode rows come first, then prefill chunks, each by priority and arrival,
