@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use guild_model::Cpu;
 use guild_model::cache::{Format, LatentCache, SeqRows};
-use guild_model::trunk::{Ffn, Layer, Trunk};
+use guild_model::trunk::Trunk;
 use guild_scheduler::batch::{Chunk, Decoded, InvalidLimits, Limits, Outcome, Payoff, Step};
+use guild_scheduler::microbatch::Choice;
 use guild_transport::Fabric;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -20,10 +21,12 @@ use tokio::time::Instant;
 use crate::desk::{Desk, EngineHandle, Turn};
 use crate::exchange::{Exchange, ExchangeCounters, ExchangeFailure, Patience, Views};
 use crate::moving::PageForm;
+use crate::overlap::Overlap;
 use crate::routed::RoutedRows;
 use crate::sequence::{Failure, Sequence};
 
 mod draft;
+mod layers;
 
 pub use draft::{DraftCounters, MAX_DRAFTS};
 
@@ -46,6 +49,9 @@ pub struct Engine<F> {
     payoff: Option<Payoff>,
     /// What the making of drafts took in the step that is out.
     drafting: Duration,
+    overlap: Overlap,
+    /// Whether steps go in two micro-batches, where nobody has said.
+    choice: Choice,
 }
 
 impl<F: Fabric + 'static> Engine<F> {
@@ -85,6 +91,8 @@ impl<F: Fabric + 'static> Engine<F> {
             drafted: Arc::default(),
             payoff: None,
             drafting: Duration::ZERO,
+            overlap: Overlap::default(),
+            choice: Choice::default(),
         };
         Ok((engine, EngineHandle::new(desk)))
     }
@@ -102,6 +110,12 @@ impl<F: Fabric + 'static> Engine<F> {
     /// The same engine, which drafts as long as that makes it faster.
     pub fn drafting_while_it_pays(mut self) -> Engine<F> {
         self.payoff = (self.drafts > 0).then(Payoff::new);
+        self
+    }
+
+    /// The same engine, whose steps go in two micro-batches when `overlap` says so.
+    pub fn overlapping(mut self, overlap: Overlap) -> Engine<F> {
+        self.overlap = overlap;
         self
     }
 
@@ -144,39 +158,13 @@ impl<F: Fabric + 'static> Engine<F> {
     /// before all layers are through, so a step that fails leaves no half token.
     async fn step(&mut self, step: &Step) -> Result<Vec<Outcome>, ExchangeFailure> {
         let (tokens, seqs) = gather(step, &self.sequences);
-        let trunk = Arc::clone(&self.trunk);
-        let mut hidden = trunk.embed(&tokens);
-        for layer in trunk.layers() {
-            self.layer(layer, &mut hidden, &seqs).await?;
-        }
+        let mut hidden = self.trunk.embed(&tokens);
+        self.through_layers(&mut hidden, &seqs).await?;
         let propose = self.read_out(step, &seqs, &hidden);
         let read_out = Instant::now();
         self.draft(step, &seqs, &hidden, propose).await;
         self.drafting = read_out.elapsed();
         Ok(self.settle(step))
-    }
-
-    /// Rows `hidden` `[n, hidden]` through one layer, in place.
-    async fn layer(
-        &mut self,
-        layer: &Layer,
-        hidden: &mut [f32],
-        seqs: &[SeqRows<'_>],
-    ) -> Result<(), ExchangeFailure> {
-        layer.attend(hidden, seqs, &mut self.cache);
-        match layer.ffn() {
-            Ffn::Dense(ffn) => ffn.forward(hidden),
-            Ffn::Moe(moe) => {
-                let x = moe.norm(hidden);
-                let routes = moe.route(&x);
-                self.routed.count(layer.index(), &routes);
-                let away = self.exchange.dispatch(layer.index(), &x, &routes);
-                let shared = moe.shared(&x);
-                let rows = away.combine().await?;
-                moe.combine(hidden, &routes, &rows, shared.as_deref());
-            }
-        }
-        Ok(())
     }
 
     /// Head and sampling, for the rows whose logits somebody wants. True when drafts are to be made

@@ -16,6 +16,7 @@ use std::time::Duration;
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{FuturesUnordered, StreamExt};
 use guild_model::gate::Routes;
+use guild_model::workspace::Buffer;
 use guild_transport::{
     Assignment, Batch, ExchangeCode, ExchangeError, Fabric, Handle, NodeId, Returned,
 };
@@ -79,8 +80,12 @@ pub(crate) struct Away<'a, F> {
     exchange: &'a Exchange<F>,
     layer: usize,
     /// `[n, hidden]`, after the layer's norm.
-    x: &'a [f32],
-    routes: &'a Routes,
+    x: Buffer,
+    routes: Routes,
+    /// When all rows had been sent for the first time.
+    sent: Instant,
+    /// When the last answer that brought something came.
+    last: Option<Instant>,
     deadline: Instant,
     /// `[n * top_k, hidden]` in the order of the routes; a target is an index into its rows.
     rows: Vec<f32>,
@@ -94,6 +99,18 @@ pub(crate) struct Away<'a, F> {
     attempts: u32,
     epoch: u64,
     fault: Fault,
+}
+
+/// Rows of one layer that are back.
+pub(crate) struct Back {
+    /// Where they were.
+    pub(crate) routes: Routes,
+    /// `[n * top_k, hidden]` in the order of the routes.
+    pub(crate) rows: Vec<f32>,
+    /// From when all had been sent until the last came; nothing where all experts are in this process.
+    pub(crate) away: Duration,
+    /// When the last came.
+    pub(crate) last: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -147,20 +164,18 @@ impl<F: Fabric + 'static> Exchange<F> {
 
     /// Sends every row of `x` to its experts and returns at once; [`Away::combine`] waits.
     /// Must be called in a runtime.
-    pub(crate) fn dispatch<'a>(
-        &'a self,
-        layer: usize,
-        x: &'a [f32],
-        routes: &'a Routes,
-    ) -> Away<'a, F> {
+    pub(crate) fn dispatch(&self, layer: usize, x: Buffer, routes: Routes) -> Away<'_, F> {
         let targets = routes.experts.len();
+        let now = Instant::now();
         let mut away = Away {
             exchange: self,
             layer,
+            rows: vec![0.0; routes.top_k * x.len()],
             x,
             routes,
-            deadline: Instant::now() + self.deadline,
-            rows: vec![0.0; routes.top_k * x.len()],
+            sent: now,
+            last: None,
+            deadline: now + self.deadline,
             state: vec![Target::default(); targets],
             missing: targets,
             parts: Vec::new(),
@@ -172,15 +187,24 @@ impl<F: Fabric + 'static> Exchange<F> {
         };
         away.send((0..targets as u32).collect());
         away.probe();
+        away.sent = Instant::now();
         away
     }
 }
 
 impl<F: Fabric + 'static> Away<'_, F> {
-    /// Waits for the rows: `[n * top_k, hidden]` in the order of the routes. Faults that may
-    /// pass (a lost connection, an unknown epoch, overload) are retried by the newest placement
-    /// until the deadline.
-    pub(crate) async fn combine(mut self) -> Result<Vec<f32>, ExchangeFailure> {
+    /// What was sent: `[n, hidden]`, after the layer's norm.
+    pub(crate) fn x(&self) -> &[f32] {
+        &self.x
+    }
+
+    /// Waits for the rows. Faults that may pass (a lost connection, an unknown epoch, overload)
+    /// are retried by the newest placement until the deadline.
+    pub(crate) async fn combine(mut self) -> Result<Back, ExchangeFailure> {
+        // What came while others computed is here, however long ago the deadline was.
+        while let Some(Some(answer)) = self.answers.next().now_or_never() {
+            self.take(answer);
+        }
         let mut views = self.exchange.views.clone();
         views.mark_changed();
         let mut views_end = false;
@@ -235,9 +259,16 @@ impl<F: Fabric + 'static> Away<'_, F> {
                 }
             }
         }
-        let rows = std::mem::take(&mut self.rows);
         self.hear_the_late();
-        Ok(rows)
+        let away = self
+            .last
+            .map(|last| last.saturating_duration_since(self.sent));
+        Ok(Back {
+            routes: self.routes,
+            rows: self.rows,
+            away: away.unwrap_or_default(),
+            last: self.last,
+        })
     }
 
     fn view(&self) -> Option<Arc<View>> {
@@ -381,7 +412,7 @@ impl<F: Fabric + 'static> Away<'_, F> {
         self.exchange.fabric.dispatch(Batch {
             epoch: view.epoch(),
             width: self.x.len() / self.routes.rows().max(1),
-            rows: self.x,
+            rows: &self.x,
             assignments: &assignments.collect::<Vec<_>>(),
             deadline: Some(self.deadline.into_std()),
         })
@@ -399,6 +430,7 @@ impl<F: Fabric + 'static> Away<'_, F> {
         let (node, width) = (*node, self.x.len() / self.routes.rows().max(1));
         match returned {
             Ok(returned) if returned.rows.len() == targets.len() * width => {
+                self.last = self.last.max(Some(returned.arrived));
                 out.answered(returned.arrived);
                 for (row, &target) in returned.rows.chunks_exact(width).zip(targets) {
                     let state = &mut self.state[target as usize];

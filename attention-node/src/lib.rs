@@ -16,6 +16,7 @@ mod keys;
 mod live;
 mod memory;
 mod moving;
+pub mod overlap;
 mod pages;
 mod peers;
 mod routed;
@@ -43,6 +44,7 @@ pub use desk::{EngineHandle, READERS_PER_PLACE, SubmitError};
 pub use exchange::Patience;
 pub use live::run;
 pub use memory::KvMemory;
+pub use overlap::{MicroBatches, Overlap};
 pub use routed::RoutedRows;
 pub use speculate::Speculate;
 
@@ -96,6 +98,8 @@ pub struct AttentionNodeConfig {
     pub prefix_cache: bool,
     /// Whether tokens are drafted.
     pub speculate: Speculate,
+    /// When steps go in two micro-batches; it counts, too, what that hides.
+    pub overlap: Overlap,
     /// Positions of a request, prompt and output together; None: what the model was made for.
     pub max_context: Option<usize>,
     /// How long expert nodes are waited for.
@@ -155,6 +159,7 @@ impl AttentionNodeConfig {
             itl_target: Some(Self::ITL_TARGET),
             prefix_cache: true,
             speculate: Speculate::default(),
+            overlap: Overlap::default(),
             max_context: None,
             patience: Patience::default(),
             drain: Self::DRAIN,

@@ -189,6 +189,7 @@ impl Node {
             self.cfg.patience,
         )?;
         let engine = engine.caching(self.cfg.kv_format());
+        let engine = engine.overlapping(self.cfg.overlap.clone());
         let engine = match self.cfg.speculate {
             Speculate::Auto => engine.drafting_while_it_pays(),
             Speculate::Off | Speculate::Drafts(_) => engine,
@@ -238,6 +239,7 @@ impl Node {
             never = follow => never,
         };
         exchanged.log();
+        self.cfg.overlap.log();
         drafted.log();
         outcome
     }

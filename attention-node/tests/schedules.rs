@@ -1,5 +1,5 @@
 //! What a request gets depends on nothing but the request: thousands of random schedules with chunks of any
-//! size, preemptions, prefix hits, drafts and cancellations, on a model small enough for it.
+//! size, preemptions, prefix hits, drafts, micro-batches and cancellations, on a model small enough for it.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -7,6 +7,7 @@ mod common;
 use std::time::Duration;
 
 use common::{DEADLINE, Model, Random, Rig, bits, limits, read_all, request, tokens};
+use guild_attention_node::MicroBatches;
 use guild_attention_node::sequence::{Event, Events, Request, Spent};
 use guild_model::sampler::{Sampling, Shaping};
 use guild_scheduler::batch::Limits;
@@ -79,6 +80,8 @@ struct Seen {
     drafted: u32,
     held: u32,
     left: usize,
+    /// Steps in one piece and in two micro-batches.
+    steps: [u64; 2],
 }
 
 async fn schedule(
@@ -105,8 +108,11 @@ async fn schedule(
     };
     let placement = model.deal(1 + seed, 1, 1 + random.below(3) as u32, seed);
     let rig = Rig::with(model, limits, placement, DEADLINE);
+    let mut ways = Random(!seed);
     let mut readers: Vec<(usize, Events)> = Vec::new();
     for _ in 0..4 + random.below(8) {
+        let way = ways.one_of(&[MicroBatches::Off, MicroBatches::Auto, MicroBatches::On]);
+        rig.overlap.set(way);
         let which = random.below(requests.len());
         readers.push((which, rig.submit(&requests[which])));
         let at = random.below(readers.len());
@@ -137,6 +143,9 @@ async fn schedule(
         seen.held += spent.held.iter().sum::<u32>();
     }
     rig.settle().await;
+    let overlapped = rig.overlap.so_far();
+    seen.steps[0] += overlapped.steps - overlapped.split;
+    seen.steps[1] += overlapped.split;
     seen.preempted += rig.engine.counts().preemptions;
     rig.engine.forget_prefixes();
     assert_eq!(rig.engine.counts().cached_pages, 0);
@@ -161,6 +170,7 @@ async fn no_schedule_shows_in_tokens_or_logprobs() {
         seen.drafted > 1000 && seen.held > 300 && seen.left > 1000,
         "{seen:?}"
     );
+    assert!(seen.steps.iter().all(|&steps| steps > 5000), "{seen:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,7 +4,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher as _, Hasher as _};
 use std::time::Duration;
 
-use guild_attention_node::{AttentionNodeConfig, Patience};
+use guild_attention_node::{AttentionNodeConfig, Overlap, Patience};
 use guild_coordinator::{CoordinatorConfig, Rebalance};
 use guild_expert_node::ExpertNodeConfig;
 use guild_model::Checkpoint;
@@ -59,6 +59,7 @@ pub(crate) fn attention(
         itl_target: some(Duration::from_millis(engine.itl_target.into())),
         prefix_cache: !engine.no_prefix_cache,
         speculate: engine.speculate,
+        overlap: Overlap::new(engine.micro_batches),
         max_step_tokens: engine.max_step_tokens as usize,
         max_context: context(engine.max_context),
         patience: Patience {

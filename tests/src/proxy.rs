@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Pieces of a direction that may be under way at the same time; then the sender is held up.
-const UNDER_WAY: usize = 256;
+/// Pieces of a direction that may be under way at the same time; then the sender is held up. So many that a delay
+/// costs no throughput.
+const UNDER_WAY: usize = 4096;
 /// How often a silent proxy looks whether it may go on.
 const SILENT_CHECK: Duration = Duration::from_millis(5);
 
@@ -23,7 +24,7 @@ pub struct Proxy {
 struct Faults {
     /// Bytes between two flipped bits in the mean; 0: none is flipped.
     flip_every: AtomicU64,
-    delay_ms: AtomicU64,
+    delay_us: AtomicU64,
     silent: AtomicBool,
     /// Over both directions and all connections, so that every part of a connection gets its share.
     next_flip: Mutex<NextFlip>,
@@ -68,10 +69,10 @@ impl Proxy {
         self.faults.flip_every.store(bytes, Ordering::SeqCst);
     }
 
-    /// Holds every byte up for so long, in each direction.
+    /// Holds every byte up for so long, in each direction, in the order they came; as many as there are.
     pub fn delay(&self, by: Duration) {
-        let ms = by.as_millis() as u64;
-        self.faults.delay_ms.store(ms, Ordering::SeqCst);
+        let us = by.as_micros() as u64;
+        self.faults.delay_us.store(us, Ordering::SeqCst);
     }
 
     /// Forwards nothing, not even the end of a connection, until told to go on.
@@ -113,7 +114,7 @@ impl Faults {
     fn read(&self, mut from: TcpStream, pieces: &SyncSender<(Instant, Vec<u8>)>) {
         let mut buffer = vec![0; 1 << 16];
         while let Ok(n @ 1..) = from.read(&mut buffer) {
-            let delay = Duration::from_millis(self.delay_ms.load(Ordering::SeqCst));
+            let delay = Duration::from_micros(self.delay_us.load(Ordering::SeqCst));
             let mut piece = buffer[..n].to_vec();
             self.corrupt(&mut piece);
             if pieces.send((Instant::now() + delay, piece)).is_err() {

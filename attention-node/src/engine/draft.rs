@@ -204,6 +204,7 @@ impl<F: Fabric + 'static> Engine<F> {
         x: &mut [f32],
         seqs: &[SeqRows<'_>],
     ) -> Result<(), ExchangeFailure> {
-        self.layer(mtp.layer(), x, seqs).await
+        let layers = std::slice::from_ref(mtp.layer());
+        self.pass(layers, x, seqs, None).await.map(|_| ())
     }
 }

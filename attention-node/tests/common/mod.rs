@@ -12,7 +12,7 @@ use guild_attention_node::engine::Engine;
 use guild_attention_node::exchange::{ExchangeCounters, Views};
 use guild_attention_node::sequence::{Event, Events, Request};
 use guild_attention_node::view::View;
-use guild_attention_node::{EngineHandle, Patience, RoutedRows};
+use guild_attention_node::{EngineHandle, Overlap, Patience, RoutedRows};
 use guild_model::checkpoint::Dtype;
 use guild_model::expert::Expert;
 use guild_model::sampler::{Sampling, Shaping};
@@ -163,16 +163,30 @@ impl Random {
     }
 }
 
-/// What an expert node of a test does wrong: refuses so many batches; for ever when negative.
+/// What an expert node of a test does wrong: refuses so many batches; for ever when negative. Or
+/// answers so many and finds the next one at fault.
 #[derive(Default)]
 pub struct Trouble {
     refusals: AtomicI64,
+    /// Batches until then, and that one; 0: never.
+    fault_in: AtomicI64,
     pub executed: AtomicI64,
 }
 
 impl Trouble {
     pub fn refuse(&self, batches: i64) {
         self.refusals.store(batches, Ordering::SeqCst);
+    }
+
+    /// The batch after `batches` more is answered with a fault that no retry cures.
+    pub fn fault_after(&self, batches: i64) {
+        self.fault_in.store(batches + 1, Ordering::SeqCst);
+    }
+
+    fn is_faulty(&self) -> bool {
+        let count = |left: i64| (left > 0).then_some(left - 1);
+        let left = { &self.fault_in }.fetch_update(Ordering::SeqCst, Ordering::SeqCst, count);
+        left == Ok(1)
     }
 
     fn strikes(&self) -> bool {
@@ -196,6 +210,9 @@ impl SlotHost for Host {
         let refuse = |code, text: &str| Err(ExchangeError::new(code, self.name.as_str(), text));
         if self.trouble.strikes() {
             return refuse(ExchangeCode::Unreachable, "made to fail");
+        }
+        if self.trouble.is_faulty() {
+            return refuse(ExchangeCode::Internal, "made to fail for good");
         }
         let Some(slots) = self.slots.get(&work.epoch) else {
             return refuse(ExchangeCode::UnknownEpoch, "never heard of it");
@@ -243,6 +260,7 @@ pub struct Rig {
     pub wire: Arc<Wire>,
     pub counters: Arc<ExchangeCounters>,
     pub routed: Arc<RoutedRows>,
+    pub overlap: Overlap,
 }
 
 /// What a network does to one node.
@@ -374,8 +392,10 @@ impl Rig {
             patience,
         )
         .unwrap();
-        let engine = finish(engine);
+        let overlap = Overlap::default();
+        let engine = finish(engine.overlapping(overlap.clone()));
         let rig = Rig {
+            overlap,
             model,
             engine: handle,
             counters: engine.exchange_counters(),

@@ -2,7 +2,7 @@
 
 use clap::{Args, ValueEnum};
 use guild_attention_node::exchange::SUSPECT_AFTER;
-use guild_attention_node::{AttentionNodeConfig as Defaults, KvMemory, Speculate};
+use guild_attention_node::{AttentionNodeConfig as Defaults, KvMemory, MicroBatches, Speculate};
 use guild_model::cache::Format;
 
 /// Limits of an attention node.
@@ -49,6 +49,15 @@ pub(crate) struct Engine {
         help_heading = "Engine"
     )]
     pub(crate) speculate: Speculate,
+    /// Run steps in two micro-batches, one of which computes while the rows of the other are with their experts; the
+    /// output stays the same. auto: where that is faster
+    #[arg(
+        long,
+        default_value_t,
+        value_name = "off|auto|on",
+        help_heading = "Engine"
+    )]
+    pub(crate) micro_batches: MicroBatches,
     /// Tokens of one step, prefill, decode and drafts together
     #[arg(long, default_value_t = Defaults::MAX_STEP_TOKENS as u32, value_name = "N", help_heading = "Engine")]
     pub(crate) max_step_tokens: u32,
@@ -75,6 +84,7 @@ impl Default for Engine {
             itl_target: Defaults::ITL_TARGET.as_millis() as u32,
             no_prefix_cache: false,
             speculate: Speculate::default(),
+            micro_batches: MicroBatches::default(),
             max_step_tokens: Defaults::MAX_STEP_TOKENS as u32,
             page_tokens: Defaults::PAGE_TOKENS as u32,
             suspect_after: SUSPECT_AFTER.as_millis() as u32,
