@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use guild_scheduler::affinity::{Affinity, Candidate, Choice, MAX_OVER_MEAN};
+use guild_scheduler::affinity::{
+    Affinity, Candidate, Choice, Decoder, MAX_OVER_MEAN, MIN_MOVED_TOKENS,
+};
 use proptest::prelude::*;
 
 const BLOCK: u64 = 64;
@@ -165,4 +167,57 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_long_prompt_is_run_by_a_node_for_prefill_where_that_is_worth_it() {
+    let mut affinity = Affinity::new(BLOCK, 1000);
+    let known: Vec<u64> = (1..=8).collect();
+    let helper = |node, outstanding| Candidate { node, outstanding };
+    let idle = [helper(5, 0), helper(6, 0)];
+    let decoder = Decoder {
+        node: 1,
+        outstanding: 0,
+        cached: 0,
+        runs_prompts: false,
+    };
+    let node = |choice: Option<Choice>| choice.map(|choice| choice.node);
+
+    // What is left of the prompt there decides, not how long it is.
+    let least = MIN_MOVED_TOKENS;
+    assert_eq!(node(affinity.pair(&[], least, &decoder, &idle)), Some(5));
+    assert_eq!(affinity.pair(&[], least - 1, &decoder, &idle), None);
+    let knows = Decoder {
+        cached: 400,
+        ..decoder
+    };
+    assert_eq!(affinity.pair(&[], 400 + least - 1, &knows, &idle), None);
+    assert!(affinity.pair(&[], 400 + least, &knows, &idle).is_some());
+
+    // Nobody is there, or only itself.
+    assert_eq!(affinity.pair(&[], 1000, &decoder, &[]), None);
+    assert_eq!(affinity.pair(&[], 1000, &decoder, &[helper(1, 0)]), None);
+
+    // The one that has less to do, unless the other one knows the prompt.
+    let busy = [helper(5, 300), helper(6, 250)];
+    assert_eq!(node(affinity.pair(&known, 600, &decoder, &busy)), Some(6));
+    affinity.note(&known, 5);
+    let choice = affinity.pair(&known, 600, &decoder, &busy).unwrap();
+    assert_eq!((choice.node, choice.cached), (5, 8 * BLOCK));
+
+    // A node that runs prompts does so unless it would be through later.
+    let both = Decoder {
+        runs_prompts: true,
+        ..decoder
+    };
+    assert_eq!(affinity.pair(&[], 600, &both, &[helper(6, 0)]), None);
+    let behind = Decoder {
+        outstanding: 50,
+        ..both
+    };
+    assert_eq!(
+        node(affinity.pair(&[], 600, &behind, &[helper(6, 0)])),
+        Some(6)
+    );
+    assert_eq!(affinity.pair(&[], 600, &behind, &[helper(6, 60)]), None);
 }

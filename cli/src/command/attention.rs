@@ -1,10 +1,12 @@
 //! `guild attention-node`, alone or with an expert node in the same process.
 
+use clap::ValueEnum as _;
+use guild_attention_node::AttentionNodeConfig;
 use guild_expert_node::ExpertNodeConfig;
 use guild_node::tls::Role;
 use guild_transport::Switchboard;
 
-use super::{block_on, cpu, expert, join, log_role, served_name, signals};
+use super::{block_on, expert, join, log_role, served_name, signals};
 use crate::args::{AttentionNode, Joining, NodeTls};
 use crate::banner::Banner;
 use crate::failure::Failure;
@@ -43,7 +45,7 @@ async fn serve(args: &AttentionNode) -> Result<(), Failure> {
         }
         false => None,
     };
-    let cpu = cpu(args.compute.threads);
+    let cpu = args.compute.cpu()?;
     let name = served_name(None, place.model.dir());
     let mut banner = Banner::new(format!("attention-node {}", place.name));
     banner
@@ -53,6 +55,9 @@ async fn serve(args: &AttentionNode) -> Result<(), Failure> {
         .cpu(&cpu)
         .line("cluster", &place.coordinator)
         .line("reached at", &place.address);
+    if let Some(role) = args.role.to_possible_value() {
+        banner.line("role", role.get_name());
+    }
     if let Some((experts, _)) = &experts {
         let room = expert::room(&place.model, args.colocated.capacity, args.compute);
         banner.line("experts", room).line(
@@ -64,7 +69,10 @@ async fn serve(args: &AttentionNode) -> Result<(), Failure> {
         .tls(place.tls.as_ref())
         .insecure(args.exposure.insecure)
         .show(args.common.log_format);
-    let config = shells::attention(&place, &name, args.compute, args.engine, args.exposure);
+    let config = AttentionNodeConfig {
+        duty: args.role.duty(),
+        ..shells::attention(&place, &name, args.compute, args.engine, args.exposure)
+    };
     let Some((experts, expert_listener)) = experts else {
         return guild_attention_node::run(config, listener, cpu, None, shutdown)
             .await
