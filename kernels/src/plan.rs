@@ -28,8 +28,8 @@ const SERIAL_NS: usize = 30_000;
 const BYTES_PER_NS: usize = 16;
 /// Multiplications one thread does in a nanosecond, for that estimate.
 const MACS_PER_NS: usize = 64;
-/// From this many rows of x on, packing pays.
-const PACK_FROM: usize = 9;
+/// From this many rows of x on, packing pays; with small tiles, and with those of a large register file.
+const PACK_FROM: [usize; 2] = [9, 17];
 /// Most bytes of packed rows held at once; more rows take another pass over the weights.
 const PACK_BYTES: usize = 16 << 20;
 /// Tasks per thread that let a slow thread be overtaken.
@@ -92,7 +92,7 @@ pub(crate) unsafe fn matmul(
         });
         let rows = form.rows(part, lines);
         let out = out.at(first * out.stride);
-        let most = if part.m < PACK_FROM {
+        let most = if form == Form::Plain || part.m < PACK_FROM[0] {
             usize::MAX
         } else {
             TASK_ROWS

@@ -119,14 +119,18 @@ impl<W: Weights> Op for Direct<'_, W> {
                 3..=4 if V::REGISTERS >= 32 => self.panels::<V, 4, 4>(rows, 0),
                 // Widening needs registers too.
                 5.. if V::REGISTERS >= 32 && W::WIDENS => {
-                    for at in (0..m).step_by(8) {
-                        self.panels::<V, 2, 8>(rows.clone(), at);
+                    for rows in near(rows) {
+                        for at in (0..m).step_by(8) {
+                            self.panels::<V, 2, 8>(rows.clone(), at);
+                        }
                     }
                 }
                 5..=6 if V::REGISTERS >= 32 => self.panels::<V, 4, 6>(rows, 0),
                 _ if V::REGISTERS >= 32 => {
-                    for at in (0..m).step_by(8) {
-                        self.panels::<V, 3, 8>(rows.clone(), at);
+                    for rows in near(rows) {
+                        for at in (0..m).step_by(8) {
+                            self.panels::<V, 3, 8>(rows.clone(), at);
+                        }
                     }
                 }
                 _ => {
@@ -143,6 +147,13 @@ impl<W: Weights> Op for Direct<'_, W> {
             }
         }
     }
+}
+
+/// Ranges of weight rows that stay near while all of x is run over them.
+fn near(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = rows.end;
+    rows.step_by(TASK_ROWS)
+        .map(move |row| row..end.min(row + TASK_ROWS))
 }
 
 impl<W: Weights> Direct<'_, W> {

@@ -12,7 +12,9 @@ use crate::{
     generic::{
         LANES,
         int::{self, DotRows, Groups, Product, QuantRows, Quantise},
-        matmul::{Direct, EMPTY, Input, Line, Output, Packed, TASK_ROWS, TileRows, pack_tile},
+        matmul::{
+            self, Direct, EMPTY, Input, Line, Output, Packed, TASK_ROWS, TileRows, pack_tile,
+        },
         pairs::{Form as PairForm, PairRows},
         weights::{Bf16, F32, Fp8, Weights},
     },
@@ -50,10 +52,13 @@ impl Form {
                 most: unsafe { isa.run_dot(DotRows) },
                 groups: Groups::new(w.cols, group),
             },
-            _ if m < PACK_FROM => Form::Plain,
             _ => {
                 // SAFETY: asks for nothing.
                 let tile_rows = unsafe { isa.run(TileRows) };
+                let large = usize::from(tile_rows == matmul::tile_rows(usize::MAX));
+                if m < PACK_FROM[large] {
+                    return Form::Plain;
+                }
                 Form::Lines {
                     tile_rows,
                     tile_lines: w.cols.div_ceil(LANES) * tile_rows,
