@@ -2,8 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
-use guild_tests::process::{Cluster, demo, guild};
-use serde_json::{Map, Value};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::sync::mpsc;
+
+use guild_tests::process::{Cluster, LOOPBACK, demo, guild};
+use serde_json::{Map, Value, json};
 
 const PROMPTS: usize = 24;
 const INPUT: usize = 20;
@@ -162,6 +166,111 @@ async fn a_result_counts_what_was_asked_and_has_the_names_that_others_read() {
     let (code, stdout, stderr) = guild(&["bench", "compare", better.to_str().unwrap(), path]);
     assert_eq!(code, 7, "{stdout}{stderr}");
     assert!(stderr.contains("output_throughput"), "{stderr}");
+}
+
+/// One connection to a server that streams as llama.cpp's `llama-server` does: no usage but in the last chunk, which
+/// has no text, beside figures of its own. It takes what it does not know, and every token is a word of its text.
+fn llama_server(mut stream: TcpStream, asked: &mpsc::Sender<Value>) -> std::io::Result<()> {
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let (mut head, mut length) = (String::new(), 0);
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap();
+        }
+        head.push_str(&line);
+        if line.trim().is_empty() {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body)?;
+    let answer = |kind: &str| {
+        format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+        )
+    };
+    let chunk = |text: &str| format!("{:x}\r\n{text}\r\n", text.len());
+    if head.starts_with("GET /v1/models ") {
+        let models =
+            json!({"object": "list", "data": [{"id": "moonlight.gguf", "object": "model"}]});
+        stream.write_all(answer("application/json").as_bytes())?;
+        stream.write_all(chunk(&models.to_string()).as_bytes())?;
+        return stream.write_all(b"0\r\n\r\n");
+    }
+    let body: Value = serde_json::from_slice(&body).unwrap();
+    let tokens = body["max_tokens"].as_u64().unwrap();
+    let prompt = match &body["prompt"] {
+        Value::Array(ids) => ids.len(),
+        text => text.as_str().unwrap().split_whitespace().count(),
+    };
+    asked.send(body).unwrap();
+    stream.write_all(answer("text/event-stream").as_bytes())?;
+    let base = json!({"object": "text_completion", "model": "moonlight.gguf", "id": "chatcmpl-1"});
+    for n in 0..=tokens {
+        let mut event = base.clone();
+        let last = n == tokens;
+        event["choices"] = json!([{
+            "text": if last { "" } else { " word" }, "index": 0, "logprobs": null,
+            "finish_reason": last.then_some("length"),
+        }]);
+        if last {
+            event["usage"] = json!({"completion_tokens": tokens, "prompt_tokens": prompt,
+                "total_tokens": tokens as usize + prompt});
+            event["timings"] = json!({"prompt_n": prompt, "predicted_n": tokens});
+        }
+        stream.write_all(chunk(&format!("data: {event}\n\n")).as_bytes())?;
+    }
+    stream.write_all(chunk("data: [DONE]\n\n").as_bytes())?;
+    stream.write_all(b"0\r\n\r\n")
+}
+
+#[test]
+fn a_peer_that_streams_otherwise_is_measured_by_the_same_words() {
+    let listener = TcpListener::bind((LOOPBACK, 0)).unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (asks, asked) = mpsc::channel();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let asks = asks.clone();
+            // A client may leave as it likes.
+            std::thread::spawn(move || llama_server(stream, &asks));
+        }
+    });
+    let lengths = format!("--num-prompts {PROMPTS} --input-len {INPUT} --output-len {OUTPUT}");
+    let load = "--max-concurrency 4 --goodput ttft:60000,tpot:60000 --json";
+    let tokenizer = demo();
+    let text = format!("--tokenizer {}", tokenizer.display());
+    for (prompts, extra) in [
+        ("", ""),
+        ("", r#"--extra-body {"cache_prompt":false}"#),
+        (&text, ""),
+    ] {
+        let (code, stdout, stderr) =
+            bench(&address, &format!("{lengths} {load} {prompts} {extra}"));
+        assert_eq!(code, 0, "{stderr}");
+        let all: Map<String, Value> = serde_json::from_str(&stdout).unwrap();
+        check(&all, &["p50", "p90", "p99"], false);
+        assert_eq!(
+            (&all["completed"], &all["failed"]),
+            (&PROMPTS.into(), &0.into())
+        );
+        assert_eq!(all["model_id"], "moonlight.gguf");
+        assert_eq!(all["total_output_tokens"], PROMPTS * OUTPUT);
+        assert_eq!(all["request_goodput"], all["request_throughput"]);
+        let bodies: Vec<Value> = asked.try_iter().collect();
+        // One goes before the measured ones.
+        assert_eq!(bodies.len(), PROMPTS + 1);
+        for body in bodies {
+            assert_eq!(body["ignore_eos"], true);
+            assert_eq!(body["prompt"].is_string(), !prompts.is_empty());
+            assert_eq!(body["cache_prompt"].is_boolean(), !extra.is_empty());
+        }
+        if prompts.is_empty() {
+            assert_eq!(all["total_input_tokens"], PROMPTS * INPUT);
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,7 +12,9 @@ use futures::future::join_all;
 use guild_proto::cluster::v1::Role;
 use guild_proto::inference::v1::generate_response::Event;
 use guild_proto::inference::v1::inference_client::InferenceClient;
-use guild_proto::inference::v1::{GenerateRequest, Usage};
+use guild_proto::inference::v1::{
+    Constraint, FinishReason, GenerateRequest, SamplingParams, Usage, constraint::Form,
+};
 use guild_tests::client::{Answer, Logprobs, greedy, request};
 use guild_tests::house::{House, Plan};
 use guild_tests::process::START_LIMIT;
@@ -243,6 +245,83 @@ async fn streams_outlive_a_killed_and_a_stopped_attention_node() {
     house.all_ready().await;
     let got = Watch::default().all(house.grpc(), &requests).await;
     assert_same("after SIGCONT", &want, &got);
+}
+
+/// Members of the lists that bound streams say.
+const MEMBERS: usize = 8;
+
+/// Eight streams whose output has to be a list of so many objects; every other one is sampled by a seed.
+fn bound_workload() -> Vec<GenerateRequest> {
+    let schema = serde_json::json!({
+        "type": "array", "minItems": MEMBERS, "maxItems": MEMBERS,
+        "items": {
+            "type": "object",
+            "properties": {
+                "speaker": {"type": "string", "maxLength": 16},
+                "lines": {"type": "integer", "minimum": 0, "maximum": 999},
+                "alive": {"type": "boolean"},
+            },
+            "required": ["speaker", "lines", "alive"],
+            "additionalProperties": false,
+        },
+    });
+    (0..8u32)
+        .map(|i| {
+            let prompt: Vec<u32> = (0..4 + i).map(|p| 3 + (p * 97 + i * 31) % 2000).collect();
+            let sampling = SamplingParams {
+                max_tokens: Some(450),
+                temperature: Some(if i % 2 == 1 { 0.9 } else { 0.0 }),
+                seed: Some(u64::from(i)),
+                logprobs: Some(2),
+                constraint: Some(Constraint {
+                    form: Some(Form::JsonSchema(schema.to_string())),
+                    after_token: None,
+                }),
+                ..SamplingParams::default()
+            };
+            request(&prompt, sampling)
+        })
+        .collect()
+}
+
+/// Whether a text is what [`bound_workload`] asks for.
+fn assert_bound(text: &str) {
+    let list: Vec<serde_json::Map<String, serde_json::Value>> =
+        serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"));
+    assert_eq!(list.len(), MEMBERS, "{text}");
+    for member in list {
+        let speaker = member["speaker"].as_str().map(|s| s.chars().count());
+        assert!(speaker.is_some_and(|length| length <= 16), "{text}");
+        assert!(member["lines"].as_u64().is_some_and(|n| n <= 999), "{text}");
+        assert!(member["alive"].is_boolean() && member.len() == 3, "{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_with_a_schema_keep_to_it_when_their_attention_node_is_killed() {
+    let house = house(2, 1, 1).await;
+    let requests = bound_workload();
+    let want = Watch::default().all(house.grpc(), &requests).await;
+    for seen in &want {
+        assert_eq!(seen.answer.finish, FinishReason::Stop);
+        assert_bound(&seen.answer.text);
+    }
+    let watch = Watch::default();
+    let fault = async {
+        watch.passed(requests.len() * 30).await;
+        house.attention[0].signal("KILL");
+    };
+    let (got, ()) = tokio::join!(watch.all(house.grpc(), &requests), fault);
+    for seen in &got {
+        assert_bound(&seen.answer.text);
+    }
+    assert_same("bound streams", &want, &got);
+    assert!(resumed(&house) > 0);
+    watch.report(
+        "attention_node_killed_under_bound_streams",
+        requests.len(),
+        resumed(&house),
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
