@@ -127,6 +127,12 @@ impl Cpu {
         self.inner.pool.threads()
     }
 
+    /// Keeps every thread of its own on a physical core from now on, as far as there are cores; the first is left to the
+    /// threads that call. Says how many the system has so kept.
+    pub fn pin_threads(&self) -> usize {
+        self.inner.pool.pin()
+    }
+
     /// Names the arithmetic rule. Nodes of one class give the same bits.
     pub fn numerics_class(&self) -> &'static str {
         self.arithmetic().numerics_class()

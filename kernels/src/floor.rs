@@ -24,7 +24,7 @@ pub enum Unit {
     Fma,
     /// Dot products of bf16: AMX where the machine has it, else AVX-512 BF16.
     Bf16,
-    /// Dot products of bytes (AVX-512 VNNI).
+    /// Dot products of bytes: AMX where it is used, else AVX-512 VNNI.
     Int8,
 }
 
@@ -34,7 +34,7 @@ const PIECE: usize = 1 << 20;
 const CHAINS: usize = 12;
 /// Operations of one chain in one piece of work: a millisecond or so.
 const LINKS: usize = 500_000;
-/// Operations of one product of tiles of bf16.
+/// Operations of one product of tiles of bf16; of bytes they are twice as many.
 #[cfg(target_arch = "x86_64")]
 const TILE_OPS: usize = 2 * 16 * 16 * 32;
 /// Four products each, in one piece of work.
@@ -73,10 +73,15 @@ pub fn peak(cpu: &Cpu, unit: Unit) -> Option<f64> {
             Pairs::Plain(_) => None,
         },
         #[cfg(target_arch = "x86_64")]
-        Unit::Int8 => is_x86_feature_detected!("avx512vnni").then(|| {
-            // SAFETY: the feature was just seen.
-            rate(cpu, 128 * CHAINS * LINKS, || unsafe { x86::int8() })
-        }),
+        Unit::Int8 => match cpu.choice().amx() {
+            Some(amx) => Some(rate(cpu, 8 * TILE_OPS * TILE_LINKS, || {
+                amx.chains(TILE_LINKS)
+            })),
+            None => is_x86_feature_detected!("avx512vnni").then(|| {
+                // SAFETY: the feature was just seen.
+                rate(cpu, 128 * CHAINS * LINKS, || unsafe { x86::int8() })
+            }),
+        },
         #[cfg(not(target_arch = "x86_64"))]
         Unit::Bf16 | Unit::Int8 => None,
     }
@@ -98,6 +103,8 @@ impl Op for Read<'_> {
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) -> f32 {
         const AT_ONCE: usize = 8;
+        // Asked for ahead of time, as kernels do: a page ends what the processor foresees by itself.
+        const AHEAD: usize = 4096;
         let from = self.0.as_ptr().cast::<f32>();
         let step = AT_ONCE * LANES;
         // SAFETY: all loads end inside the slice, and pointers need no alignment.
@@ -105,7 +112,9 @@ impl Op for Read<'_> {
             let mut acc = [V::splat(0.0); AT_ONCE];
             for at in (0..self.0.len() / 4 / step * step).step_by(step) {
                 for i in 0..AT_ONCE {
-                    acc[i] = V::load(from.add(at + i * LANES)).max(acc[i]);
+                    let line = from.add(at + i * LANES);
+                    V::prefetch(line.cast::<u8>().wrapping_add(AHEAD));
+                    acc[i] = V::load(line).max(acc[i]);
                 }
             }
             let mut all = V::splat(0.0);

@@ -158,6 +158,15 @@ impl Choice {
         }
     }
 
+    /// AMX, where it multiplies bytes.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn amx(self) -> Option<Amx> {
+        match self.leaf {
+            Leaf::Amx(amx) => Some(amx),
+            _ => None,
+        }
+    }
+
     /// How bf16 and FP8 weights are multiplied in pairs; `None` where they are widened to f32.
     #[inline]
     pub(crate) fn pairs(self) -> Option<Pairs> {

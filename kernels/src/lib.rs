@@ -23,6 +23,7 @@ mod plan;
 mod pool;
 mod portable;
 mod reuse;
+pub mod topology;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -30,7 +31,7 @@ pub use arithmetic::Arithmetic;
 pub use cpu::Cpu;
 pub use isa::Isa;
 pub use latent::LatentFormat;
-pub use memory::Memory;
+pub use memory::{HugePages, Memory};
 pub use reuse::reused;
 
 /// A weight matrix `[rows (out), cols (in)]`: row-major as the checkpoint stores it, or packed.

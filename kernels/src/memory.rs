@@ -2,13 +2,51 @@
 //!
 //! Secret: that it is a mapping of its own, for which huge pages are asked.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use half::bf16;
 use memmap2::{MmapMut, MmapOptions};
 
 /// Zeroed bytes, aligned to the system's page, behind which physical memory stands only where something was written.
-/// Huge pages are asked for: fewer addresses to look up, and up to a third more bandwidth where a read misses all caches.
+/// Huge pages are asked for, unless [`HugePages::Off`] was chosen: fewer addresses to look up, and up to a third more
+/// bandwidth where a read misses all caches.
 #[derive(Debug)]
 pub struct Memory(MmapMut);
+
+/// Whether memory is to have huge pages: a matter of the whole process, as the system's own setting is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HugePages {
+    /// Asked for; the system gives them unless it is set to give none.
+    Auto,
+    /// Refused, whatever the system's setting.
+    Off,
+}
+
+static REFUSED: AtomicBool = AtomicBool::new(false);
+
+impl HugePages {
+    /// From now on, for all memory that is made in this process.
+    pub fn choose(self) {
+        REFUSED.store(self == HugePages::Off, Ordering::Relaxed);
+    }
+
+    /// What was chosen, [`HugePages::Auto`] at first.
+    pub fn chosen() -> HugePages {
+        if REFUSED.load(Ordering::Relaxed) {
+            HugePages::Off
+        } else {
+            HugePages::Auto
+        }
+    }
+
+    /// The system's own setting, where it has one: `always`, `madvise` or `never`.
+    pub fn of_system() -> Option<String> {
+        let path = "/sys/kernel/mm/transparent_hugepage/enabled";
+        let text = std::fs::read_to_string(path).ok()?;
+        let chosen = text.split_once('[')?.1.split_once(']')?.0;
+        Some(chosen.to_owned())
+    }
+}
 
 impl Memory {
     /// # Errors
@@ -18,7 +56,10 @@ impl Memory {
         let map = MmapOptions::new().len(bytes.max(1)).map_anon()?;
         #[cfg(target_os = "linux")]
         // A wish only: a kernel without huge pages is as good.
-        let _ = map.advise(memmap2::Advice::HugePage);
+        let _ = map.advise(match HugePages::chosen() {
+            HugePages::Auto => memmap2::Advice::HugePage,
+            HugePages::Off => memmap2::Advice::NoHugePage,
+        });
         Ok(Memory(map))
     }
 

@@ -10,7 +10,10 @@ mod pairs;
 #[cfg(target_arch = "x86_64")]
 mod proof;
 
-use std::cell::Cell;
+use std::{
+    cell::Cell,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use crate::{
     HeadLayout, MatrixRef, WeightsRef,
@@ -34,6 +37,13 @@ const PACK_FROM: [usize; 2] = [9, 17];
 const PACK_BYTES: usize = 16 << 20;
 /// Tasks per thread that let a slow thread be overtaken.
 const TASKS_PER_THREAD: usize = 4;
+/// A thread claims this part of its share of what is left: large pieces first, which are read in long runs, small ones at
+/// the end, so that threads end together.
+const SHARES: usize = 3;
+/// From this many elements of x on, threads bring them into their form together.
+const PREPARED_TOGETHER: usize = 32 << 10;
+/// Rows of two panels, which are multiplied together.
+const PAIR: usize = 2 * LANES;
 
 thread_local! {
     /// Packed rows of the calling thread's matrix product.
@@ -42,7 +52,7 @@ thread_local! {
 
 pub(crate) use attend::attend;
 pub(crate) use ffn::ffn;
-use operand::{Form, grown, product};
+use operand::{Form, Tiles, grown, product};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use proof::{is_right, multiplies};
 
@@ -87,8 +97,11 @@ pub(crate) unsafe fn matmul(
             ..x
         };
         let lines = grown(&mut memory, form.tiles(part.m) * form.tile_lines());
-        for_each_chunk(pool, lines, form.tile_lines(), |tile, lines| {
-            form.prepare(isa, part, tile, lines)
+        let tiles = Tiles(lines.as_mut_ptr());
+        let many = pool.filter(|_| part.m * part.cols >= PREPARED_TOGETHER);
+        for_each(many, form.pieces(part.m), |piece| {
+            // SAFETY: the tiles are ours, and each piece is prepared once.
+            unsafe { form.prepare(isa, part, piece, tiles) }
         });
         let rows = form.rows(part, lines);
         let out = out.at(first * out.stride);
@@ -105,38 +118,32 @@ pub(crate) unsafe fn matmul(
     PACKED.set(memory);
 }
 
-/// Cuts `0..rows` into ranges of whole panels, at most `most` rows each, and runs `f(from, to)` on each.
+/// Cuts `0..rows` into ranges of whole pairs of panels, at most `most` rows each, and runs `f(from, to)` on each. Threads
+/// claim ever shorter ones, so that they end together.
 fn for_each_range(pool: Option<&Pool>, rows: usize, most: usize, f: impl Fn(usize, usize) + Sync) {
-    let tasks = pool.map_or(1, |pool| pool.threads() * TASKS_PER_THREAD);
-    let step = rows
-        .div_ceil(tasks)
-        .next_multiple_of(LANES)
-        .min(most)
-        .max(LANES);
-    for_each(pool, rows.div_ceil(step), |i| {
-        f(i * step, rows.min((i + 1) * step))
+    let threads = pool.map_or(1, Pool::threads);
+    let claimed = AtomicUsize::new(0);
+    let length = |from: usize| share(rows - from, threads, PAIR).min(most);
+    for_each(pool, threads, |_| {
+        let more = |from| (from < rows).then(|| from + length(from));
+        while let Ok(from) = claimed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) {
+            f(from, rows.min(from + length(from)));
+        }
     });
+}
+
+/// How much of what is left a thread takes next, in whole units.
+fn share(left: usize, threads: usize, unit: usize) -> usize {
+    match threads {
+        1 => left.next_multiple_of(unit),
+        _ => (left / (threads * SHARES)).next_multiple_of(unit).max(unit),
+    }
 }
 
 fn for_each(pool: Option<&Pool>, n: usize, f: impl Fn(usize) + Sync) {
     match pool {
         Some(pool) => pool.for_each(n, f),
         None => (0..n).for_each(f),
-    }
-}
-
-fn for_each_chunk<T: Send>(
-    pool: Option<&Pool>,
-    data: &mut [T],
-    chunk: usize,
-    f: impl Fn(usize, &mut [T]) + Sync,
-) {
-    match pool {
-        Some(pool) => pool.for_each_chunk(data, chunk, f),
-        None => data
-            .chunks_mut(chunk.max(1))
-            .enumerate()
-            .for_each(|(i, piece)| f(i, piece)),
     }
 }
 

@@ -2,19 +2,22 @@
 //!
 //! Secret: how work is handed out. The caller takes part, so a pool of `n` threads owns `n - 1`; pieces are claimed from
 //! a counter, so a late or busy worker costs nothing but its share. A worker that has nothing to do looks for more for a
-//! short while, since the next operation of a step comes soon, and then sleeps. Knows nothing of arithmetic.
+//! short while, since the next operation of a step comes soon, and then sleeps. Workers may be kept on a core each; the
+//! first core is left to whoever calls. Knows nothing of arithmetic.
 
 use std::{
     any::Any,
-    collections::HashSet,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc,
     },
     thread::{self, Thread},
     time::{Duration, Instant},
 };
+
+use crate::topology::{self, Topology};
 
 /// How long a worker looks for work before it sleeps: longer than the gaps inside a step, and short enough that a host
 /// at rest, or a quota of processor time, does not notice.
@@ -31,7 +34,9 @@ pub(crate) const MAX_THREADS: usize = 1024;
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     /// Besides the caller.
-    workers: usize,
+    workers: Vec<topology::Thread>,
+    /// Those that are kept on a core each.
+    pinned: AtomicUsize,
 }
 
 /// What workers and callers share.
@@ -94,8 +99,9 @@ impl Pool {
     /// `threads = 0` means one per physical core this process may use. When the system refuses the threads, the caller
     /// works with those it has.
     pub(crate) fn new(threads: usize) -> Pool {
+        let available = thread::available_parallelism().map_or(1, usize::from);
         let threads = if threads == 0 {
-            physical_cores()
+            available.min(Topology::here().cores.len())
         } else {
             threads.min(MAX_THREADS)
         };
@@ -105,28 +111,52 @@ impl Pool {
             published: AtomicUsize::new(0),
             sleeping: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
-            spins: threads <= thread::available_parallelism().map_or(1, usize::from),
+            spins: threads <= available,
         });
-        let workers = (1..threads)
-            .map_while(|i| {
-                let shared = Arc::clone(&shared);
-                thread::Builder::new()
-                    .name(format!("guild-cpu-{i}"))
-                    .spawn(move || shared.serve())
-                    .ok()
-            })
-            .count();
-        Pool { shared, workers }
+        let (tell, told) = mpsc::channel();
+        for i in 1..threads {
+            let (shared, tell) = (Arc::clone(&shared), tell.clone());
+            let worker = thread::Builder::new().name(format!("guild-cpu-{i}"));
+            let spawned = worker.spawn(move || {
+                // The pool listens until all of them have told.
+                let _ = tell.send(topology::Thread::this());
+                drop(tell);
+                shared.serve();
+            });
+            if spawned.is_err() {
+                break;
+            }
+        }
+        drop(tell);
+        Pool {
+            shared,
+            workers: told.into_iter().collect(),
+            pinned: AtomicUsize::new(0),
+        }
+    }
+
+    /// Keeps each worker on a core of its own, as far as there are cores and the system does it; says how many are kept.
+    pub(crate) fn pin(&self) -> usize {
+        let cores = Topology::here().cores;
+        let pairs = self.workers.iter().zip(cores.iter().skip(1));
+        let pinned = pairs.filter(|(worker, core)| worker.bind(**core)).count();
+        self.pinned.store(pinned, Ordering::Relaxed);
+        pinned
+    }
+
+    /// Workers that are kept on a core each.
+    pub(crate) fn pinned(&self) -> usize {
+        self.pinned.load(Ordering::Relaxed)
     }
 
     pub(crate) fn threads(&self) -> usize {
-        1 + self.workers
+        1 + self.workers.len()
     }
 
     /// Runs `f(0) .. f(n - 1)`, in any order, and returns when all are done. A panic of one is the caller's, once all
     /// that had begun have ended.
     pub(crate) fn for_each(&self, n: usize, f: impl Fn(usize) + Sync) {
-        if n <= 1 || self.workers == 0 {
+        if n <= 1 || self.workers.is_empty() {
             return (0..n).for_each(f);
         }
         let job = Job {
@@ -138,7 +168,7 @@ impl Pool {
             panic: Mutex::new(None),
         };
         let known = JobRef(std::ptr::from_ref(&job).cast());
-        self.shared.publish(known, (n - 1).min(self.workers));
+        self.shared.publish(known, (n - 1).min(self.workers.len()));
         job.work();
         self.shared.withdraw(known);
         // Nobody joins any more. `job` and `f` stay until those inside have left, whatever has happened: nothing between
@@ -262,23 +292,5 @@ impl Shared {
             jobs = self.news.wait(jobs).unwrap_or_else(PoisonError::into_inner);
         }
         self.sleeping.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-/// Physical cores, as far as the system tells, and never more than this process may use.
-fn physical_cores() -> usize {
-    let logical = thread::available_parallelism().map_or(1, usize::from);
-    let siblings: HashSet<String> = std::fs::read_dir("/sys/devices/system/cpu")
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| {
-            std::fs::read_to_string(entry.path().join("topology/thread_siblings_list")).ok()
-        })
-        .collect();
-    if siblings.is_empty() {
-        logical
-    } else {
-        logical.min(siblings.len())
     }
 }

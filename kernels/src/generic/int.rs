@@ -93,15 +93,29 @@ pub(crate) fn tile_rows(n: usize, most: usize) -> usize {
         .map_or(most, |rows| rows.min(most))
 }
 
-/// Tells [`Dot::ROWS`] of the leaf that runs it.
-pub(crate) struct DotRows;
+/// Tells how the leaf that runs it takes products: [`Dot::ROWS`], and what its loads leave added to weights of this kind.
+pub(crate) struct Leaf(pub(crate) Int);
 
-impl DotOp for DotRows {
-    type Out = usize;
+impl DotOp for Leaf {
+    type Out = (usize, i32);
 
     #[inline(always)]
-    unsafe fn run<D: Dot>(self) -> usize {
-        D::ROWS
+    unsafe fn run<D: Dot>(self) -> (usize, i32) {
+        let offset = match self.0 {
+            Int::Int8 => D::OFFSET8,
+            Int::Int4 => D::OFFSET4,
+        };
+        (D::ROWS, offset)
+    }
+}
+
+/// Rows of the tiles of `m` rows on a leaf that takes up to `most`: 8 leave registers for what comes between, 12 spare
+/// another pass over the weights where they are all.
+pub(crate) fn tile_of(m: usize, most: usize) -> usize {
+    match (most, m) {
+        (12, 9..=12) => 12,
+        (12, _) => 8,
+        _ => most,
     }
 }
 
@@ -134,8 +148,9 @@ impl Groups {
 }
 
 /// Quantised rows in tiles of `most` rows, the last as [`tile_rows`] says, [`Groups::tile_lines`] apart. A tile of `n`
-/// rows has words of 32 bits: `[words][n]` of x, `[count][n]` scales, `[count][n]` sums of the integers of a group. A tile of
-/// [`FULL`] rows has x as [`run`] says instead: `[words / run][n][run]`.
+/// rows has words of 32 bits: `[words][n]` of x, `[count][n]` scales, `[count][n]` of what makes up for a leaf's offset: its
+/// negative times the sum of the integers of a group. A tile of [`FULL`] rows has x as [`run`] says instead:
+/// `[words / run][n][run]`.
 #[derive(Clone, Copy)]
 pub(crate) struct QuantRows<'a> {
     pub(crate) lines: &'a [Line],
@@ -164,6 +179,8 @@ pub(crate) struct Quantise<'a> {
     pub(crate) first: usize,
     pub(crate) rows: usize,
     pub(crate) groups: Groups,
+    /// What the leaf leaves added to the weights.
+    pub(crate) offset: i32,
     /// The group that the first column of `x` begins.
     pub(crate) from: usize,
     pub(crate) tile: *mut Line,
@@ -200,7 +217,7 @@ impl Op for Quantise<'_> {
                     let (scale, sum) = quantise::<V>(x, groups.group / LANES, words, rows, run);
                     let scales = tile.add(groups.words() * rows);
                     *scales.add(g * rows + r) = scale.to_bits();
-                    *scales.add((groups.count + g) * rows + r) = sum as u32;
+                    *scales.add((groups.count + g) * rows + r) = (-self.offset * sum) as u32;
                 }
             }
         }
@@ -234,49 +251,46 @@ unsafe fn quantise<V: Lanes>(
             most = value.max(V::splat(0.0).sub(*value)).max(most);
         }
         let odd = odd.sum().is_nan();
-        let scale = largest(most) / 127.0;
+        let mut lanes = [0u32; LANES];
+        most.store(lanes.as_mut_ptr().cast());
+        // The greatest of numbers without sign has the greatest bits.
+        let mut greatest = 0;
+        for lane in lanes {
+            greatest = greatest.max(lane);
+        }
+        let scale = f32::from_bits(greatest) / 127.0;
         let counts = scale >= f32::MIN_POSITIVE && !odd;
         let divisor = V::splat(if counts { scale } else { f32::INFINITY });
-        let mut total = V::splat(0.0);
+        // Lanes, then bytes, then words: simple loops, of which compilers make vectors.
+        let mut moved = [MAGIC.to_bits(); CHUNKS * LANES];
         for chunk in 0..chunks {
             let value = if counts { values[chunk] } else { V::splat(0.0) };
-            let moved = value.div(divisor).add(V::splat(MAGIC));
-            total = total.add(moved.sub(V::splat(MAGIC)));
-            let mut lanes = [0f32; LANES];
-            moved.store(lanes.as_mut_ptr());
-            let bytes = lanes.map(|lane| lane.to_bits() as u8);
-            for i in 0..LANES / QUAD {
-                let word = [0, 1, 2, 3].map(|j| bytes[i * QUAD + j]);
-                let at = chunk * LANES / QUAD + i;
-                // A run is a power of two.
-                let (before, inside) = (at & !(run - 1), at & (run - 1));
-                *words.add(before * rows + inside) = u32::from_le_bytes(word);
-            }
+            let to = moved.as_mut_ptr().add(chunk * LANES).cast();
+            value.div(divisor).add(V::splat(MAGIC)).store(to);
+        }
+        let mut total = 0;
+        let mut bytes = [0u8; CHUNKS * LANES];
+        for (byte, moved) in bytes.iter_mut().zip(moved) {
+            *byte = moved as u8;
+            total += moved.wrapping_sub(MAGIC.to_bits()) as i32;
+        }
+        for (at, word) in bytes
+            .chunks_exact(QUAD)
+            .enumerate()
+            .take(chunks * LANES / QUAD)
+        {
+            // A run is a power of two.
+            let (before, inside) = (at & !(run - 1), at & (run - 1));
+            let word = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+            *words.add(before * rows + inside) = word;
         }
         let scale = match (odd, counts) {
             (true, _) => f32::NAN,
             (_, true) => scale,
             _ => 0.0,
         };
-        (scale, total.sum() as i32)
+        (scale, total)
     }
-}
-
-#[inline(always)]
-unsafe fn largest<V: Lanes>(x: V) -> f32 {
-    let mut l = [0f32; LANES];
-    // SAFETY: the array holds 16 lanes.
-    unsafe { x.store(l.as_mut_ptr()) };
-    for width in [8, 4, 2, 1] {
-        for i in 0..width {
-            l[i] = if l[i + width] > l[i] {
-                l[i + width]
-            } else {
-                l[i]
-            };
-        }
-    }
-    l[0]
 }
 
 /// A packed matrix.
@@ -313,7 +327,8 @@ impl DotOp for Product<'_> {
 
     #[inline(always)]
     unsafe fn run<D: Dot>(self) {
-        assert!(self.to <= self.w.rows.div_ceil(LANES) && self.x.most == D::ROWS);
+        assert!(self.to <= self.w.rows.div_ceil(LANES) && self.x.most <= D::ROWS);
+        assert!(!D::TILES || self.x.most == FULL);
         let mut panel = self.from;
         // SAFETY: handed through; the panels visited lie in `from..to`.
         unsafe {
@@ -332,10 +347,10 @@ impl DotOp for Product<'_> {
 impl Product<'_> {
     #[inline(always)]
     unsafe fn panels<D: Dot, const P: usize>(&self, panel: usize) {
-        for at in (0..self.x.m).step_by(D::ROWS) {
-            // SAFETY: handed through; the tile begins at a multiple of `ROWS` and has the rows that `Quantise` gave it.
+        for at in (0..self.x.m).step_by(self.x.most) {
+            // SAFETY: handed through; the tile begins at a multiple of `most` and has the rows that `Quantise` gave it.
             unsafe {
-                match tile_rows(self.x.m - at, D::ROWS) {
+                match tile_rows(self.x.m - at, self.x.most) {
                     1 => self.tile::<D, P, 1>(panel, at),
                     2 => self.tile::<D, P, 2>(panel, at),
                     4 => self.tile::<D, P, 4>(panel, at),
@@ -410,7 +425,6 @@ impl Product<'_> {
         let bytes = self.w.panel_bytes();
         let weights = &self.w.data[panel * bytes..][..bytes];
         let weight_scales = &self.w.scales[panel * count * LANES..][..count * LANES];
-        let offset = if BITS == 8 { D::OFFSET8 } else { D::OFFSET4 };
         let group_bytes = quads * BITS / 8 * LINE;
         assert!(bytes >= count * group_bytes);
         // SAFETY: a panel is `count` groups of lines, checked above, and its scales are as many sixteens; the words of the
@@ -418,12 +432,12 @@ impl Product<'_> {
         unsafe {
             let words = tile.as_ptr().cast::<u32>();
             let scales = words.add(FULL * count * quads).cast::<f32>();
-            let sums = scales.add(FULL * count).cast::<i32>();
+            let offsets = scales.add(FULL * count).cast::<i32>();
             let mut acc = [D::Float::splat(0.0); FULL];
             let mut dots = Tile([[0; LANES]; FULL]);
             for g in 0..count {
                 for r in 0..FULL {
-                    dots.0[r] = [-offset * *sums.add(g * FULL + r); LANES];
+                    dots.0[r] = [*offsets.add(g * FULL + r); LANES];
                 }
                 let x = words.add(g * quads * FULL);
                 D::tile::<BITS>(&mut dots, x, weights.as_ptr().add(g * group_bytes), quads);
@@ -450,28 +464,39 @@ impl Product<'_> {
     ) -> [[D::Float; C]; P] {
         let Groups { group, count } = self.x.groups;
         let quads = group / QUAD;
-        let tile_lines = self.x.groups.tile_lines(D::ROWS);
-        let tile = &self.x.lines[at / D::ROWS * tile_lines..][..tile_lines];
+        let tile_lines = self.x.groups.tile_lines(self.x.most);
+        let tile = &self.x.lines[at / self.x.most * tile_lines..][..tile_lines];
         let bytes = self.w.panel_bytes();
         let weights = &self.w.data[panel * bytes..][..P * bytes];
         let weight_scales = &self.w.scales[panel * count * LANES..][..P * count * LANES];
-        let offset = if BITS == 8 { D::OFFSET8 } else { D::OFFSET4 };
         let lines = quads * BITS / 8;
         assert!(bytes >= count * lines * LINE);
         // What is AHEAD of a panel's end lies in the panel that comes after these.
         let turn = bytes.saturating_sub(AHEAD);
+        let groups_ahead = AHEAD / (lines * LINE);
         // SAFETY: a panel is `count` groups of `lines` lines, checked above, and its scales are as many sixteens; the
         // words of the tile are `C` for each quad, its scales and sums `C` for each group.
         unsafe {
             let words = tile.as_ptr().cast::<u32>();
             let scales = words.add(C * count * quads).cast::<f32>();
-            let sums = scales.add(C * count).cast::<i32>();
+            let offsets = scales.add(C * count).cast::<i32>();
             let mut acc = [[D::Float::splat(0.0); C]; P];
             for g in 0..count {
                 let mut dots = [[D::sum(0); C]; P];
                 for c in 0..C {
+                    let offset = D::sum(*offsets.add(g * C + c));
                     for p in 0..P {
-                        dots[p][c] = D::sum(-offset * *sums.add(g * C + c));
+                        dots[p][c] = offset;
+                    }
+                }
+                if at == 0 {
+                    // Scales are too few for the processor to see that they are read in order.
+                    let next = g + groups_ahead;
+                    let skip = if next < count { 0 } else { (P - 1) * count };
+                    for p in 0..P {
+                        let ahead = (p * count + next + skip) * LANES;
+                        let scale = weight_scales.as_ptr().wrapping_add(ahead);
+                        D::Float::prefetch(scale.cast());
                     }
                 }
                 let x = words.add(g * quads * C);

@@ -11,7 +11,7 @@ use crate::{
     MatrixRef, WeightsRef,
     generic::{
         LANES,
-        int::{self, DotRows, Groups, Product, QuantRows, Quantise},
+        int::{self, Groups, Leaf, Product, QuantRows, Quantise},
         matmul::{
             self, Direct, EMPTY, Input, Line, Output, Packed, TASK_ROWS, TileRows, pack_tile,
         },
@@ -21,6 +21,9 @@ use crate::{
     isa::Choice,
     pack::Int,
 };
+
+/// Elements that one task quantises: some microseconds.
+const PIECE: usize = 16 << 10;
 
 thread_local! {
     /// Weight panel and parked accumulators of a task.
@@ -35,7 +38,11 @@ pub(crate) enum Form {
     /// Tiles from [`pack_tile`].
     Lines { tile_rows: usize, tile_lines: usize },
     /// Tiles from [`Quantise`].
-    Words { most: usize, groups: Groups },
+    Words {
+        most: usize,
+        groups: Groups,
+        offset: i32,
+    },
     /// Tiles of bf16.
     Pairs(PairForm),
 }
@@ -46,12 +53,18 @@ impl Form {
         if let Some(form) = pairs::form(isa, w) {
             return Form::Pairs(form);
         }
-        match w.data {
-            WeightsRef::Int8 { group, .. } | WeightsRef::Int4 { group, .. } => Form::Words {
-                // SAFETY: asks for nothing.
-                most: unsafe { isa.run_dot(DotRows) },
+        let words = |int, group| {
+            // SAFETY: asks for nothing.
+            let (most, offset) = unsafe { isa.run_dot(Leaf(int)) };
+            Form::Words {
+                most: int::tile_of(m, most),
                 groups: Groups::new(w.cols, group),
-            },
+                offset,
+            }
+        };
+        match w.data {
+            WeightsRef::Int8 { group, .. } => words(Int::Int8, group),
+            WeightsRef::Int4 { group, .. } => words(Int::Int4, group),
             _ => {
                 // SAFETY: asks for nothing.
                 let tile_rows = unsafe { isa.run(TileRows) };
@@ -82,7 +95,7 @@ impl Form {
         match self {
             Form::Plain => 0,
             Form::Lines { tile_lines, .. } => tile_lines,
-            Form::Words { most, groups } => groups.tile_lines(most),
+            Form::Words { most, groups, .. } => groups.tile_lines(most),
             Form::Pairs(form) => form.tile_lines(),
         }
     }
@@ -95,17 +108,92 @@ impl Form {
         }
     }
 
-    /// Brings one tile of `x` into this form.
-    pub(crate) fn prepare(self, isa: Choice, x: Input<'_>, tile: usize, lines: &mut [Line]) {
+    /// Pieces that `m` rows may be prepared in, each by itself.
+    pub(crate) fn pieces(self, m: usize) -> usize {
+        self.tiles(m) * self.pieces_of_tile()
+    }
+
+    fn pieces_of_tile(self) -> usize {
+        match self {
+            Form::Words { groups, .. } => groups.count.div_ceil(self.groups_of_piece()),
+            _ => 1,
+        }
+    }
+
+    fn groups_of_piece(self) -> usize {
+        match self {
+            Form::Words { most, groups, .. } => (PIECE / (most * groups.group)).max(1),
+            _ => 1,
+        }
+    }
+
+    /// Brings a piece of `x` into this form; `to` is where the tiles are.
+    ///
+    /// # Safety
+    /// `to` is valid for all tiles, and nobody else has this piece of them.
+    pub(crate) unsafe fn prepare(self, isa: Choice, x: Input<'_>, piece: usize, to: Tiles) {
+        let pieces = self.pieces_of_tile();
+        let (tile, piece) = (piece / pieces, piece % pieces);
+        let lines = to.0.wrapping_add(tile * self.tile_lines());
         match self {
             Form::Plain => {}
-            Form::Lines { tile_rows, .. } => pack_tile(lines, x, tile, tile_rows),
-            Form::Words { most, groups } => {
-                assert!(lines.len() >= groups.tile_lines(most) && x.cols > 0);
-                // SAFETY: the tile's memory is all there, and exclusively ours.
-                unsafe { quantise(isa, x, most, groups, tile, 0, lines.as_mut_ptr()) }
+            // SAFETY: the tile is all there, and one piece: exclusively ours.
+            Form::Lines { tile_rows, .. } => unsafe {
+                let lines = std::slice::from_raw_parts_mut(lines, self.tile_lines());
+                pack_tile(lines, x, tile, tile_rows);
+            },
+            // SAFETY: as above.
+            Form::Pairs(form) => unsafe {
+                let lines = std::slice::from_raw_parts_mut(lines, self.tile_lines());
+                pairs::round(isa, x, form, tile, lines);
+            },
+            Form::Words { groups, .. } => {
+                let from = piece * self.groups_of_piece();
+                let first = from * groups.group;
+                let end = x.cols.min(first + self.groups_of_piece() * groups.group);
+                let columns = Input {
+                    data: &x.data[first..],
+                    cols: end - first,
+                    ..x
+                };
+                // SAFETY: the tile is all there, and these groups of it are ours.
+                unsafe { self.quantise(isa, columns, tile, from, Tiles(lines)) }
             }
-            Form::Pairs(form) => pairs::round(isa, x, form, tile, lines),
+        }
+    }
+
+    /// Quantises columns of the rows of one tile, which begin group `from`.
+    ///
+    /// # Safety
+    /// `to` is valid for the tile, and nobody else has these groups of it. The form has words.
+    pub(crate) unsafe fn quantise(
+        self,
+        isa: Choice,
+        x: Input<'_>,
+        tile: usize,
+        from: usize,
+        to: Tiles,
+    ) {
+        let Form::Words {
+            most,
+            groups,
+            offset,
+        } = self
+        else {
+            unreachable!("only words are quantised");
+        };
+        let first = tile * most;
+        // SAFETY: the caller's promise.
+        unsafe {
+            isa.run(Quantise {
+                x,
+                first,
+                rows: int::tile_rows(x.m - first, most),
+                groups,
+                offset,
+                from,
+                tile: to.0,
+            })
         }
     }
 
@@ -118,7 +206,7 @@ impl Form {
                 m: plain.m,
                 cols: plain.cols,
             },
-            Form::Words { most, groups } => Rows::Words(QuantRows {
+            Form::Words { most, groups, .. } => Rows::Words(QuantRows {
                 lines,
                 m: plain.m,
                 most,
@@ -133,32 +221,14 @@ impl Form {
     }
 }
 
-/// Quantises columns of the rows of one tile, which begin group `from`.
-///
-/// # Safety
-/// As for [`Quantise`], `lines` being the tile.
-pub(crate) unsafe fn quantise(
-    isa: Choice,
-    x: Input<'_>,
-    most: usize,
-    groups: Groups,
-    tile: usize,
-    from: usize,
-    lines: *mut Line,
-) {
-    let first = tile * most;
-    // SAFETY: the caller's promise.
-    unsafe {
-        isa.run(Quantise {
-            x,
-            first,
-            rows: int::tile_rows(x.m - first, most),
-            groups,
-            from,
-            tile: lines,
-        })
-    }
-}
+/// Memory of prepared rows, which tasks fill piece by piece.
+#[derive(Clone, Copy)]
+pub(crate) struct Tiles(pub(crate) *mut Line);
+
+// SAFETY: tasks write disjoint pieces, and read what others wrote after these have said that they are done.
+unsafe impl Send for Tiles {}
+// SAFETY: as above.
+unsafe impl Sync for Tiles {}
 
 /// Rows in one of the forms.
 #[derive(Clone, Copy)]

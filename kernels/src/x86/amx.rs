@@ -50,6 +50,26 @@ impl Amx {
             .clone()
     }
 
+    /// `links` times four independent products of tiles, for the floor that times are held against.
+    pub(crate) fn chains(self, links: usize) {
+        // SAFETY: `self` exists, so the machine has tiles and the process leave; tiles that were just configured are zero,
+        // and nothing is read.
+        unsafe {
+            pairs::with_tiles(|| {
+                for _ in 0..links {
+                    asm!(
+                        "tdpbsud tmm0, tmm4, tmm6",
+                        "tdpbsud tmm1, tmm4, tmm7",
+                        "tdpbsud tmm2, tmm5, tmm6",
+                        "tdpbsud tmm3, tmm5, tmm7",
+                        out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                        options(nostack, nomem, preserves_flags)
+                    );
+                }
+            });
+        }
+    }
+
     /// The capability that this one includes.
     pub(crate) fn vnni(self) -> Vnni {
         self.0
@@ -161,7 +181,8 @@ impl Dot for Tiles {
     type Word = <Dpbusd as Dot>::Word;
 
     const ROWS: usize = FULL;
-    const PANELS: usize = 1;
+    /// Where rows are too few for tiles.
+    const PANELS: usize = 2;
     const OFFSET8: i32 = Dpbusd::OFFSET8;
     const OFFSET4: i32 = Dpbusd::OFFSET4;
     const TILES: bool = true;

@@ -44,7 +44,7 @@ impl Avx2 {
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 unsafe fn run_vnni<O: DotOp>(op: O) -> O::Out {
     // SAFETY: the caller's promise is the one `DotOp::run` asks for.
-    unsafe { op.run::<Dpbusd>() }
+    unsafe { op.run::<Bytes<true>>() }
 }
 
 /// # Safety
@@ -52,92 +52,35 @@ unsafe fn run_vnni<O: DotOp>(op: O) -> O::Out {
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn run_madd<O: DotOp>(op: O) -> O::Out {
     // SAFETY: the caller's promise is the one `DotOp::run` asks for.
-    unsafe { op.run::<Madd>() }
+    unsafe { op.run::<Bytes<false>>() }
 }
 
 /// Rows 0 to 7 and rows 8 to 15.
 type Two = [__m256i; 2];
 
-/// `vpdpbusd` takes unsigned weights as they are stored.
+/// With `VNNI`, `vpdpbusd` takes unsigned weights as they are stored. Without, `vpmaddubsw` adds two products in 16 bits,
+/// where the magnitudes of weights (at most 127) times x fit.
 #[derive(Clone, Copy)]
-struct Dpbusd;
+struct Bytes<const VNNI: bool>;
 
-// SAFETY, for every block below: the trait's contract gives the instruction set and valid pointers; all loads are the
-// unaligned ones.
-impl Dot for Dpbusd {
-    type Float = F32x16;
-    type Sum = Two;
-    type Weights = Two;
-    type Word = __m256i;
-
-    const ROWS: usize = 4;
-    const PANELS: usize = 1;
-    const OFFSET8: i32 = 128;
-    const OFFSET4: i32 = 8;
-
-    #[inline(always)]
-    unsafe fn sum(x: i32) -> Two {
-        // SAFETY: see the top of this impl.
-        unsafe { [_mm256_set1_epi32(x); 2] }
-    }
-
-    #[inline(always)]
-    unsafe fn load8(p: *const u8) -> Two {
-        // SAFETY: see the top of this impl.
-        unsafe { load(p) }
-    }
-
-    #[inline(always)]
-    unsafe fn load4(p: *const u8) -> [Two; 2] {
-        // SAFETY: see the top of this impl.
-        unsafe { nibbles(load(p)) }
-    }
-
-    #[inline(always)]
-    unsafe fn word(p: *const u32) -> __m256i {
-        // SAFETY: see the top of this impl.
-        unsafe { _mm256_set1_epi32(p.read_unaligned() as i32) }
-    }
-
-    #[inline(always)]
-    unsafe fn dot(acc: Two, w: Two, x: __m256i) -> Two {
-        // SAFETY: see the top of this impl.
-        unsafe {
-            [
-                _mm256_dpbusd_avx_epi32(acc[0], w[0], x),
-                _mm256_dpbusd_avx_epi32(acc[1], w[1], x),
-            ]
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn float(sum: Two) -> F32x16 {
-        // SAFETY: see the top of this impl.
-        unsafe { float(sum) }
-    }
-}
-
-/// `vpmaddubsw` adds two products in 16 bits, where the magnitudes of weights (at most 127) times x fit.
+/// Weights without sign, and what has their signs where those are needed.
 #[derive(Clone, Copy)]
-struct Madd;
-
-/// Magnitudes, and what has their signs.
-#[derive(Clone, Copy)]
-struct Signed {
-    magnitude: Two,
+struct Weights {
+    unsigned: Two,
     sign: Two,
 }
 
-// SAFETY, for every block below: as for `Dpbusd`.
-impl Dot for Madd {
+// SAFETY, for every block below: the trait's contract gives the instruction set and valid pointers; all loads are the
+// unaligned ones.
+impl<const VNNI: bool> Dot for Bytes<VNNI> {
     type Float = F32x16;
     type Sum = Two;
-    type Weights = Signed;
+    type Weights = Weights;
     type Word = __m256i;
 
     const ROWS: usize = 4;
     const PANELS: usize = 1;
-    const OFFSET8: i32 = 0;
+    const OFFSET8: i32 = if VNNI { 128 } else { 0 };
     const OFFSET4: i32 = 8;
 
     #[inline(always)]
@@ -147,26 +90,27 @@ impl Dot for Madd {
     }
 
     #[inline(always)]
-    unsafe fn load8(p: *const u8) -> Signed {
+    unsafe fn load8(p: *const u8) -> Weights {
         // SAFETY: see the top of this impl.
         unsafe {
-            let turn = _mm256_set1_epi8(-128);
-            let [a, b] = load(p);
-            let sign = [_mm256_xor_si256(a, turn), _mm256_xor_si256(b, turn)];
-            Signed {
-                magnitude: [_mm256_abs_epi8(sign[0]), _mm256_abs_epi8(sign[1])],
-                sign,
+            let stored = load(p);
+            if VNNI {
+                return positive(stored);
             }
+            let [a, b] = stored;
+            let turn = _mm256_set1_epi8(-128);
+            let sign = [_mm256_xor_si256(a, turn), _mm256_xor_si256(b, turn)];
+            let unsigned = [_mm256_abs_epi8(sign[0]), _mm256_abs_epi8(sign[1])];
+            Weights { unsigned, sign }
         }
     }
 
     #[inline(always)]
-    unsafe fn load4(p: *const u8) -> [Signed; 2] {
+    unsafe fn load4(p: *const u8) -> [Weights; 2] {
         // SAFETY: see the top of this impl.
         unsafe {
-            // All of them positive.
-            let sign = [_mm256_set1_epi8(1); 2];
-            nibbles(load(p)).map(|magnitude| Signed { magnitude, sign })
+            let [low, high] = nibbles(load(p));
+            [positive(low), positive(high)]
         }
     }
 
@@ -177,21 +121,35 @@ impl Dot for Madd {
     }
 
     #[inline(always)]
-    unsafe fn dot(acc: Two, w: Signed, x: __m256i) -> Two {
+    unsafe fn dot(acc: Two, w: Weights, x: __m256i) -> Two {
         // SAFETY: see the top of this impl.
         unsafe {
-            [
-                madd(acc[0], w.magnitude[0], _mm256_sign_epi8(x, w.sign[0])),
-                madd(acc[1], w.magnitude[1], _mm256_sign_epi8(x, w.sign[1])),
-            ]
+            let mut sum = acc;
+            for i in 0..2 {
+                sum[i] = if VNNI {
+                    _mm256_dpbusd_avx_epi32(acc[i], w.unsigned[i], x)
+                } else {
+                    madd(acc[i], w.unsigned[i], _mm256_sign_epi8(x, w.sign[i]))
+                };
+            }
+            sum
         }
     }
 
     #[inline(always)]
     unsafe fn float(sum: Two) -> F32x16 {
         // SAFETY: see the top of this impl.
-        unsafe { float(sum) }
+        unsafe { F32x16(_mm256_cvtepi32_ps(sum[0]), _mm256_cvtepi32_ps(sum[1])) }
     }
+}
+
+/// # Safety
+/// The machine has AVX2.
+#[inline(always)]
+unsafe fn positive(unsigned: Two) -> Weights {
+    // SAFETY: registers only.
+    let sign = unsafe { [_mm256_set1_epi8(1); 2] };
+    Weights { unsigned, sign }
 }
 
 /// # Safety
@@ -233,12 +191,4 @@ unsafe fn nibbles([a, b]: Two) -> [Two; 2] {
             ],
         ]
     }
-}
-
-/// # Safety
-/// The machine has AVX2.
-#[inline(always)]
-unsafe fn float(sum: Two) -> F32x16 {
-    // SAFETY: registers only.
-    unsafe { F32x16(_mm256_cvtepi32_ps(sum[0]), _mm256_cvtepi32_ps(sum[1])) }
 }

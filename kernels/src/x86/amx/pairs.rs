@@ -81,7 +81,7 @@ impl AmxBf16 {
 ///
 /// # Safety
 /// The machine has tiles, and the process leave to use them.
-unsafe fn with_tiles<T>(work: impl FnOnce() -> T) -> T {
+pub(super) unsafe fn with_tiles<T>(work: impl FnOnce() -> T) -> T {
     // SAFETY: the caller's promise.
     unsafe {
         asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly, preserves_flags));
