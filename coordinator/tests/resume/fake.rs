@@ -13,7 +13,7 @@ use futures::{StreamExt, stream};
 use guild_node::member::{Member, MemberConfig, NodeState};
 use guild_node::serve::{Server, bind};
 use guild_node::{Shutdown, status};
-use guild_proto::cluster::v1::Role;
+use guild_proto::cluster::v1::{Duty, Role};
 use guild_proto::inference::v1::complete::MatchedStop;
 use guild_proto::inference::v1::generate_request::Input;
 use guild_proto::inference::v1::generate_response::Event;
@@ -173,6 +173,7 @@ impl Plan {
 /// A pretended attention node behind a wire that can be cut.
 pub(crate) struct Fake {
     name: String,
+    duty: Duty,
     address: String,
     service: Service,
     shutdown: Shutdown,
@@ -181,6 +182,16 @@ pub(crate) struct Fake {
 impl Fake {
     /// Serves and joins, ready for whatever placement comes.
     pub(crate) async fn join(coordinator: &Coordinator, name: &str, plan: &Plan) -> Fake {
+        Fake::join_for(coordinator, name, plan, Duty::Both).await
+    }
+
+    /// The same for a part of the work.
+    pub(crate) async fn join_for(
+        coordinator: &Coordinator,
+        name: &str,
+        plan: &Plan,
+        duty: Duty,
+    ) -> Fake {
         let (wire, listener) = (bind("127.0.0.1:0").await, bind("127.0.0.1:0").await);
         let (wire, listener) = (wire.unwrap(), listener.unwrap());
         let address = wire.local_addr().unwrap().to_string();
@@ -205,6 +216,7 @@ impl Fake {
         tokio::spawn(server.run(listener, shutdown.clone(), Duration::ZERO));
         let fake = Fake {
             name: name.to_owned(),
+            duty,
             address,
             service,
             shutdown,
@@ -225,7 +237,7 @@ impl Fake {
             capacity_bytes: 0,
             process: String::new(),
             failure_domain: String::new(),
-            duty: Default::default(),
+            duty: self.duty,
         })
         .unwrap();
         expect("joining", || async { member.node_id().is_some() }).await;
@@ -251,6 +263,11 @@ impl Fake {
     /// Its name.
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Where others reach it.
+    pub(crate) fn address(&self) -> &str {
+        &self.address
     }
 
     /// Streams that are open.

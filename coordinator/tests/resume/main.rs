@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod fake;
+mod roles;
 
 use std::time::Duration;
 
