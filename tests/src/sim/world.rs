@@ -183,16 +183,9 @@ impl World {
         if twice {
             self.report.count("call duplicated");
             let at = self.now + self.delay();
-            self.agenda.add(
-                at,
-                Event::Message {
-                    to,
-                    life,
-                    message: message.clone(),
-                },
-            );
+            self.arrive(at, to, life, message.clone());
         }
-        self.agenda.add(at, Event::Message { to, life, message });
+        self.arrive(at, to, life, message);
     }
 
     /// Calls `to`; the answer, or that there is none within `limit`, comes to `from`.
@@ -246,15 +239,7 @@ impl World {
         }
         let at = self.now + self.delay();
         let message = Message::Open { conn, body };
-        let life = self.life(server);
-        self.agenda.add(
-            at,
-            Event::Message {
-                to: server,
-                life,
-                message,
-            },
-        );
+        self.arrive(at, server, self.life(server), message);
         conn
     }
 
@@ -276,75 +261,44 @@ impl World {
             conn.last = at;
         }
         let message = Message::Push { conn, body };
-        let life = self.life(client);
-        self.agenda.add(
-            at,
-            Event::Message {
-                to: client,
-                life,
-                message,
-            },
-        );
+        self.arrive(at, client, self.life(client), message);
     }
 
     /// Nothing more goes over this stream, and both ends notice after a moment.
     pub(super) fn sever(&mut self, conn: u64) {
-        let Some(Conn {
-            client,
-            server,
-            lives,
-            last,
-            ..
-        }) = self.conns.remove(&conn)
-        else {
+        let Some(open) = self.conns.remove(&conn) else {
             return;
         };
         self.report.count("stream broken");
-        for (to, life, least) in [(client, lives.0, last), (server, lives.1, 0)] {
+        let ends = [
+            (open.client, open.lives.0, open.last),
+            (open.server, open.lives.1, 0),
+        ];
+        for (to, life, least) in ends {
             let at = (self.now + self.delay()).max(least + 1);
-            let message = Message::Broken { conn };
-            self.agenda.add(at, Event::Message { to, life, message });
+            self.arrive(at, to, life, Message::Broken { conn });
         }
     }
 
     /// One end closes a stream: only the other one is told.
     pub(super) fn close(&mut self, conn: u64, by: Who) {
-        let Some(Conn {
-            client,
-            server,
-            lives,
-            last,
-            ..
-        }) = self.conns.remove(&conn)
-        else {
+        let Some(open) = self.conns.remove(&conn) else {
             return;
         };
-        let (to, life) = match by == client {
-            true => (server, lives.1),
-            false => (client, lives.0),
+        let (to, life) = match by == open.client {
+            true => (open.server, open.lives.1),
+            false => (open.client, open.lives.0),
         };
-        if self.loses(by, to) {
+        let at = match self.loses(by, to) {
             // The other end finds out by itself.
-            let at = self.now + KEEPALIVE.1;
-            self.agenda.add(
-                at,
-                Event::Message {
-                    to,
-                    life,
-                    message: Message::Broken { conn },
-                },
-            );
-            return;
-        }
-        let at = (self.now + self.delay()).max(last + 1);
-        self.agenda.add(
-            at,
-            Event::Message {
-                to,
-                life,
-                message: Message::Broken { conn },
-            },
-        );
+            true => self.now + KEEPALIVE.1,
+            false => (self.now + self.delay()).max(open.last + 1),
+        };
+        self.arrive(at, to, life, Message::Broken { conn });
+    }
+
+    fn arrive(&mut self, at: Time, to: Who, life: u64, message: Message) {
+        self.agenda.add(at, Event::Message { to, life, message });
     }
 
     /// Nothing gets through until the connection breaks.
