@@ -144,8 +144,12 @@ impl Cpu {
             Some(why) => format!(", its dot products by plain Rust and slow: {why}"),
             None => String::new(),
         };
+        let pinned = match self.inner.pool.pinned() {
+            0 => String::new(),
+            n => format!(" ({n} kept on a core each)"),
+        };
         format!(
-            "{:?} (this machine has {:?}), {} threads, numerics {}{slow}",
+            "{:?} (this machine has {:?}), {} threads{pinned}, numerics {}{slow}",
             self.isa(),
             Isa::available(),
             self.threads(),

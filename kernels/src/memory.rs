@@ -104,4 +104,44 @@ mod tests {
         assert!(Memory::new(0)?.len() <= 1);
         Ok(())
     }
+
+    /// What the system has been told of the pages of `memory`, in its own two letters.
+    #[cfg(target_os = "linux")]
+    fn flags(memory: &Memory) -> std::io::Result<Vec<String>> {
+        let address = memory.as_ptr() as usize;
+        let maps = std::fs::read_to_string("/proc/self/smaps")?;
+        let holds = |line: &&str| {
+            let range = line
+                .split(' ')
+                .next()
+                .and_then(|range| range.split_once('-'));
+            let number = |hex| usize::from_str_radix(hex, 16);
+            let Some((Ok(from), Ok(to))) = range.map(|(from, to)| (number(from), number(to)))
+            else {
+                return false;
+            };
+            (from..to).contains(&address)
+        };
+        let mut entry = maps.lines().skip_while(|line| !holds(line));
+        let flags = entry.find_map(|line| line.strip_prefix("VmFlags:"));
+        let flags = flags.unwrap_or_default().split_whitespace();
+        Ok(flags.map(str::to_owned).collect())
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn huge_pages_are_asked_for_or_refused() -> std::io::Result<()> {
+        assert_eq!(HugePages::chosen(), HugePages::Auto);
+        let asked = flags(&Memory::new(4 << 20)?)?;
+        HugePages::Off.choose();
+        assert_eq!(HugePages::chosen(), HugePages::Off);
+        let refused = flags(&Memory::new(4 << 20)?)?;
+        HugePages::Auto.choose();
+        // Some systems have no such pages, or do not tell.
+        if HugePages::of_system().is_some() && !asked.is_empty() {
+            assert!(asked.contains(&"hg".to_owned()), "{asked:?}");
+            assert!(refused.contains(&"nh".to_owned()), "{refused:?}");
+        }
+        Ok(())
+    }
 }

@@ -86,6 +86,23 @@ fn pauses_lose_no_piece() {
     }
 }
 
+/// Where threads run does not show in what they do; the caller's is left alone.
+#[test]
+fn threads_may_be_kept_on_cores() {
+    let cores = guild_kernels::topology::Topology::here().cores.len();
+    let cpu = Cpu::new(3);
+    assert!(!cpu.describe().contains("kept on"));
+    let kept = cpu.pin_threads();
+    assert!(kept < cores.min(cpu.threads()), "{kept} of {cores} cores");
+    let told = format!("3 threads ({kept} kept on a core each)");
+    assert_eq!(cpu.describe().contains(&told), kept > 0);
+    let sum = AtomicUsize::new(0);
+    cpu.par_for(100, |i| {
+        sum.fetch_add(i, Ordering::Relaxed);
+    });
+    assert_eq!(sum.into_inner(), 4950);
+}
+
 #[test]
 fn the_choice_is_told() {
     let available = Isa::available();
