@@ -7,11 +7,13 @@ use std::path::PathBuf;
 use std::str::FromStr as _;
 
 use clap::{Args, Parser, Subcommand};
+use guild_model::Cpu;
 use guild_model::checkpoint::Dtype;
 use guild_node::telemetry::LogFormat;
 
-use crate::failure::EXIT_CODES;
+use crate::failure::{EXIT_CODES, Failure};
 
+mod arithmetic;
 mod attention;
 mod balance;
 mod bench;
@@ -30,6 +32,7 @@ mod random;
 mod security;
 mod up;
 
+pub(crate) use arithmetic::{Instructions, Kernels};
 pub(crate) use attention::AttentionNode;
 pub(crate) use balance::{Balance, PlannerArg};
 pub(crate) use bench::{
@@ -137,4 +140,13 @@ pub(crate) struct Compute {
     /// Threads for the arithmetic; 0: one per physical core
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1024), value_name = "N")]
     pub(crate) threads: u16,
+    #[command(flatten)]
+    pub(crate) kernels: Kernels,
+}
+
+impl Compute {
+    /// The arithmetic that was asked for.
+    pub(crate) fn cpu(&self) -> Result<Cpu, Failure> {
+        self.kernels.cpu(self.threads)
+    }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{Access, Common, Compute, Latents};
+use super::{Access, Common, Compute, Instructions, Latents};
 use crate::failure::EXIT_CODES;
 
 #[derive(Clone, Debug, Args)]
@@ -186,6 +186,8 @@ pub(crate) struct BenchKernels {
     /// Threads; 0: one per physical core
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1024), value_name = "N")]
     pub(crate) threads: u16,
+    #[command(flatten)]
+    pub(crate) instructions: Instructions,
     /// Rounds that the medians are taken of
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
     pub(crate) rounds: u32,

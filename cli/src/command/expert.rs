@@ -4,7 +4,7 @@ use guild_expert_node::ExpertNodeConfig;
 use guild_model::Checkpoint;
 use guild_node::tls::Role;
 
-use super::{block_on, cpu, join, log_role, served_name, signals};
+use super::{block_on, join, log_role, served_name, signals};
 use crate::args::{Compute, ExpertNode};
 use crate::banner::Banner;
 use crate::failure::Failure;
@@ -26,7 +26,7 @@ async fn serve(args: &ExpertNode) -> Result<(), Failure> {
     )
     .await?;
     let checkpoint = &place.model;
-    let cpu = cpu(args.compute.threads);
+    let cpu = args.compute.cpu()?;
     let mut banner = Banner::new(format!("expert-node {}", place.name));
     banner
         .model(&served_name(None, checkpoint.dir()), checkpoint)?

@@ -9,7 +9,7 @@ use guild_proto::inference::v1::generate_request::Input;
 use guild_proto::inference::v1::generate_response::Event;
 use guild_proto::inference::v1::{GenerateRequest, SamplingParams, TokenIds};
 
-use super::{block_on, cpu, log_tool};
+use super::{block_on, log_tool};
 use crate::answer::{Answer, Logprobs};
 use crate::args::{Access, Generate};
 use crate::client;
@@ -56,7 +56,7 @@ async fn alone(args: &Generate, model: &Path, request: GenerateRequest) -> Resul
         grpc: bind("grpc", EPHEMERAL, Protection::LOOPBACK).await?,
     };
     let endpoint = format!("http://{}", address_of(&listeners.grpc)?);
-    let mut local = Local::start(&plan, &cpu(args.compute.threads), listeners).await?;
+    let mut local = Local::start(&plan, &args.compute.cpu()?, listeners).await?;
     let nothing = Access::default();
     let answered = match local.ready().await {
         Ok(()) => tokio::select! {

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::Path;
 
+use guild_kernels::Arithmetic;
 use guild_model::cache::{Format, LatentCache};
 use guild_model::checkpoint::{Dtype, manifest, schema};
 use guild_model::config::{Scoring, TopkMethod};
 use guild_model::{Checkpoint, Config, Cpu, Isa};
 use serde::Serialize;
 
-use super::{compare, cpu, log_tool, reference};
+use super::{compare, log_tool, reference};
 use crate::args::Inspect;
 use crate::failure::Failure;
 use crate::json;
@@ -21,7 +22,7 @@ const ROW_ELEMENT_BYTES: u64 = 4;
 
 pub(crate) fn run(args: &Inspect) -> Result<(), Failure> {
     log_tool(&args.common)?;
-    let cpu = cpu(args.compute.threads);
+    let cpu = args.compute.cpu()?;
     if let [a, b] = args.compare.as_slice() {
         return compare::run(args, a, b, &cpu);
     }
@@ -48,19 +49,33 @@ pub(crate) fn run(args: &Inspect) -> Result<(), Failure> {
 fn describe_cpu(cpu: &Cpu) -> Result<(), Failure> {
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "{}", cpu.describe())?;
+    let best = Isa::available()[0];
     for (isa, refused) in Isa::survey() {
         let told = match refused {
             Some(why) => format!("refused: {why}"),
-            None if isa == cpu.isa() => "chosen: the best that this machine can run".into(),
+            None if isa == cpu.isa() && isa == best => {
+                "chosen: the best that this machine can run".into()
+            }
+            None if isa == cpu.isa() => format!("chosen by --isa; the best would be {best}"),
             None => "not needed".into(),
         };
         writeln!(stdout, "  {:<12} {told}", isa.name())?;
     }
-    Ok(writeln!(
+    writeln!(
         stdout,
         "numerics class {}, whichever of them is chosen",
         cpu.numerics_class()
-    )?)
+    )?;
+    for arithmetic in Arithmetic::ALL {
+        let told = match arithmetic.emulated(cpu.isa()) {
+            _ if arithmetic == cpu.arithmetic() => "chosen".to_owned(),
+            None => "at full speed".to_owned(),
+            Some(why) => format!("slow: {why}"),
+        };
+        let class = arithmetic.numerics_class();
+        writeln!(stdout, "  {:<12} {told}; class {class}", arithmetic.name())?;
+    }
+    Ok(())
 }
 
 /// Everything that is said about a checkpoint; bytes are those of weights in memory.

@@ -22,7 +22,7 @@ use std::future::Future;
 use std::io::Write as _;
 use std::path::Path;
 
-use guild_model::{Checkpoint, Cpu};
+use guild_model::Checkpoint;
 use guild_node::channel::Dialer;
 use guild_node::member::check_coordinators;
 use guild_node::tls::Role;
@@ -100,11 +100,6 @@ fn signals() -> Result<Shutdown, Failure> {
             format!("cannot listen to signals: {error}"),
         )
     })
-}
-
-/// The arithmetic with the threads that were asked for.
-fn cpu(threads: u16) -> Cpu {
-    Cpu::new(usize::from(threads))
 }
 
 /// The checkpoint of a role that computes.

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use guild_coordinator::Listeners;
 use guild_model::{Checkpoint, Cpu};
 
-use super::{block_on, cpu, log_role, served_name};
+use super::{block_on, log_role, served_name};
 use crate::args::{FabricKind, Up};
 use crate::banner::Banner;
 use crate::failure::Failure;
@@ -29,7 +29,7 @@ async fn serve(args: &Up) -> Result<(), Failure> {
     let doors = (address_of(&http)?, address_of(&grpc)?);
     let checkpoint = super::open(&args.model, args.compute)?;
     let cluster = bind("listen", EPHEMERAL, Protection::LOOPBACK).await?;
-    let cpu = cpu(args.compute.threads);
+    let cpu = args.compute.cpu()?;
     let plan = Plan {
         model: checkpoint.clone(),
         model_name: served_name(args.served_model_name.as_deref(), &args.model),

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use guild_kernels::pack;
+use guild_kernels::{Arithmetic, pack};
 
 use crate::ModelError;
 use crate::config::Packed;
@@ -34,10 +34,12 @@ pub enum Dtype {
 
 impl Dtype {
     /// Names the numerics of a node: those of its arithmetic, and whether its weights were rounded.
-    /// Weights as stored and weights widened to f32 are the same numbers, so they are one class.
+    /// Weights as stored and weights widened to f32 are the same numbers, so they are one class; f32 weights know but one
+    /// arithmetic.
     pub fn numerics_class(self, cpu: &guild_kernels::Cpu) -> String {
         match self {
-            Dtype::Auto | Dtype::F32 => cpu.numerics_class().to_owned(),
+            Dtype::Auto => cpu.numerics_class().to_owned(),
+            Dtype::F32 => Arithmetic::Fma.numerics_class().to_owned(),
             _ => format!("{}+{self}-weights", cpu.numerics_class()),
         }
     }

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use guild_kernels::floor::{self, Unit};
 use guild_kernels::pack::{self, Int};
-use guild_kernels::{Cpu, LatentAttention, LatentFormat, MatrixRef, Memory, QueryRow, WeightsRef};
+use guild_kernels::{
+    Arithmetic, Cpu, LatentAttention, LatentFormat, MatrixRef, Memory, QueryRow, WeightsRef,
+};
 
 use super::figures::{self, Figure, median};
 use crate::args::BenchKernels;
@@ -139,8 +141,15 @@ impl Machine {
 
 pub(super) fn run(args: &BenchKernels) -> Result<(), Failure> {
     log_tool(&args.common)?;
-    let cpu = Cpu::new(args.threads.into());
-    let one = Cpu::with_isa(1, cpu.isa()).unwrap_or_else(|| Cpu::new(1));
+    let both = |arithmetic| -> Result<[Cpu; 2], Failure> {
+        let with = |threads| args.instructions.cpu(threads, arithmetic);
+        Ok([with(args.threads)?, with(1)?])
+    };
+    let [cpu, one] = both(Arithmetic::Fma)?;
+    let dots = Arithmetic::fastest_dot(cpu.isa())
+        .ok()
+        .map(both)
+        .transpose()?;
     let shapes = if args.quick { &QUICK } else { &FULL };
     let rounds = if args.quick { 1 } else { args.rounds as usize };
 
@@ -164,7 +173,23 @@ pub(super) fn run(args: &BenchKernels) -> Result<(), Failure> {
     let mut cases = Vec::new();
     for (cpu, alone) in [(&one, true), (&cpu, false)] {
         for format in FORMATS {
-            cases.push(gemm(cpu, alone, &memory, format, shapes));
+            cases.push(gemm(cpu, alone, &memory, format, shapes.hot_rows, shapes));
+        }
+    }
+    for m in FEW {
+        cases.push(gemm(&one, true, &memory, Format::Bf16, m, shapes));
+    }
+    if let Some([cpu, one]) = &dots {
+        for format in DOTS {
+            for m in FEW {
+                cases.push(gemm(one, true, &memory, format, m, shapes));
+            }
+            for (cpu, alone) in [(one, true), (cpu, false)] {
+                cases.push(gemm(cpu, alone, &memory, format, shapes.hot_rows, shapes));
+            }
+            for m in [1, 8] {
+                cases.push(ffn(cpu, &memory, format, m, shapes));
+            }
         }
     }
     for format in [Format::Int4, Format::Int8, Format::Fp8, Format::Bf16] {
@@ -276,10 +301,17 @@ enum Format {
     F32,
     Bf16,
     Fp8,
+    /// Multiplied in pairs of bf16, as the next.
+    Bf16Dot,
+    Fp8Dot,
     Int8,
     Int4,
 }
 
+/// Those that ask for an instruction of the machine.
+const DOTS: [Format; 2] = [Format::Bf16Dot, Format::Fp8Dot];
+/// Rows of products between the few of decoding and the many of prefill.
+const FEW: [usize; 2] = [4, 16];
 const FORMATS: [Format; 5] = [
     Format::F32,
     Format::Bf16,
@@ -294,15 +326,18 @@ impl Format {
             Format::F32 => "f32",
             Format::Bf16 => "bf16",
             Format::Fp8 => "fp8",
+            Format::Bf16Dot => "bf16-dot",
+            Format::Fp8Dot => "fp8-dot",
             Format::Int8 => "int8",
             Format::Int4 => "int4",
         }
     }
 
-    /// What its rule multiplies with: floating formats are widened to f32 exactly.
+    /// What its rule multiplies with: floating formats are widened to f32 exactly, but for dots.
     fn unit(self) -> Unit {
         match self {
             Format::F32 | Format::Bf16 | Format::Fp8 => Unit::Fma,
+            Format::Bf16Dot | Format::Fp8Dot => Unit::Bf16,
             Format::Int8 | Format::Int4 => Unit::Int8,
         }
     }
@@ -310,8 +345,8 @@ impl Format {
     fn data_bytes(self, rows: usize, cols: usize) -> usize {
         match self {
             Format::F32 => rows * cols * 4,
-            Format::Bf16 => rows * cols * 2,
-            Format::Fp8 => rows * cols,
+            Format::Bf16 | Format::Bf16Dot => rows * cols * 2,
+            Format::Fp8 | Format::Fp8Dot => rows * cols,
             Format::Int8 => pack::bytes(Int::Int8, rows, cols, GROUP),
             Format::Int4 => pack::bytes(Int::Int4, rows, cols, GROUP),
         }
@@ -319,8 +354,8 @@ impl Format {
 
     fn scale_bytes(self, rows: usize, cols: usize) -> usize {
         match self {
-            Format::F32 | Format::Bf16 => 0,
-            Format::Fp8 => rows.div_ceil(128) * cols.div_ceil(128) * 4,
+            Format::F32 | Format::Bf16 | Format::Bf16Dot => 0,
+            Format::Fp8 | Format::Fp8Dot => rows.div_ceil(128) * cols.div_ceil(128) * 4,
             Format::Int8 | Format::Int4 => pack::scales(rows, cols, GROUP) * 2,
         }
     }
@@ -341,8 +376,8 @@ impl Format {
         let scales = middle + self.scale_bytes(rows, cols);
         let data = match self {
             Format::F32 => WeightsRef::F32(floats(at, at + bytes.len())),
-            Format::Bf16 => WeightsRef::Bf16(halves(at, at + bytes.len())),
-            Format::Fp8 => WeightsRef::Fp8 {
+            Format::Bf16 | Format::Bf16Dot => WeightsRef::Bf16(halves(at, at + bytes.len())),
+            Format::Fp8 | Format::Fp8Dot => WeightsRef::Fp8 {
                 data: bytes,
                 scales: floats(middle, scales),
             },
@@ -404,9 +439,10 @@ fn gemm<'a>(
     alone: bool,
     memory: &'a Memory,
     format: Format,
+    m: usize,
     shapes: &Shapes,
 ) -> Case<'a> {
-    let (n, m) = (shapes.hot, shapes.hot_rows);
+    let n = shapes.hot;
     let (w, _) = format.matrix(memory, 0, n, n);
     let x = vec![0.5; m * n];
     let mut out = vec![0.0; m * n];

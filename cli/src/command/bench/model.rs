@@ -46,7 +46,7 @@ const NODE_NAME: &str = "experts";
 pub(super) fn run(args: &BenchModel) -> Result<(), Failure> {
     log_tool(&args.common)?;
     let checkpoint = Checkpoint::open(&args.model)?;
-    let cpu = Cpu::new(args.compute.threads.into());
+    let cpu = args.compute.cpu()?;
     let format = args.latents.format().unwrap_or(Format::F32);
     let runs = runs(args, checkpoint.config())?;
     let (trunk, host) = load(&checkpoint, args, &cpu)?;
