@@ -3,6 +3,8 @@
 //! stop everything comes to an end.
 #![allow(clippy::unwrap_used)]
 
+mod members;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -10,6 +12,7 @@ use guild_scheduler::membership::{
     BACK_OFF, Membership, Phase, Registration, Report, Role, Settings,
 };
 use guild_scheduler::placement::{NodeId, NodeSlots};
+use members::{DIGEST, ready, registration};
 use proptest::prelude::*;
 
 const LEASE: Duration = Duration::from_secs(3);
@@ -111,7 +114,7 @@ struct World {
 impl World {
     fn new(replicas: u32) -> World {
         let settings = Settings {
-            model_digest: "digest".into(),
+            model_digest: DIGEST.into(),
             layers: LAYERS.to_vec(),
             experts: EXPERTS,
             slot_bytes: 10,
@@ -146,17 +149,8 @@ impl World {
         }
         self.incarnations += 1;
         let new = Registration {
-            role,
-            name,
-            address: "here:1".into(),
-            model_digest: "digest".into(),
-            numerics_class: "class".into(),
             capacity_bytes: capacity * 10,
-            newest_epoch: 0,
-            incarnation: self.incarnations,
-            process: String::new(),
-            failure_domain: String::new(),
-            duty: Default::default(),
+            ..registration(role, &name, self.incarnations)
         };
         let id = self.m.register(self.now, new).unwrap();
         self.processes.insert(
@@ -223,10 +217,8 @@ impl World {
             }
         }
         let report = Report {
-            epoch: process.epoch,
-            ready: true,
             failed,
-            ..Report::default()
+            ..ready(process.epoch)
         };
         let incarnation = process.incarnation;
         let _ = self.m.heartbeat(self.now, id, incarnation, report);

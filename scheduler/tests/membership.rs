@@ -2,12 +2,15 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod members;
+
 use std::time::Duration;
 
 use guild_scheduler::membership::{
     Action, Loss, Membership, Phase, Refused, Registration, Report, Role, Settings,
 };
 use guild_scheduler::placement::{NodeId, Placement};
+use members::{DIGEST, ready, registration};
 use proptest::prelude::*;
 
 const LEASE: Duration = Duration::from_millis(3000);
@@ -18,7 +21,7 @@ const SLOT_BYTES: u64 = 1 << 30;
 
 fn settings(min_expert_nodes: usize) -> Settings {
     Settings {
-        model_digest: "digest-a".into(),
+        model_digest: DIGEST.into(),
         layers: LAYERS.to_vec(),
         experts: EXPERTS,
         slot_bytes: SLOT_BYTES,
@@ -28,30 +31,6 @@ fn settings(min_expert_nodes: usize) -> Settings {
         replicas: 1,
         redundant_experts: 0,
         copy_deadline: Duration::from_secs(10),
-    }
-}
-
-fn registration(role: Role, name: &str, incarnation: u64) -> Registration {
-    Registration {
-        role,
-        name: name.into(),
-        address: format!("{name}:1"),
-        model_digest: "digest-a".into(),
-        numerics_class: "class-a".into(),
-        capacity_bytes: 0,
-        newest_epoch: 0,
-        incarnation,
-        process: String::new(),
-        failure_domain: String::new(),
-        duty: Default::default(),
-    }
-}
-
-fn ready(epoch: u64) -> Report {
-    Report {
-        epoch,
-        ready: true,
-        ..Report::default()
     }
 }
 

@@ -1,6 +1,8 @@
 //! From the membership and the load to a target that can be migrated to.
 #![allow(clippy::unwrap_used)]
 
+mod members;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -11,6 +13,7 @@ use guild_scheduler::membership::{
 use guild_scheduler::placement::{NodeId, NodeSlots, Placement};
 use guild_scheduler::planner::PlanError;
 use guild_scheduler::rebalance::{Mode, Policy, Proposal, ProposeError, propose};
+use members::{DIGEST, ready, registration};
 use proptest::prelude::*;
 
 const LAYERS: [u32; 2] = [3, 4];
@@ -34,7 +37,7 @@ impl Cluster {
     /// A serving cluster; node ids count from 1.
     fn serving(replicas: u32, redundant_experts: u32, nodes: &[Spec]) -> Cluster {
         let settings = Settings {
-            model_digest: "digest".into(),
+            model_digest: DIGEST.into(),
             layers: LAYERS.to_vec(),
             experts: EXPERTS,
             slot_bytes: 10,
@@ -62,17 +65,9 @@ impl Cluster {
     fn join(&mut self, spec: Spec) -> NodeId {
         let turn = self.m.nodes().count() as u64 + 1;
         let new = Registration {
-            role: Role::Expert,
-            name: format!("expert-{turn:02}"),
-            address: "here:1".into(),
-            model_digest: "digest".into(),
-            numerics_class: "class".into(),
             capacity_bytes: spec.slots * 10,
-            newest_epoch: 0,
-            incarnation: turn,
-            process: String::new(),
             failure_domain: spec.domain.into(),
-            duty: Default::default(),
+            ..registration(Role::Expert, &format!("expert-{turn:02}"), turn)
         };
         let id = self.m.register(self.now, new).unwrap();
         self.speed(id, spec.speed);
@@ -323,10 +318,8 @@ fn drained_nodes_lose_all_and_nodes_that_have_failed_get_nothing() {
     c.m.migrate(c.now, target, "test").unwrap();
     let epoch = c.m.next().unwrap().placement.epoch();
     let report = Report {
-        epoch: c.m.active_epoch().unwrap(),
-        ready: true,
         failed: Some((epoch, "disk".into())),
-        ..Report::default()
+        ..ready(c.m.active_epoch().unwrap())
     };
     c.m.heartbeat(c.now, 2, 2, report).unwrap();
     assert!(c.m.next().is_none());

@@ -2,11 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod members;
+
 use std::time::Duration;
 
-use guild_scheduler::membership::{
-    Membership, Registration, Report, Role, Settings, Snapshot, SnapshotError,
-};
+use guild_scheduler::membership::{Membership, Role, Settings, Snapshot, SnapshotError};
+use members::{DIGEST, ready, registration};
 
 const LEASE: Duration = Duration::from_secs(3);
 const SETTLE: Duration = Duration::from_millis(500);
@@ -26,34 +27,10 @@ fn settings(digest: &str) -> Settings {
     }
 }
 
-fn registration(role: Role, name: &str, incarnation: u64) -> Registration {
-    Registration {
-        role,
-        name: name.into(),
-        address: format!("{name}:1"),
-        model_digest: "digest".into(),
-        numerics_class: "class".into(),
-        capacity_bytes: 0,
-        newest_epoch: 0,
-        incarnation,
-        process: String::new(),
-        failure_domain: String::new(),
-        duty: Default::default(),
-    }
-}
-
-fn ready(epoch: u64) -> Report {
-    Report {
-        epoch,
-        ready: true,
-        ..Report::default()
-    }
-}
-
 /// A serving cluster: attention node 1, expert nodes 2 and 3 (whose names are
 /// the other way round), at the given time.
 fn serving() -> (Membership, Duration) {
-    let mut m = Membership::new(settings("digest"), Duration::ZERO);
+    let mut m = Membership::new(settings(DIGEST), Duration::ZERO);
     let mut now = Duration::ZERO;
     for (role, name) in [
         (Role::Attention, "a"),
@@ -85,7 +62,7 @@ fn the_next_leader_serves_at_once_by_the_same_placement_and_ids() {
     let snapshot = carried(&old.snapshot());
     // Clocks of two processes have nothing in common.
     let now = Duration::from_secs(1_000_000);
-    let mut new = Membership::new(settings("digest"), now);
+    let mut new = Membership::new(settings(DIGEST), now);
     new.resume(now, &snapshot).unwrap();
     assert_eq!(new.snapshot(), old.snapshot());
     assert_eq!(new.waiting_for(), None);
@@ -106,7 +83,7 @@ fn the_next_leader_serves_at_once_by_the_same_placement_and_ids() {
 fn a_node_that_never_finds_the_new_leader_is_lost_after_a_lease() {
     let (old, _) = serving();
     let epoch = old.active_epoch().unwrap();
-    let mut new = Membership::new(settings("digest"), Duration::ZERO);
+    let mut new = Membership::new(settings(DIGEST), Duration::ZERO);
     new.resume(Duration::ZERO, &old.snapshot()).unwrap();
     let mut now = Duration::ZERO;
     while now <= LEASE + SETTLE {
@@ -157,7 +134,7 @@ fn what_contradicts_itself_is_refused() {
         let bad = good.replacen(from, to, 1);
         assert_ne!(bad, good, "{from} is in {good}");
         let bad: Snapshot = serde_json::from_str(&bad).unwrap();
-        let mut new = Membership::new(settings("digest"), Duration::ZERO);
+        let mut new = Membership::new(settings(DIGEST), Duration::ZERO);
         let error = new.resume(Duration::ZERO, &bad).unwrap_err();
         assert!(matches!(error, SnapshotError::Broken(_)), "{error}");
         assert_eq!(new.nodes().count(), 0);

@@ -1,6 +1,8 @@
 //! Migrations as transactions of the membership: every way in, every way back.
 #![allow(clippy::unwrap_used)]
 
+mod members;
+
 use std::time::Duration;
 
 use guild_scheduler::membership::{
@@ -8,6 +10,7 @@ use guild_scheduler::membership::{
     Report, Role, Settings, Snapshot,
 };
 use guild_scheduler::placement::{NodeId, NodeSlots, Placement};
+use members::{DIGEST, ready, registration};
 
 const LEASE: Duration = Duration::from_secs(300);
 const SETTLE: Duration = Duration::from_millis(500);
@@ -16,7 +19,7 @@ const EXPERTS: u32 = 6;
 
 fn settings(replicas: u32) -> Settings {
     Settings {
-        model_digest: "digest".into(),
+        model_digest: DIGEST.into(),
         layers: vec![1, 2],
         experts: EXPERTS,
         slot_bytes: 100,
@@ -59,17 +62,8 @@ impl Cluster {
 
     fn join(&mut self, role: Role, name: &str, capacity_slots: u64) -> NodeId {
         let new = Registration {
-            role,
-            name: name.into(),
-            address: format!("{name}:1"),
-            model_digest: "digest".into(),
-            numerics_class: "class".into(),
             capacity_bytes: capacity_slots * 100,
-            newest_epoch: 0,
-            incarnation: u64::from(name.as_bytes()[0]),
-            process: String::new(),
-            failure_domain: String::new(),
-            duty: Default::default(),
+            ..registration(role, name, u64::from(name.as_bytes()[0]))
         };
         self.m.register(self.now, new).unwrap()
     }
@@ -80,20 +74,14 @@ impl Cluster {
     }
 
     fn beat(&mut self, id: NodeId, epoch: u64) {
-        let report = Report {
-            epoch,
-            ready: true,
-            ..Report::default()
-        };
+        let report = ready(epoch);
         self.report(id, report);
     }
 
     fn fail(&mut self, id: NodeId, epoch: u64) {
         let report = Report {
-            epoch: self.m.active_epoch().unwrap_or(0),
-            ready: true,
             failed: Some((epoch, "digests differ".into())),
-            ..Report::default()
+            ..ready(self.m.active_epoch().unwrap_or(0))
         };
         self.report(id, report);
     }
@@ -483,10 +471,8 @@ fn lost_homes_that_a_node_cannot_load_are_given_to_another() {
     c.report(
         1,
         Report {
-            epoch: 1,
-            ready: true,
             failed: Some((epoch, "disk".into())),
-            ..Report::default()
+            ..ready(1)
         },
     );
     assert!(c.loading() > epoch);
@@ -501,10 +487,8 @@ fn lost_homes_that_a_node_cannot_load_are_given_to_another() {
     c.report(
         1,
         Report {
-            epoch: 1,
-            ready: true,
             failed: Some((epoch, "disk".into())),
-            ..Report::default()
+            ..ready(1)
         },
     );
     let reason = c.m.waiting_for().unwrap();
