@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use guild_node::status::reason_of;
 use guild_tests::client::mixed_workload;
 use guild_tests::house::{House, PAST_THE_LEASE, Plan};
-use guild_tests::load::STREAMS;
+use guild_tests::load::{STREAMS, Seen};
 use guild_tests::process::START_LIMIT;
 use guild_tests::work::{Work, assert_nothing_failed, assert_stall, long, ms, report, seconds};
 use serde_json::json;
@@ -20,6 +21,17 @@ const RECOVERED: Duration = Duration::from_secs(15);
 const REJOINED: Duration = Duration::from_secs(10);
 /// After that time the load has a quiet past to be compared with.
 const QUIET: u64 = 2;
+
+/// Whoever was not served was told why: an expert has no home, or nobody is let in before it has.
+fn assert_told_why(seen: &Seen) {
+    for status in &seen.failed {
+        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+        let reason = reason_of(status).unwrap_or_default();
+        let reasons = ["EXPERT_LOST", "CLUSTER_NOT_READY"];
+        assert!(reasons.contains(&reason.as_str()), "{status:?}");
+    }
+    assert!(seen.whole >= STREAMS);
+}
 
 /// Readiness must not waver for so long.
 async fn stays_ready(house: &House, time: Duration) {
@@ -132,10 +144,7 @@ async fn a_lost_sole_copy_fails_or_delays_requests_and_never_makes_a_wrong_token
     let seen = load.stop().await;
     report("sole_copy", &seen, json!({ "recovered_ms": ms(recovered) }));
     assert!(recovered < RECOVERED, "{recovered:?}");
-    for status in &seen.failed {
-        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
-    }
-    assert!(seen.whole >= STREAMS);
+    assert_told_why(&seen);
     work.again(house.grpc()).await;
 }
 
@@ -166,10 +175,7 @@ async fn any_two_of_four_expert_nodes_may_die_one_after_the_other() {
         let more = json!({ "killed": [first, second], "recovered_ms": ms(recovered) });
         report("pair_killed", &seen, more);
         assert!(recovered < RECOVERED, "{recovered:?}");
-        for status in &seen.failed {
-            assert_eq!(status.code(), Code::Unavailable, "{status:?}");
-        }
-        assert!(seen.whole >= STREAMS);
+        assert_told_why(&seen);
         work.again(house.grpc()).await;
         // With room for them, copies are made up for without an operator.
         house.experts[first].restart();

@@ -21,10 +21,14 @@ const SLOWER: u32 = 2;
 const BUSY: Duration = Duration::from_secs(1);
 /// A cured node has rows again within this time.
 const CURED: Duration = Duration::from_secs(10);
-/// Between two looks at what goes to it.
+/// The same in the ordinary tests: a busy machine makes nodes late that are not slow.
+const CURED_BUSY: Duration = Duration::from_secs(40);
+/// Between two looks at what goes where.
 const LOOK: Duration = Duration::from_millis(500);
-/// A node that takes part gets at least this share of the bytes it got before.
-const TAKES_PART: u64 = 4;
+/// A node that takes part gets at least this part of the share it got before.
+const TAKES_PART: f64 = 4.0;
+/// Of nodes, in seconds: this is about nodes that are slow and are not taken for dead.
+const LEASE: &str = "20";
 
 async fn work() -> Work {
     let short = |i: u32| {
@@ -39,24 +43,49 @@ async fn house() -> House {
     House::start(Plan {
         experts: 4,
         proxies: 4,
+        lease: LEASE,
         ..Plan::default()
     })
     .await
 }
 
-/// Bytes that go through in the meantime, per [`LOOK`].
-async fn bytes_over(proxy: &Proxy, time: Duration) -> u64 {
-    let before = proxy.bytes();
-    tokio::time::sleep(time).await;
-    let looks = (time.as_millis() / LOOK.as_millis()).max(1) as u64;
-    (proxy.bytes() - before) / looks
+/// Bytes to and from each node so far.
+fn bytes(house: &House) -> Vec<u64> {
+    house.proxies.iter().map(Proxy::bytes).collect()
 }
 
-/// Under load from `begun` on until rows go to the node as before; how long that took.
-async fn cured(load: Load, proxy: &Proxy, usual: u64) -> (Seen, Duration) {
+/// Of what has gone over all wires since `before`: how much, and the first node's share.
+fn since(house: &House, before: &[u64]) -> (u64, f64) {
+    let gone = bytes(house).into_iter().zip(before);
+    let gone: Vec<u64> = gone.map(|(now, before)| now - before).collect();
+    let all: u64 = gone.iter().sum();
+    (all, gone[0] as f64 / all.max(1) as f64)
+}
+
+/// Under load until the first node gets its share again; how long that took. A look at what goes
+/// where is over when as much has gone as does in [`LOOK`] on a quiet machine.
+async fn cured(house: &House, load: Load, usual: f64, look: u64) -> (Seen, Duration) {
+    let limit = match std::env::var_os(EXTENT) {
+        Some(_) => CURED,
+        None => CURED_BUSY,
+    };
     let begun = Instant::now();
-    while bytes_over(proxy, LOOK).await < usual / TAKES_PART {
-        assert!(begun.elapsed() < 3 * CURED, "it is left alone for ever");
+    let mut before = bytes(house);
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let (all, share) = since(house, &before);
+        if all >= look {
+            if share >= usual / TAKES_PART {
+                break;
+            }
+            before = bytes(house);
+        }
+        let attention = house.attention[0].output();
+        assert!(
+            begun.elapsed() < limit,
+            "it is left alone for {limit:?}: {:?}\n{attention}",
+            house.status().await
+        );
     }
     let took = begun.elapsed();
     (load.stop().await, took)
@@ -67,23 +96,27 @@ async fn fall_ill(case: &str, house: &House, sicken: impl FnOnce(), cure: impl F
     let work = work().await;
     // Connections, caches and what nodes are thought of.
     work.load(house.grpc()).stop().await;
-    let proxy = &house.proxies[0];
+    let before = bytes(house);
     let load = work.load(house.grpc());
-    let usual = bytes_over(proxy, PART).await;
+    tokio::time::sleep(PART).await;
+    let (all, usual) = since(house, &before);
+    let look = all * LOOK.as_millis() as u64 / PART.as_millis() as u64;
     let quiet = load.stop().await;
     sicken();
+    let before = bytes(house);
     let load = work.load(house.grpc());
-    let slow_bytes = bytes_over(proxy, PART).await;
+    tokio::time::sleep(PART).await;
+    let (_, share) = since(house, &before);
     let slow = load.stop().await;
     let load = work.load(house.grpc());
     cure();
-    let (after, again) = cured(load, proxy, usual).await;
+    let (after, again) = cured(house, load, usual, look).await;
     let more = json!({
         "quiet_itl_p99_ms": ms(quiet.p99()),
         "quiet_longest_stall_ms": ms(quiet.stall()),
         "gaps": slow.gaps.len(),
         "quiet_gaps": quiet.gaps.len(),
-        "share_of_usual_bytes": slow_bytes as f64 / usual.max(1) as f64,
+        "share_of_bytes": [usual, share],
         "used_again_ms": ms(again),
     });
     report(case, &slow, more);
@@ -95,7 +128,6 @@ async fn fall_ill(case: &str, house: &House, sicken: impl FnOnce(), cure: impl F
         None => (SLOWER * quiet.p99()).max(BUSY),
     };
     assert!(slow.p99() <= limit, "{:?} of {limit:?}", slow.p99());
-    assert!(again <= CURED, "{again:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
