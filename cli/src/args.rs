@@ -24,6 +24,7 @@ mod coordinator;
 mod engine;
 mod expert;
 mod experts;
+mod host;
 mod inspect;
 mod joining;
 mod manifest;
@@ -49,6 +50,7 @@ pub(crate) use experts::{
     Experts, ExpertsCommand, ExpertsDrain, ExpertsEplb, ExpertsLoad, ExpertsLs, ExpertsPlan,
     ExpertsRebalance, ExpertsRecord, ExpertsWatch, Leader, SplitArg,
 };
+pub(crate) use host::Host;
 pub(crate) use inspect::Inspect;
 pub(crate) use joining::Joining;
 pub(crate) use manifest::Manifest;
@@ -142,11 +144,15 @@ pub(crate) struct Compute {
     pub(crate) threads: u16,
     #[command(flatten)]
     pub(crate) kernels: Kernels,
+    #[command(flatten)]
+    pub(crate) host: Host,
 }
 
 impl Compute {
     /// The arithmetic that was asked for.
     pub(crate) fn cpu(&self) -> Result<Cpu, Failure> {
-        self.kernels.cpu(self.threads)
+        let cpu = self.kernels.cpu(self.threads)?;
+        self.host.arrange(&cpu);
+        Ok(cpu)
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{Access, Common, Compute, Instructions, Latents};
+use super::{Access, Common, Compute, Host, Instructions, Latents};
 use crate::failure::EXIT_CODES;
 
 #[derive(Clone, Debug, Args)]
@@ -188,6 +188,8 @@ pub(crate) struct BenchKernels {
     pub(crate) threads: u16,
     #[command(flatten)]
     pub(crate) instructions: Instructions,
+    #[command(flatten)]
+    pub(crate) host: Host,
     /// Rounds that the medians are taken of
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
     pub(crate) rounds: u32,

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::Path;
 
-use guild_kernels::Arithmetic;
+use guild_kernels::topology::Topology;
+use guild_kernels::{Arithmetic, HugePages};
 use guild_model::cache::{Format, LatentCache};
 use guild_model::checkpoint::{Dtype, manifest, schema};
 use guild_model::config::{Scoring, TopkMethod};
@@ -75,7 +76,22 @@ fn describe_cpu(cpu: &Cpu) -> Result<(), Failure> {
         let class = arithmetic.numerics_class();
         writeln!(stdout, "  {:<12} {told}; class {class}", arithmetic.name())?;
     }
-    Ok(())
+    let topology = Topology::here();
+    writeln!(stdout, "{} physical cores", topology.cores.len())?;
+    for node in topology.nodes {
+        let (number, near) = (node.number, node.processors.len());
+        writeln!(
+            stdout,
+            "  memory node {number}: near {near} logical processors"
+        )?;
+    }
+    let pages = match HugePages::chosen() {
+        HugePages::Auto => "asked for",
+        HugePages::Off => "refused",
+    };
+    let system = HugePages::of_system()
+        .map_or_else(String::new, |set| format!("; the system is set to {set}"));
+    Ok(writeln!(stdout, "huge pages {pages}{system}")?)
 }
 
 /// Everything that is said about a checkpoint; bytes are those of weights in memory.

@@ -9,8 +9,11 @@ use std::time::{Duration, Instant};
 use guild_kernels::floor::{self, Unit};
 use guild_kernels::pack::{self, Int};
 use guild_kernels::{
-    Arithmetic, Cpu, LatentAttention, LatentFormat, MatrixRef, Memory, QueryRow, WeightsRef,
+    Arithmetic, Cpu, Ffn, LatentAttention, LatentFormat, MatrixRef, Memory, QueryRow, WeightsRef,
 };
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use rand::seq::index;
 
 use super::figures::{self, Figure, median};
 use crate::args::BenchKernels;
@@ -143,7 +146,9 @@ pub(super) fn run(args: &BenchKernels) -> Result<(), Failure> {
     log_tool(&args.common)?;
     let both = |arithmetic| -> Result<[Cpu; 2], Failure> {
         let with = |threads| args.instructions.cpu(threads, arithmetic);
-        Ok([with(args.threads)?, with(1)?])
+        let all = with(args.threads)?;
+        args.host.arrange(&all);
+        Ok([all, with(1)?])
     };
     let [cpu, one] = both(Arithmetic::Fma)?;
     let dots = Arithmetic::fastest_dot(cpu.isa())
@@ -236,6 +241,7 @@ pub(super) fn run(args: &BenchKernels) -> Result<(), Failure> {
         let machine = if case.alone { &single } else { &all };
         case.figure(machine, if case.alone { 1 } else { cpu.threads() })
     }));
+    figures.extend(together(&cases, cpu.threads()));
     figures::print(&cpu.describe(), &figures, args.json)
 }
 
@@ -258,6 +264,27 @@ fn limits(machine: &Machine, threads: usize) -> Vec<Figure> {
             unit,
             floor: median(rates) / 1e9,
             bound: "itself",
+        })
+        .collect()
+}
+
+/// How many times faster all threads are than one, where both were measured.
+fn together(cases: &[Case<'_>], threads: usize) -> Vec<Figure> {
+    let pairs = cases.iter().filter(|case| case.alone).filter_map(|one| {
+        let what = |case: &Case<'_>| (case.name.clone(), case.format, case.m);
+        let same = |case: &&Case<'_>| !case.alone && what(case) == what(one);
+        Some((one, cases.iter().find(same)?))
+    });
+    pairs
+        .map(|(one, all)| Figure {
+            name: format!("{}, all / one", one.name),
+            format: one.format.to_owned(),
+            m: one.m,
+            threads,
+            value: median(&all.rates) / median(&one.rates),
+            unit: "x",
+            floor: threads as f64,
+            bound: "threads",
         })
         .collect()
 }
@@ -479,11 +506,13 @@ fn ffn<'a>(
         .map(|i| expert(memory, format, i * each, shapes).0)
         .collect();
     let x = vec![0.5; m * shapes.hidden];
+    let mut out = vec![0.0; m * shapes.hidden];
     let ops = (6 * m * shapes.hidden * shapes.inner) as f64;
     let mut next = 0;
     let name = format!("ffn cold {}x{}", shapes.hidden, shapes.inner);
     Case::new(name, format.name(), m, "GB/s", move || {
-        black_box(forward(cpu, &experts[next], &x));
+        cpu.ffn(&mut out, &x, &[mlp(&experts[next], None)]);
+        black_box(&mut out);
         next = (next + 1) % experts.len();
         Work {
             bytes: each as f64,
@@ -494,16 +523,13 @@ fn ffn<'a>(
     })
 }
 
-fn forward(cpu: &Cpu, [gate, up, down]: &Expert<'_>, x: &[f32]) -> Vec<f32> {
-    let m = x.len() / gate.cols;
-    let mut inner = vec![0.0; m * gate.rows];
-    let mut other = vec![0.0; m * gate.rows];
-    cpu.matmul(&mut inner, x, *gate);
-    cpu.matmul(&mut other, x, *up);
-    cpu.silu_mul(&mut inner, &other);
-    let mut out = vec![0.0; m * down.rows];
-    cpu.matmul(&mut out, &inner, *down);
-    out
+fn mlp<'a>(&[gate, up, down]: &Expert<'a>, rows: Option<&'a [u32]>) -> Ffn<'a> {
+    Ffn {
+        gate,
+        up,
+        down,
+        rows,
+    }
 }
 
 /// The routed half of a MoE layer: gather, experts, weighted sum. Every call routes anew.
@@ -521,33 +547,39 @@ fn moe<'a>(
         .collect();
     let x = vec![0.5; tokens * hidden];
     let mut sums = vec![0.0; tokens * hidden];
+    let mut out = vec![0.0; tokens * top_k * hidden];
     let ops = (tokens * top_k * 6 * hidden * shapes.inner) as f64;
-    let mut random = Random(tokens as u64);
+    let mut random = StdRng::seed_from_u64(tokens as u64);
     let name = format!("moe layer, {resident} experts, top {top_k}");
     Case::new(name, format.name(), tokens, "tokens/s", move || {
         let mut rows = vec![Vec::new(); resident];
         for token in 0..tokens {
-            random
-                .choose(resident, top_k)
-                .for_each(|e| rows[e].push(token));
-        }
-        sums.fill(0.0);
-        let mut touched = 0;
-        for (expert, rows) in experts
-            .iter()
-            .zip(&rows)
-            .filter(|(_, rows)| !rows.is_empty())
-        {
-            touched += 1;
-            let gathered: Vec<&[f32]> = rows.iter().map(|r| &x[r * hidden..][..hidden]).collect();
-            let out = forward(cpu, expert, &gathered.concat());
-            for (row, out) in rows.iter().zip(out.chunks_exact(hidden)) {
-                cpu.fma(&mut sums[row * hidden..][..hidden], 0.125, out);
+            for expert in index::sample(&mut random, resident, top_k) {
+                rows[expert].push(token as u32);
             }
         }
+        let touched = experts
+            .iter()
+            .zip(&rows)
+            .filter(|(_, rows)| !rows.is_empty());
+        let mlps: Vec<Ffn<'_>> = touched
+            .map(|(expert, rows)| mlp(expert, Some(rows.as_slice())))
+            .collect();
+        cpu.ffn(&mut out, &x, &mlps);
+        // Answers of a token, by ascending expert.
+        let mut answers: Vec<Vec<&[f32]>> = vec![Vec::new(); tokens];
+        for (&token, answer) in rows.iter().flatten().zip(out.chunks_exact(hidden)) {
+            answers[token as usize].push(answer);
+        }
+        cpu.par_chunks(&mut sums, hidden, |token, sum| {
+            sum.fill(0.0);
+            for answer in &answers[token] {
+                cpu.fma(sum, 0.125, answer);
+            }
+        });
         black_box(&mut sums);
         Work {
-            bytes: (touched * each) as f64,
+            bytes: (mlps.len() * each) as f64,
             ops,
             unit: format.unit(),
             items: tokens as f64,
@@ -636,29 +668,5 @@ impl<'a> Case<'a> {
 
     fn alone(self, alone: bool) -> Case<'a> {
         Case { alone, ..self }
-    }
-}
-
-/// Deterministic numbers (splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) % n as u64) as usize
-    }
-
-    /// `k` different ones of `n`.
-    fn choose(&mut self, n: usize, k: usize) -> impl Iterator<Item = usize> {
-        let mut all: Vec<usize> = (0..n).collect();
-        for i in 0..k.min(n) {
-            let other = i + self.below(n - i);
-            all.swap(i, other);
-        }
-        all.truncate(k);
-        all.into_iter()
     }
 }
