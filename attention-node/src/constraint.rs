@@ -26,8 +26,8 @@ use crate::sequence;
 pub const KEPT_GRAMMARS: usize = 64;
 /// Grammars that are compiled at the same time.
 const COMPILERS: usize = 2;
-/// Threads that work out masks.
-const MASKERS: usize = 2;
+/// Threads that work out masks: one for each processor, but no fewer and no more than these.
+const MASKERS: (usize, usize) = (2, 8);
 
 /// Where the checkpoint's tokenizer comes from; None when there is none.
 pub type LoadText = Arc<dyn Fn() -> Result<Option<Arc<Text>>, String> + Send + Sync>;
@@ -312,7 +312,9 @@ impl Maskers {
 fn start() -> mpsc::Sender<Job> {
     let (sender, receiver) = mpsc::channel::<Job>();
     let receiver = Arc::new(Mutex::new(receiver));
-    for index in 0..MASKERS {
+    let (least, most) = MASKERS;
+    let processors = thread::available_parallelism().map_or(least, usize::from);
+    for index in 0..processors.clamp(least, most) {
         let receiver = Arc::clone(&receiver);
         let work = move || {
             loop {

@@ -274,10 +274,10 @@ impl Sequence {
         self.drafts
     }
 
-    /// There is a gap in them now: no more drafts, and nobody else may have its pages.
+    /// There is a gap in them now: no more drafts, and nobody else may have its pages. Those that are
+    /// made already stay to be tried: the scheduler may have been told of them.
     pub(crate) fn stop_drafting(&mut self) {
         self.drafts = false;
-        self.drafted.clear();
     }
 
     /// Whether a draft could be tried in the next step.

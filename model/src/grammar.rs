@@ -336,10 +336,16 @@ impl Allowed {
 
     /// Sets the logits `[vocab]` of all other tokens to -inf.
     pub fn mask(&self, logits: &mut [f32]) {
-        for (group, word) in logits.chunks_mut(32).zip(self.0.as_slice()) {
-            for (bit, logit) in group.iter_mut().enumerate() {
-                if word >> bit & 1 == 0 {
-                    *logit = f32::NEG_INFINITY;
+        for (group, &word) in logits.chunks_mut(32).zip(self.0.as_slice()) {
+            match word {
+                0 => group.fill(f32::NEG_INFINITY),
+                u32::MAX => {}
+                word => {
+                    for (bit, logit) in group.iter_mut().enumerate() {
+                        if word >> bit & 1 == 0 {
+                            *logit = f32::NEG_INFINITY;
+                        }
+                    }
                 }
             }
         }
