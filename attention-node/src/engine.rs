@@ -188,10 +188,11 @@ impl<F: Fabric + 'static> Engine<F> {
             }
         }
         for block in wanted.chunks(HEAD_ROWS) {
-            let rows = block
-                .iter()
-                .map(|&(_, _, row)| &hidden[row * width..][..width]);
-            let normed = self.trunk.final_norm(&rows.collect::<Vec<_>>().concat());
+            let mut rows = self.trunk.workspace().take::<f32>(block.len() * width);
+            for (to, &(_, _, row)) in rows.chunks_exact_mut(width).zip(block) {
+                to.copy_from_slice(&hidden[row * width..][..width]);
+            }
+            let normed = self.trunk.final_norm(&rows);
             let logits = self.trunk.logits(&normed);
             for ((id, position, _), logits) in block.iter().zip(logits.chunks_exact(vocab)) {
                 if let Some(sequence) = self.sequences.get_mut(id) {

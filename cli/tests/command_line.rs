@@ -312,6 +312,41 @@ fn a_random_model_is_the_same_every_time_and_can_be_read() {
     );
 }
 
+#[test]
+fn random_weights_of_another_format_are_those_that_quantising_makes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let (plain, packed, direct) = (path("plain"), path("packed"), path("direct"));
+    let done = |args: &[&str]| {
+        let output = guild(args, &[]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{args:?}: {said}");
+        output.stdout
+    };
+    let shape = ["random-model", "--shape", "tiny"];
+    let small = ["--set", "n_routed_experts=8", "--out"];
+    done(&[&shape[..], &small, &[plain.as_str()]].concat());
+    done(&[
+        "quantize", "--model", &plain, "--to", "int4", "--out", &packed,
+    ]);
+    let int4 = ["--dtype", "int4"];
+    done(&[&shape[..], &int4, &small, &[direct.as_str()]].concat());
+    let digest = |path: &str| {
+        let report = done(&["inspect", "--model", path, "--json"]);
+        let report: Value = serde_json::from_slice(&report).unwrap();
+        report["digest"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(digest(&packed), digest(&direct));
+    assert_ne!(digest(&packed), digest(&plain));
+    let left = std::fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(left, 3, "what was made on the way is gone");
+    let never = path("never");
+    for (dtype, says) in [("f32", "bf16, fp8, int8, int4"), ("int5", "int5")] {
+        let asked = ["--dtype", dtype, "--out", never.as_str()];
+        refused(&[&shape[..], &asked].concat(), &[], 2, &["--dtype", says]);
+    }
+}
+
 /// Every flag and every variable in the manifests is one that its role has.
 #[test]
 fn manifests_use_flags_that_exist() {

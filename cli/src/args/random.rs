@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use guild_model::checkpoint::Dtype;
 
 use super::Common;
 use crate::failure::EXIT_CODES;
@@ -11,6 +12,7 @@ use crate::failure::EXIT_CODES;
 #[command(after_help = format!("Examples:
   guild random-model --shape tiny --out /tmp/tiny
   guild random-model --shape moonlight-4L --set num_hidden_layers=6 --out /tmp/moonlight
+  guild random-model --shape moonlight-4L --dtype int4 --out /tmp/moonlight-int4
 
 Every value is a function of seed, tensor name and index alone: the same command
 writes the same bytes anywhere.
@@ -26,6 +28,10 @@ pub(crate) struct RandomModel {
     /// Seed of the weights
     #[arg(long, default_value_t = 1, value_name = "S")]
     pub(crate) seed: u64,
+    /// What weights are written in: bf16, fp8, int8 or int4; integers perhaps with a group, as in int4-g32. All but
+    /// bf16 are made from the bf16 weights, which are beside the output meanwhile
+    #[arg(long, default_value = "bf16", value_name = "DTYPE")]
+    pub(crate) dtype: Dtype,
     /// Largest file, in GB
     #[arg(long, default_value_t = 4.0, value_name = "GB")]
     pub(crate) shard_gb: f64,
