@@ -100,7 +100,6 @@ impl Drop for Arriving {
 /// The pages of a prompt that is run for somebody else, in their order, until they end.
 #[derive(Debug)]
 pub(crate) struct Leaving {
-    pub(crate) form: PageForm,
     /// Names of all full pages.
     pub(crate) keys: Vec<u128>,
     pages: mpsc::Receiver<Page>,
@@ -205,7 +204,6 @@ impl Moves {
             pages: sender,
         });
         Leaving {
-            form,
             keys,
             pages,
             wake: Arc::clone(wake),

@@ -55,6 +55,8 @@ pub struct Plan {
     pub coordinator_flags: Vec<String>,
     /// Further flags of every node.
     pub node_flags: Vec<String>,
+    /// `--role` of the first attention nodes; the others do both.
+    pub roles: Vec<&'static str>,
     /// Further flags of every attention node.
     pub attention_flags: Vec<String>,
     /// Further environment of every process.
@@ -77,6 +79,7 @@ impl Default for Plan {
             host: LOOPBACK.to_owned(),
             coordinator_flags: Vec::new(),
             node_flags: strings(&["--threads", "1"]),
+            roles: Vec::new(),
             attention_flags: Vec::new(),
             environment: Vec::new(),
         }
@@ -299,6 +302,9 @@ impl House {
         let (name, listen, rows) = (format!("attention-{at}"), address(), address());
         let mut args = self.node("attention-node", &name, &listen, &listen);
         args.extend(self.plan.attention_flags.clone());
+        if let Some(role) = self.plan.roles.get(at) {
+            args.extend(strings(&["--role", role]));
+        }
         if self.plan.together {
             let (public, domain) = (self.public(at, &rows), format!("host-{at}"));
             args.extend(strings(&[
