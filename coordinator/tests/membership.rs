@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use common::{Attention, Coordinator, LEASE, Node, Script, expect};
@@ -194,6 +195,29 @@ async fn nodes_outlive_the_coordinator_and_epochs_go_on() {
     assert!(after.epoch > before.epoch);
     coordinator.is_ready().await;
     coordinator.generate(&[1]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_coordinator_that_remembers_nothing_repeats_no_id() {
+    let mut coordinator = Coordinator::start().await;
+    let mut ids = BTreeSet::new();
+    for life in 0..4 {
+        let mut client = coordinator.cluster();
+        for name in ["expert-1", "expert-2"] {
+            let request = RegisterRequest {
+                role: Role::Expert.into(),
+                name: name.into(),
+                address: "127.0.0.1:1".into(),
+                model_digest: coordinator.digest.clone(),
+                numerics_class: common::NUMERICS.into(),
+                incarnation: 1,
+                ..RegisterRequest::default()
+            };
+            let joined = client.register(request).await.unwrap().into_inner();
+            assert!(ids.insert(joined.node_id), "life {life}: {ids:?}");
+        }
+        coordinator = coordinator.restart().await;
+    }
 }
 
 #[tokio::test]

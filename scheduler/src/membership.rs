@@ -133,6 +133,13 @@ impl Membership {
         membership
     }
 
+    /// Gives ids above `last` from now on. Whoever begins with nothing, and cannot know which ids
+    /// were given before, begins somewhere at random: what a node of an earlier life still asks for
+    /// by its id must not be another's.
+    pub fn number_above(&mut self, last: NodeId) {
+        self.last_id = self.last_id.max(last);
+    }
+
     /// A node wants to join, or to join again. Returns its id.
     ///
     /// # Errors

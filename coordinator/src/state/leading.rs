@@ -15,6 +15,7 @@ use guild_node::store::{
 };
 use guild_node::{Shutdown, failpoint};
 use guild_scheduler::membership::{Membership, Snapshot};
+use guild_scheduler::placement::NodeId;
 use tokio::sync::watch;
 
 use super::{ClusterState, Inner, Placements};
@@ -180,8 +181,9 @@ impl ClusterState {
     /// if that is newer. Every node gets a whole lease to find the new leader.
     fn take_over(&self, leadership: &Leadership) {
         self.with_inner(|inner, now| {
-            if let Some(state) = leadership.inherited() {
-                self.resume(inner, now, state);
+            match leadership.inherited() {
+                Some(state) => self.resume(inner, now, state),
+                None => inner.membership.number_above(any_id()),
             }
             let known = inner.membership.snapshot();
             if known.nodes().next().is_some()
@@ -286,6 +288,13 @@ impl ClusterState {
         }
         "the coordinator ends".to_owned()
     }
+}
+
+/// Where ids begin when no store knows which were given before: anywhere in the lower half of what
+/// there are, so that neither a repetition nor the end of the numbers is to be feared.
+fn any_id() -> NodeId {
+    // The low half of a version 4 UUID is random but for its two highest bits.
+    (uuid::Uuid::new_v4().as_u64_pair().1 as NodeId) >> 1
 }
 
 /// Passes fail points on a thread that may block. One that fires is as if the
