@@ -253,6 +253,7 @@ mod tests {
         let mut hidden: Vec<f32> = (0..14).map(|n| n as f32).collect();
         let parts = micro_batches(&mut hidden, &seqs, Some(3));
         assert_eq!((parts[0].hidden.len(), parts[1].hidden[0]), (6, 6.0));
+        drop(parts);
         let whole = micro_batches(&mut hidden, &seqs, None);
         assert_eq!(shown(whole[0].seqs.clone()), shown(seqs.to_vec()));
     }
