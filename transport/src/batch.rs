@@ -1,7 +1,7 @@
 //! A batch: taken apart into one part per node, put together again from the
 //! answers. The checks here are the same for every leaf.
 
-use std::{collections::HashMap, time::Instant};
+use std::{collections::HashMap, fmt, time::Instant};
 
 use bytes::Bytes;
 use guild_proto::{frame, limits::F32_BYTES};
@@ -243,7 +243,7 @@ impl Handle {
                 Err(ExchangeError::new(
                     code,
                     peer.as_str(),
-                    format!("epoch {}, {}: {message}", self.epoch, describe(&slots)),
+                    format!("{}: {message}", Place::new(self.epoch, &slots)),
                 ))
             };
             let bytes;
@@ -320,19 +320,44 @@ fn wrong_count(elements: usize, targets: &[u32], width: usize) -> String {
     )
 }
 
-/// The slots of a part for an error message: all when they are few.
-pub(crate) fn describe(slots: &[(u32, Vec<u32>)]) -> String {
-    const SHOWN: usize = 4;
-    let shown: Vec<String> = slots
-        .iter()
-        .take(SHOWN)
-        .map(|(slot, _)| slot.to_string())
-        .collect();
-    let more = match slots.len().saturating_sub(SHOWN) {
-        0 => String::new(),
-        more => format!(" and {more} more"),
-    };
-    format!("slots {}{more}", shown.join(", "))
+/// Slots that a message names; of others it tells how many there are.
+const SHOWN: usize = 4;
+
+/// What work is for, as messages say it. Most work goes well, and nothing is written of it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place {
+    epoch: u64,
+    /// As many as there are.
+    first: [u32; SHOWN],
+    slots: usize,
+}
+
+impl Place {
+    pub(crate) fn new(epoch: u64, slots: &[(u32, Vec<u32>)]) -> Place {
+        let mut first = [0; SHOWN];
+        for (first, (slot, _)) in first.iter_mut().zip(slots) {
+            *first = *slot;
+        }
+        Place {
+            epoch,
+            first,
+            slots: slots.len(),
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "epoch {}, slots ", self.epoch)?;
+        for (at, slot) in self.first.iter().take(self.slots).enumerate() {
+            let comma = if at > 0 { ", " } else { "" };
+            write!(f, "{comma}{slot}")?;
+        }
+        match self.slots.saturating_sub(SHOWN) {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -34,7 +34,7 @@ use tonic::{
 
 use crate::{
     Batch, ExchangeCode, ExchangeError, Fetch, FetchRequest,
-    batch::{Arrived, Part, describe},
+    batch::{Arrived, Part, Place},
     blob,
     links::{Dial, LinkLimits, remaining_ms},
     rows,
@@ -90,7 +90,7 @@ struct Pending {
     pairs: usize,
     bytes: usize,
     deadline: Option<Instant>,
-    place: String,
+    place: Place,
     answer: Answer,
 }
 
@@ -136,7 +136,7 @@ impl Link {
         part: &Part,
     ) -> Result<oneshot::Receiver<Arrived<Bytes>>, ExchangeError> {
         let shared = &self.0;
-        let place = format!("epoch {}, {}", batch.epoch, describe(&part.slots));
+        let place = Place::new(batch.epoch, &part.slots);
         let Some(deadline_ms) = remaining_ms(batch.deadline) else {
             return Err(shared.error(
                 ExchangeCode::Deadline,
@@ -427,13 +427,13 @@ impl Shared {
     }
 
     /// An answer that is late by more than the grace.
-    fn overdue(&self) -> Option<String> {
+    fn overdue(&self) -> Option<Place> {
         let grace = self.limits.stall_grace;
         let state = self.state();
         let mut pending = state.pending.values();
         pending
             .find(|pending| pending.deadline.is_some_and(|at| at.elapsed() > grace))
-            .map(|pending| pending.place.clone())
+            .map(|pending| pending.place)
     }
 
     /// Gives an answer to its dispatch. An error means that the stream cannot be

@@ -7,9 +7,7 @@ use std::{
     time::Instant,
 };
 
-use crate::{
-    ExchangeCode, ExchangeError, Fetch, FetchRequest, SlotHost, Work, batch::describe, blob,
-};
+use crate::{ExchangeCode, ExchangeError, Fetch, FetchRequest, SlotHost, Work, batch::Place, blob};
 
 /// The nodes of this process, by name. Clones share one table.
 #[derive(Clone, Default)]
@@ -96,7 +94,7 @@ impl Link {
 pub(crate) fn run(node: &str, host: &dyn SlotHost, work: Work) -> Result<Vec<f32>, ExchangeError> {
     let elements = work.pairs() * work.width;
     let deadline = work.deadline;
-    let place = format!("epoch {}, {}", work.epoch, describe(&work.slots));
+    let place = Place::new(work.epoch, &work.slots);
     let error = |code, what: String| ExchangeError::new(code, node, format!("{place}: {what}"));
     let late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
     if late() {
