@@ -4,9 +4,12 @@
 //! them are run on few, some and many rows, several times each. The least of the
 //! times counts, for whatever else the machine does only adds to it: nodes of a
 //! kind measure the same. So long should a product of any number of rows take. Every real product is held against it, so a
-//! machine that becomes slower, or was busy when it was measured, shows; and
+//! machine that becomes slower shows; and
 //! because like is compared with like, it does not matter whether much prefill
-//! or only some decoding came by. What a cgroup takes away is known exactly and
+//! or only some decoding came by. Products that are quicker than they should be
+//! prove nothing, for experts that are asked for again and again stay in the
+//! caches; but they, and quiet, are the occasion to measure again as at first,
+//! and so a node that was busy when it started is found out. What a cgroup takes away is known exactly and
 //! counts even when no load has met that limit yet (`quota`). Knows nothing of
 //! senders and placements.
 
@@ -15,7 +18,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use guild_model::{Cpu, expert::Expert};
+use guild_model::{
+    Cpu,
+    expert::{Breathe, Expert},
+};
 
 /// Rows of the products whose time is measured, ascending.
 const ROWS: [usize; 3] = [1, 8, 64];
@@ -33,12 +39,27 @@ const LEAST_SAMPLES: usize = 5;
 pub(crate) const EXPERTS: usize = 16;
 /// Products of about this long altogether make the present speed, seconds.
 const MEMORY: f64 = 2.0;
-/// How much of that the first measurement is worth, seconds.
+/// How much of that a measurement is worth, seconds.
 const PRIOR: f64 = 0.25;
+/// Products that take this much less time than they should are reason to measure again.
+const FASTER: f64 = 1.25;
+/// A measurement that finds the machine this much quicker was worth its while.
+const GAIN: f64 = 1.05;
+/// Between two measurements at least; doubled by every one that finds nothing new.
+const AGAIN: Duration = Duration::from_secs(30);
+/// The most that becomes of it: what a machine can do changes seldom.
+const AGAIN_MAX: Duration = Duration::from_secs(960);
 
 /// Measures and remembers.
 #[derive(Debug, Default)]
-pub(crate) struct Capacity(Mutex<Option<Measured>>);
+pub(crate) struct Capacity(Mutex<Option<(Measured, Again)>>);
+
+/// When to measure again.
+#[derive(Debug)]
+struct Again {
+    at: Instant,
+    pause: Duration,
+}
 
 #[derive(Debug)]
 struct Measured {
@@ -51,10 +72,32 @@ struct Measured {
 }
 
 impl Capacity {
-    /// Runs some of `experts` on rows of `width`, unless that was done before.
-    /// Takes about 50 ms, less where experts are small, more where the processor is not to be had.
-    pub(crate) fn calibrate(&self, experts: &[Arc<Expert>], width: usize, cpu: &Cpu) {
-        if experts.is_empty() || self.lock().is_some() {
+    /// Whether it was measured before.
+    pub(crate) fn is_known(&self) -> bool {
+        self.lock().is_some()
+    }
+
+    /// Whether it is time to measure again; true once each time. `quiet`: no rows come.
+    pub(crate) fn is_due(&self, now: Instant, quiet: bool) -> bool {
+        let mut known = self.lock();
+        let due = known.as_mut().is_some_and(|(measured, again)| {
+            now >= again.at && (quiet || measured.speed() >= FASTER) && again.begin(now)
+        });
+        drop(known);
+        due
+    }
+
+    /// Runs some of `experts` on rows of `width` and breathes after each product.
+    /// Takes about 50 ms of work, less where experts are small, more where the processor is not to
+    /// be had.
+    pub(crate) fn calibrate(
+        &self,
+        experts: &[Arc<Expert>],
+        width: usize,
+        cpu: &Cpu,
+        breathe: Breathe<'_>,
+    ) {
+        if experts.is_empty() {
             return;
         }
         let most = ROWS[ROWS.len() - 1];
@@ -68,26 +111,37 @@ impl Capacity {
             if let Some(expert) = turn.next() {
                 std::hint::black_box(expert.forward(cpu, &x[..rows * width]));
             }
-            begun.elapsed().as_secs_f64()
+            let took = begun.elapsed();
+            breathe();
+            took
         };
         // Threads that sleep, pages nobody has touched.
         run(ROWS[0]);
         let budget = BUDGET / ROWS.len() as u32;
         let seconds = ROWS.map(|rows| {
-            let begun = Instant::now();
-            let (mut least, mut samples) = (run(rows), 1);
-            while samples < LEAST_SAMPLES || samples < SAMPLES && begun.elapsed() < budget {
-                least = least.min(run(rows));
+            let first = run(rows);
+            let (mut least, mut all, mut samples) = (first, first, 1);
+            while samples < LEAST_SAMPLES || samples < SAMPLES && all < budget {
+                let took = run(rows);
+                (least, all) = (least.min(took), all + took);
                 samples += 1;
             }
-            least
+            least.as_secs_f64()
         });
-        self.lock().get_or_insert(Measured::new(seconds));
+        let mut known = self.lock();
+        match known.as_mut() {
+            None => *known = Some((Measured::new(seconds), Again::after(Instant::now(), AGAIN))),
+            Some((measured, again)) => {
+                if measured.again(seconds) {
+                    *again = Again::after(Instant::now(), AGAIN);
+                }
+            }
+        }
     }
 
     /// A product of `rows` rows took `time`.
     pub(crate) fn observe(&self, rows: usize, time: Duration) {
-        if let Some(measured) = self.lock().as_mut() {
+        if let Some((measured, _)) = self.lock().as_mut() {
             measured.observe(rows, time.as_secs_f64());
         }
     }
@@ -96,12 +150,27 @@ impl Capacity {
     /// `None` before [`Capacity::calibrate`].
     pub(crate) fn rows_per_second(&self, threads: usize) -> Option<f64> {
         let share = crate::quota::cpus().map_or(1.0, |cpus| cpus / threads.max(1) as f64);
-        let rate = self.lock().as_ref()?.rows_per_second(share);
+        let rate = self.lock().as_ref()?.0.rows_per_second(share);
         rate.is_finite().then_some(rate)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Measured>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<(Measured, Again)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Again {
+    fn after(now: Instant, pause: Duration) -> Again {
+        Again {
+            at: now + pause,
+            pause,
+        }
+    }
+
+    /// One begins now, and will have found nothing unless it says otherwise.
+    fn begin(&mut self, now: Instant) -> bool {
+        *self = Again::after(now, (self.pause * 2).min(AGAIN_MAX));
+        true
     }
 }
 
@@ -116,6 +185,21 @@ impl Measured {
             expected: PRIOR,
             taken: PRIOR,
         }
+    }
+
+    /// Takes another measurement into account: the least of the times counts, and how long it
+    /// takes now is the present speed. True: the machine is quicker than was known.
+    fn again(&mut self, seconds: [f64; ROWS.len()]) -> bool {
+        let now = Self::new(seconds);
+        let was = self.seconds(TYPICAL_ROWS);
+        let mut least = now.seconds;
+        for (least, known) in least.iter_mut().zip(self.seconds) {
+            *least = least.min(known);
+        }
+        *self = Self::new(least);
+        let is = self.seconds(TYPICAL_ROWS);
+        self.expected = PRIOR * is / now.seconds(TYPICAL_ROWS);
+        was > is * GAIN
     }
 
     /// Seconds that a product should take: straight lines between what was measured.
@@ -133,14 +217,18 @@ impl Measured {
         self.taken = self.taken * fade + taken;
     }
 
+    /// What recent products should have taken over what they took.
+    fn speed(&self) -> f64 {
+        self.expected / self.taken
+    }
+
     /// With `share` of the threads' time allowed. A limit that has been met shows
     /// in the speed already; one that has not, caps it. More than was measured
     /// does not count: it is the caches that give it, as long as few experts are
     /// asked for, and they give no more when the planner sends more of them here.
     fn rows_per_second(&self, share: f64) -> f64 {
-        let speed = self.expected / self.taken;
         let rate = TYPICAL_ROWS as f64 / self.seconds(TYPICAL_ROWS);
-        rate * speed.min(share).min(1.0)
+        rate * self.speed().min(share).min(1.0)
     }
 }
 
@@ -188,6 +276,62 @@ mod tests {
             // Experts that stay in the caches.
             assert!((settle(&mut measured, 0.5) - 1.0).abs() < 0.02, "{rows}");
         }
+    }
+
+    #[test]
+    fn a_node_that_was_busy_when_it_was_measured_is_found_out_and_caches_are_not_believed() {
+        let quick = [1.0e-3, 1.7e-3, 7.3e-3];
+        let rate = |measured: &Measured| measured.rows_per_second(1.0) * 1.7e-3 / 8.0;
+        let mut measured = Measured::new(quick.map(|seconds| 3.0 * seconds));
+        assert!((rate(&measured) - 1.0 / 3.0).abs() < 1e-9);
+        // Quick products alone raise nothing, but they are reason enough to look again.
+        for _ in 0..10_000 {
+            measured.observe(8, 1.7e-3);
+        }
+        assert!((rate(&measured) - 1.0 / 3.0).abs() < 1e-9 && measured.speed() > FASTER);
+        assert!(measured.again(quick), "three times as quick");
+        assert!((rate(&measured) - 1.0).abs() < 1e-9);
+        // It was the caches: measured as at first it is what it was.
+        for _ in 0..10_000 {
+            measured.observe(8, 0.8e-3);
+        }
+        assert!(!measured.again(quick));
+        assert!((rate(&measured) - 1.0).abs() < 1e-9);
+        // Noise of a measurement is no news, and a slow one is the present speed, not a new truth.
+        assert!(!measured.again(quick.map(|seconds| 0.98 * seconds)));
+        assert!(!measured.again(quick.map(|seconds| 4.0 * seconds)));
+        assert!((rate(&measured) - 0.25).abs() < 0.01);
+        for _ in 0..10_000 {
+            measured.observe(8, 1.7e-3);
+        }
+        assert!((rate(&measured) - 1.0).abs() < 0.03);
+    }
+
+    #[test]
+    fn it_is_measured_again_when_there_is_reason_to_and_ever_more_seldom() {
+        let begun = Instant::now();
+        let capacity = Capacity(Mutex::new(Some((measured(), Again::after(begun, AGAIN)))));
+        assert!(!capacity.is_due(begun, true));
+        let mut now = begun + AGAIN;
+        assert!(
+            !capacity.is_due(now, false),
+            "rows come, and at the usual speed"
+        );
+        let mut pause = AGAIN;
+        for _ in 0..8 {
+            assert!(capacity.is_due(now, true));
+            assert!(!capacity.is_due(now, true), "once each time");
+            pause = (2 * pause).min(AGAIN_MAX);
+            now += pause;
+            assert!(!capacity.is_due(now - Duration::from_millis(1), true));
+        }
+        for _ in 0..10_000 {
+            capacity.observe(8, Duration::from_micros(800));
+        }
+        assert!(
+            capacity.is_due(now, false),
+            "rows come, and quicker than they should"
+        );
     }
 
     #[test]

@@ -27,6 +27,8 @@ use crate::{
 /// Tables kept: the active placement, the one before it for those who have not
 /// heard of it yet, and the one that becomes active next.
 pub const TABLES: usize = 3;
+/// A node without rows for so long has none for the moment.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// The slots of one placement.
 struct Table {
@@ -139,12 +141,33 @@ impl Host {
     /// [`Host::rows_per_second`]. Takes some 50 ms of all threads the first time that
     /// experts are resident, and nothing after that.
     pub fn calibrate(&self) {
+        if !self.capacity.is_known() {
+            let experts = self.some_experts();
+            self.capacity
+                .calibrate(&experts, self.width, &self.cpu, &|| ());
+        }
+    }
+
+    /// Whether it is time for [`Host::calibrate_again`]; true once each time.
+    pub(crate) fn is_to_be_calibrated_again(&self) -> bool {
+        self.capacity.is_due(Instant::now(), self.is_quiet(QUIET))
+    }
+
+    /// Measures once more, at the pace of work that can wait. Blocks.
+    pub(crate) fn calibrate_again(&self) {
+        let experts = self.some_experts();
+        self.pace.in_pieces(|breathe| {
+            self.capacity
+                .calibrate(&experts, self.width, &self.cpu, breathe);
+        });
+    }
+
+    /// Of those that rows come to, as many as are measured with.
+    fn some_experts(&self) -> Vec<Arc<Expert>> {
         let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
         let full = tables.iter().rfind(|table| !table.slots.is_empty());
         let experts = full.map(|table| table.slots.iter().take(capacity::EXPERTS));
-        let experts: Vec<Arc<Expert>> = experts.into_iter().flatten().cloned().collect();
-        drop(tables);
-        self.capacity.calibrate(&experts, self.width, &self.cpu);
+        experts.into_iter().flatten().cloned().collect()
     }
 
     /// Rows (of one expert each) that this node can do in a second when it

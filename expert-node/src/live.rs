@@ -233,6 +233,15 @@ impl Node {
         loop {
             self.measure(member);
             sleep(MEASURE_EVERY).await;
+            if self.host.is_to_be_calibrated_again() {
+                let host = Arc::clone(&self.host);
+                let again = thread::spawn_behind("measuring this node again", move || {
+                    host.calibrate_again();
+                });
+                if let Err(error) = again {
+                    tracing::debug!("not measured again: {error}");
+                }
+            }
         }
     }
 
