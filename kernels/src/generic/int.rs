@@ -18,7 +18,8 @@ use crate::pack::{Int, LINE};
 /// Columns of a word: what one multiplication of bytes takes of a row of x.
 const QUAD: usize = 4;
 
-/// How far ahead of the multiplication weights are asked for, in bytes.
+/// How far ahead of the multiplication weights are asked for, in bytes. Half as far lost a seventh of the speed of cold
+/// weights, twice as far gained nothing.
 const AHEAD: usize = 4096;
 
 /// Rows of x in a tile of a leaf that has tiles, and words of a row that lie side by side in one.
