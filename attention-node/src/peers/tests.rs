@@ -91,6 +91,24 @@ async fn rows_go_where_they_are_answered_first() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_node_that_has_come_near_again_gets_rows_after_a_few_probes() {
+    let view = view(4, &[]);
+    let peers = peers(&view);
+    let near = (1.0, 0.1);
+    answers(&peers, &view, &[(200.0, 0.1), near, near, near]).await;
+    assert_eq!(shares(&peers, &view, 6, &far)[0], 0);
+    for _ in 0..3 {
+        advance(PROBE_IDLE).await;
+        assert!(peers.to_probe(&far).contains(&0));
+        let out = peers.send(&view, 0, 1);
+        sleep(Duration::from_micros(1100)).await;
+        out.answered(Instant::now());
+    }
+    let rows = shares(&peers, &view, 6, &far);
+    assert!(rows[0] > 0, "{rows:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn differences_within_the_noise_move_no_rows() {
     let view = view(4, &[]);
     let peers = peers(&view);
