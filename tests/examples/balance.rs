@@ -7,11 +7,14 @@
 //! the router's biases favour the experts of the first node, and `drift`, where half-way other
 //! prompts come, which like other experts.
 //!
-//! `cargo run --release -p guild-tests --example balance -- [SECONDS] [ROUNDS]`, with `GUILD_BIN`
+//! `cargo run --release -p guild-tests --example balance -- [SECONDS] [ROUNDS] [INTERVAL]`, with
+//! `GUILD_BIN`. Planners plan every INTERVAL seconds. EPLB lays everything out anew each time, as where
+//! it is published and built in, and has no budget; it is given the favour that what a node already
+//! has is left there. An INTERVAL in which it cannot finish its moves leaves plans out.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
@@ -58,8 +61,8 @@ const OUTPUT: u32 = 24;
 const PROMPTS: u32 = 16;
 /// Tokens that the prompts of one half of a drifting load are made of.
 const FEW_TOKENS: u32 = 6;
-/// Seconds between two plans; the load is counted for as long before the first.
-const INTERVAL: u64 = 4;
+/// Seconds between two plans, unless told otherwise; the load is counted for as long before the first.
+const INTERVAL: u32 = 4;
 const BUDGET: &str = "64MiB";
 const REDUNDANT: &str = "4";
 /// A node's processor time, of a period in microseconds.
@@ -171,11 +174,11 @@ struct Cluster {
 }
 
 impl Cluster {
-    fn start(model: &Path, planner: &str, quotas: Option<&Quotas>) -> Cluster {
+    fn start(model: &Path, planner: &str, interval: u32, quotas: Option<&Quotas>) -> Cluster {
         let address = || format!("127.0.0.1:{}", free_port());
         let (at, http, grpc) = (address(), address(), address());
         let (url, model) = (format!("http://{at}"), model.to_str().unwrap());
-        let interval = INTERVAL.to_string();
+        let interval = interval.to_string();
         let nodes = NODES.to_string();
         let mut processes = vec![Guild::start(&[
             "coordinator",
@@ -347,7 +350,7 @@ struct Moves {
     /// From the first copy to the end of the drain.
     spans: Vec<(Instant, Instant)>,
     /// Of each migration, by its number.
-    bytes: HashMap<u64, u64>,
+    bytes: BTreeMap<u64, u64>,
     last: MigrationStatus,
 }
 
@@ -427,13 +430,13 @@ fn p99(gaps: &[f64]) -> f64 {
 
 async fn run(
     workload: Workload,
-    planner: &str,
+    (planner, interval): (&str, u32),
     model: &Path,
     quotas: Option<&Quotas>,
     known: &Known,
     time: Duration,
 ) -> Value {
-    let cluster = Cluster::start(model, planner, quotas);
+    let cluster = Cluster::start(model, planner, interval, quotas);
     let stop = Arc::new(AtomicBool::new(false));
     let watching = watch(cluster.coordinator.clone(), Arc::clone(&stop));
     let watching = tokio::spawn(watching);
@@ -483,6 +486,7 @@ async fn run(
         "rolled_back": moves.last.rolled_back,
         "last_failure": moves.last.last_failure,
         "moved_bytes": moves.bytes.values().sum::<u64>(),
+        "moved_bytes_by_migration": moves.bytes.values().filter(|bytes| **bytes > 0).collect::<Vec<_>>(),
         "moving_s": round(moves.spans.iter().map(|span| (span.1 - span.0).as_secs_f64()).sum()),
         "gaps_moving": during.len(),
         "itl_p99_quiet": round(p99(&quiet)),
@@ -497,6 +501,7 @@ async fn main() {
     let mut number = |default: u32| args.next().map_or(default, |a| a.parse().unwrap());
     let time = Duration::from_secs(number(30).into());
     let rounds = number(2);
+    let interval = number(INTERVAL);
     let quotas = Quotas::new();
     if let Err(error) = &quotas {
         eprintln!("the nodes share all processors: {error}");
@@ -514,7 +519,7 @@ async fn main() {
                 let quotas = quotas.as_ref().ok();
                 println!(
                     "{}",
-                    run(workload, planner, &model, quotas, &known, time).await
+                    run(workload, (planner, interval), &model, quotas, &known, time).await
                 );
             }
         }
