@@ -25,7 +25,7 @@ fn texts() -> Vec<String> {
 fn complete(address: &str, n: usize, text: &str) -> Value {
     let body = json!({
         "model": "demo", "prompt": text, "max_tokens": TOKENS, "ignore_eos": true,
-        "temperature": if n % 2 == 0 { 0.0 } else { 0.8 }, "seed": n,
+        "temperature": if n.is_multiple_of(2) { 0.0 } else { 0.8 }, "seed": n,
     });
     let answer = http::post(address, "/v1/completions", body.to_string().as_bytes()).unwrap();
     assert_eq!(answer.status, 200, "{}", answer.text());
