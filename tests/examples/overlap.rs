@@ -46,7 +46,7 @@ use tonic::transport::Channel;
 
 /// Overrides of Moonlight's dimensions. The shared experts are as wide as there.
 const SHAPE: [(&str, i64); 8] = [
-    ("num_hidden_layers", 5),
+    ("num_hidden_layers", 9),
     ("intermediate_size", 2816),
     ("moe_intermediate_size", 256),
     ("n_shared_experts", 11),
@@ -188,9 +188,9 @@ fn write_model(dir: &Path) {
 async fn main() {
     let mut args = std::env::args().skip(1);
     let mut number = |default: u64| args.next().map_or(default, |a| a.parse().unwrap());
-    let (rounds, one_way) = (number(7), Duration::from_micros(number(1000)));
+    let (rounds, one_way) = (number(5).max(1), Duration::from_micros(number(1000)));
     let folder = tempfile::tempdir().unwrap();
-    let model = folder.path().join("moonlight-5L");
+    let model = folder.path().join("moonlight-9L");
     write_model(&model);
     let plan = Plan {
         model: model.clone(),
