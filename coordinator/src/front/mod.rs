@@ -226,18 +226,26 @@ impl FrontDoor {
         let choices = prompts
             .into_iter()
             .flat_map(|ids| (0..n).map(move |index| (ids.clone(), index)));
-        let starting = choices.zip(permits).enumerate().map(|(i, ((ids, index), permit))| {
-            let id = if many { format!("{request_id}-{i}") } else { request_id.to_owned() };
-            let request = params.to_request(id.clone(), ids, self.model.max_context, index.into());
-            let rules = TextRules::new(&self.model, params);
-            let starting = self.backend.generate(request);
-            let metrics = Arc::clone(&self.metrics);
-            let hold = (permit, self.calls.begin(params.handling.owner, request_id));
-            async move {
-                let stream = starting.await?;
-                Ok::<_, Status>(events::with_text(stream, rules, id, metrics, hold))
-            }
-        });
+        let starting = choices
+            .zip(permits)
+            .enumerate()
+            .map(|(i, ((ids, index), permit))| {
+                let id = if many {
+                    format!("{request_id}-{i}")
+                } else {
+                    request_id.to_owned()
+                };
+                let request =
+                    params.to_request(id.clone(), ids, self.model.max_context, index.into());
+                let rules = TextRules::new(&self.model, params);
+                let starting = self.backend.generate(request);
+                let metrics = Arc::clone(&self.metrics);
+                let hold = (permit, self.calls.begin(params.handling.owner, request_id));
+                async move {
+                    let stream = starting.await?;
+                    Ok::<_, Status>(events::with_text(stream, rules, id, metrics, hold))
+                }
+            });
         try_join_all(starting)
             .await
             .map_err(|status| Fault::from(status).rename(|f| names.of(f)))
