@@ -493,7 +493,7 @@ async fn a_request_of_the_other_api_is_aborted_by_its_id_too() {
     assert_eq!(answer.into_inner().aborted, 2, "both choices");
     let mut rest = String::new();
     while let Some(bytes) = body.next().await {
-        rest.push_str(&String::from_utf8(bytes.unwrap().to_vec()).unwrap());
+        rest.push_str(std::str::from_utf8(&bytes.unwrap()).unwrap());
     }
     assert_eq!(
         rest.matches("\"finish_reason\":\"abort\"").count(),
