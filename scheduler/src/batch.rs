@@ -165,7 +165,7 @@ impl Scheduler {
         if let Some(target) = self.limits.itl_target.filter(|_| decoding > 0) {
             left = left.min(self.cost.prefill_rows(target));
         }
-        let computes = |live: &&mut Live| !live.is_decoding() && !live.awaits;
+        let computes = |live: &&mut Live| !live.is_decoding() && !live.expects;
         for live in self.running.iter_mut().filter(computes) {
             let len = left.min(live.unknown());
             if len == 0 {
@@ -178,7 +178,7 @@ impl Scheduler {
         while left > 0 && !preempted {
             let Some(at) = self.admit(now) else { break };
             let live = &mut self.running[at];
-            if live.awaits {
+            if live.expects {
                 continue;
             }
             let len = left.min(live.unknown());

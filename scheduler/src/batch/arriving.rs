@@ -28,13 +28,13 @@ impl Scheduler {
     /// What the request needs next.
     pub fn arrival(&self, id: u64) -> Arrival {
         if let Some(live) = self.waiting.iter().find(|live| live.request.id == id) {
-            return match live.awaits {
+            return match live.expects {
                 true => Arrival::NotYet,
                 false => Arrival::Over,
             };
         }
         let live = self.running.iter().find(|live| live.request.id == id);
-        let next = live.filter(|live| live.awaits && !live.leaves);
+        let next = live.filter(|live| live.expects && !live.leaves);
         let next = next.and_then(|live| live.next_page(self.limits.page_tokens));
         next.map_or(Arrival::Over, |(index, page)| Arrival::Page { index, page })
     }
@@ -46,12 +46,12 @@ impl Scheduler {
         let Some(live) = self.running.iter_mut().find(|live| live.request.id == id) else {
             return;
         };
-        if live.awaits && live.next_page(page_tokens).is_some() {
+        if live.expects && live.next_page(page_tokens).is_some() {
             live.computed += page_tokens;
             if self.limits.prefix_cache {
                 live.publish(&self.limits, &mut self.pages);
             }
-            live.awaits = live.next_page(page_tokens).is_some();
+            live.expects = live.next_page(page_tokens).is_some();
         }
     }
 
@@ -59,7 +59,7 @@ impl Scheduler {
     pub fn await_no_more(&mut self, id: u64) {
         let mut all = self.running.iter_mut().chain(&mut self.waiting);
         if let Some(live) = all.find(|live| live.request.id == id) {
-            live.awaits = false;
+            live.expects = false;
         }
     }
 

@@ -166,13 +166,13 @@ pub(super) struct Live {
     /// It is to give its pages back.
     pub(super) leaves: bool,
     /// It waits for pages, and gets no rows.
-    pub(super) awaits: bool,
+    pub(super) expects: bool,
 }
 
 impl Live {
     pub(super) fn new(request: NewRequest, arrival: u64) -> Live {
         Live {
-            awaits: request.arrives,
+            expects: request.arrives,
             request,
             arrival,
             pages: Arc::default(),
@@ -212,7 +212,7 @@ impl Live {
     pub(super) fn rewind(&mut self) {
         self.pages = Arc::default();
         (self.computed, self.drafts, self.published) = (0, 0, 0);
-        self.awaits = false;
+        self.expects = false;
         // What had to be run for its own sake has been run.
         self.request.reuse |= self.generated > 0;
     }
@@ -319,7 +319,7 @@ impl Live {
         self.pages = table.into();
         self.computed = shared * limits.page_tokens;
         self.published = shared;
-        self.awaits &= shared < useful;
+        self.expects &= shared < useful;
         self.cached.get_or_insert(self.computed);
         true
     }
