@@ -178,6 +178,14 @@ pub(crate) trait PairWeights: Copy + Sync {
 
     /// Columns of a row.
     fn cols(self) -> usize;
+    /// Steps of a row, whole blocks of them where blocks have scales.
+    #[inline(always)]
+    fn steps(self) -> usize {
+        match Self::SCALED {
+            true => self.cols().div_ceil(BLOCK) * STEPS,
+            false => self.cols().div_ceil(STEP),
+        }
+    }
     /// Of block `block` of `row`; 1 without scales.
     fn factor(self, row: usize, block: usize) -> f32;
     /// Columns `col .. col + 64` of `row`.

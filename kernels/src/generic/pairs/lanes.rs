@@ -11,7 +11,6 @@ use crate::generic::{
     LANES, Lanes,
     int::tile_rows,
     matmul::{EMPTY, Line, Output, TASK_ROWS},
-    weights::BLOCK,
 };
 
 /// Most rows of x in a tile.
@@ -59,19 +58,9 @@ impl<W: PairWeights> PairOp for Product<'_, W> {
 }
 
 impl<W: PairWeights> Product<'_, W> {
-    /// Steps of a row of weights.
-    fn steps(&self) -> usize {
-        let cols = self.x.form.cols;
-        if W::SCALED {
-            cols.div_ceil(BLOCK) * STEPS
-        } else {
-            cols.div_ceil(STEP)
-        }
-    }
-
     #[inline(always)]
     unsafe fn rows<P: PairDot, const R: usize>(&mut self) {
-        let steps = self.steps();
+        let steps = self.w.steps();
         let tiles = self.x.m.div_ceil(ROWS);
         let few = tiles <= FEW_TILES;
         let most = if few { NEAR_STEPS / tiles } else { BLOCK_STEPS };

@@ -97,10 +97,7 @@ impl<W: PairWeights> TileOp for Product<'_, W> {
     unsafe fn run<T: PairTiles>(self) {
         let cols = self.x.form.cols;
         assert!(self.w.cols() == cols && self.from.is_multiple_of(ROWS));
-        let steps = match W::SCALED {
-            true => cols.div_ceil(BLOCK) * STEPS,
-            false => cols.div_ceil(STEP),
-        };
+        let steps = self.w.steps();
         let tiles = self.x.m.div_ceil(ROWS);
         let copied = SIDE * BLOCK_STEPS * ROWS;
         let sums = TASK_ROWS / ROWS * SLAB_TILES * ROWS;
