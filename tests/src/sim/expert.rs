@@ -405,6 +405,8 @@ impl World {
 
     fn store_copy(&mut self, at: usize, key: Key, weight: u64) {
         self.experts[at].memory.insert(key, weight);
+        // Whoever waits for this load sees it go on.
+        self.measure(at);
         self.copy_next(at);
     }
 

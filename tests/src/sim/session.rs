@@ -409,10 +409,16 @@ impl World {
         }
     }
 
-    /// What the node has measured, with its next heartbeat.
+    /// What the node has measured: at once when experts have come or gone, with
+    /// the next heartbeat otherwise.
     pub(super) fn measured(&mut self, node: Who, measured: Measured) {
-        if let Some(session) = self.session(node) {
+        let Some(session) = self.session(node) else {
+            return;
+        };
+        if session.said.measured.resident_bytes == measured.resident_bytes {
             session.said.measured = measured;
+        } else {
+            self.say(node, |said| said.measured = measured);
         }
     }
 }
