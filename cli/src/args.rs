@@ -127,13 +127,20 @@ pub(crate) struct Common {
     pub(crate) log_level: String,
 }
 
-/// How weights are kept and computed with.
+/// How weights are kept.
 #[derive(Clone, Copy, Debug, Args)]
-pub(crate) struct Compute {
+pub(crate) struct Weights {
     /// Weights in memory: as stored, widened to f32, rounded to bf16, or quantised as `guild quantize` does; int8 and
     /// int4 may name a group, as in int4-g32
     #[arg(long, default_value_t, value_parser = Dtype::from_str, value_name = "auto|f32|bf16|fp8|int8|int4")]
     pub(crate) dtype: Dtype,
+}
+
+/// How weights are kept and computed with.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Compute {
+    #[command(flatten)]
+    pub(crate) weights: Weights,
     /// Use the experts of an int4 or int8 checkpoint where they lie in the file instead of copying them into memory:
     /// serves at once, and their bytes are held against the manifest while they serve. The files must not be written
     /// to meanwhile: one that is cut short ends the process

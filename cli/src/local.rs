@@ -98,7 +98,7 @@ impl Local {
         let config = shells::coordinator(&shells::FrontDesk {
             model: &plan.model,
             model_name: &plan.model_name,
-            compute: plan.compute,
+            weights: plan.compute.weights,
             max_context: plan.engine.max_context,
             // All that will ever join are known: nothing is to be waited for after them.
             min_expert_nodes: plan.expert_nodes,

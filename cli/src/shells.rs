@@ -10,7 +10,7 @@ use guild_expert_node::ExpertNodeConfig;
 use guild_model::Checkpoint;
 use guild_node::tls::Tls;
 
-use crate::args::{Compute, Engine, Exposure, Redundancy};
+use crate::args::{Compute, Engine, Exposure, Redundancy, Weights};
 use crate::security::Door;
 
 /// Where a node stands in its cluster.
@@ -47,7 +47,7 @@ pub(crate) fn attention(
 ) -> AttentionNodeConfig {
     AttentionNodeConfig {
         model_name: model_name.to_owned(),
-        dtype: compute.dtype,
+        dtype: compute.weights.dtype,
         kv_memory: engine.kv_memory,
         kv_dtype: engine.latents.format(),
         page_tokens: engine.page_tokens as usize,
@@ -87,7 +87,7 @@ pub(crate) fn expert(
     exposure: Exposure,
 ) -> ExpertNodeConfig {
     ExpertNodeConfig {
-        dtype: compute.dtype,
+        dtype: compute.weights.dtype,
         capacity_bytes: capacity,
         drain: drain(exposure),
         tls: place.tls.clone(),
@@ -107,7 +107,7 @@ pub(crate) fn expert(
 pub(crate) struct FrontDesk<'a> {
     pub(crate) model: &'a Checkpoint,
     pub(crate) model_name: &'a str,
-    pub(crate) compute: Compute,
+    pub(crate) weights: Weights,
     /// 0: what the model was made for.
     pub(crate) max_context: u32,
     pub(crate) min_expert_nodes: u16,
@@ -126,7 +126,7 @@ pub(crate) struct FrontDesk<'a> {
 pub(crate) fn coordinator(desk: &FrontDesk<'_>) -> CoordinatorConfig {
     CoordinatorConfig {
         model_name: desk.model_name.to_owned(),
-        dtype: desk.compute.dtype,
+        dtype: desk.weights.dtype,
         max_context: context(desk.max_context),
         min_expert_nodes: usize::from(desk.min_expert_nodes),
         replicas: desk.redundancy.replicas.into(),

@@ -6,7 +6,7 @@ use clap::Args;
 use guild_coordinator::CoordinatorConfig as Defaults;
 use guild_node::store::StoreUrl;
 
-use super::{Balance, Common, Compute, DoorArgs, Exposure, NodeTls};
+use super::{Balance, Common, DoorArgs, Exposure, NodeTls, Weights};
 use crate::failure::EXIT_CODES;
 use crate::units;
 
@@ -85,7 +85,7 @@ pub(crate) struct Coordinator {
     #[command(flatten)]
     pub(crate) balance: Balance,
     #[command(flatten)]
-    pub(crate) compute: Compute,
+    pub(crate) weights: Weights,
     #[command(flatten)]
     pub(crate) exposure: Exposure,
     #[command(flatten)]

@@ -50,7 +50,7 @@ async fn serve(args: &AttentionNode) -> Result<(), Failure> {
     let mut banner = Banner::new(format!("attention-node {}", place.name));
     banner
         .model(&name, &place.model)?
-        .weights(&place.model, args.compute.dtype)
+        .weights(&place.model, args.compute.weights.dtype)
         .kv(&place.model, args.engine)
         .cpu(&cpu)
         .line("cluster", &place.coordinator)

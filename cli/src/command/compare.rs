@@ -36,7 +36,7 @@ struct Comparison {
 }
 
 pub(super) fn run(args: &Inspect, a: &Path, b: &Path, cpu: &Cpu) -> Result<(), Failure> {
-    if args.compute.dtype != Dtype::Auto {
+    if args.compute.weights.dtype != Dtype::Auto {
         return Err(
             Failure::usage("--dtype: checkpoints are compared as they are stored")
                 .hint("`guild quantize` writes the other one"),

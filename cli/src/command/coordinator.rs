@@ -64,7 +64,7 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
     let config = shells::coordinator(&shells::FrontDesk {
         model: &checkpoint,
         model_name: &name,
-        compute: args.compute,
+        weights: args.weights,
         max_context: args.max_context,
         min_expert_nodes: args.min_expert_nodes,
         redundancy: args.redundancy,

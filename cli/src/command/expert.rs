@@ -65,6 +65,6 @@ pub(super) fn room(checkpoint: &Checkpoint, capacity: u64, compute: Compute) -> 
     format!(
         "{room}; {} each as stored (--dtype {})",
         units::bytes(each),
-        compute.dtype
+        compute.weights.dtype
     )
 }

@@ -38,7 +38,11 @@ pub(crate) fn run(args: &Inspect) -> Result<(), Failure> {
     if args.reference {
         return reference::run(args, &checkpoint, &cpu);
     }
-    let report = Report::new(&checkpoint, args.compute.dtype, u64::from(args.nodes))?;
+    let report = Report::new(
+        &checkpoint,
+        args.compute.weights.dtype,
+        u64::from(args.nodes),
+    )?;
     if args.json {
         json::print(&report)?;
     } else {

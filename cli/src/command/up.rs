@@ -96,7 +96,7 @@ fn banner(
     ));
     banner
         .model(&plan.model_name, checkpoint)?
-        .weights(checkpoint, args.compute.dtype)
+        .weights(checkpoint, args.compute.weights.dtype)
         .kv(checkpoint, args.engine)
         .cpu(cpu)
         .line("http", format!("{}://{http}/v1", plan.door.scheme()))

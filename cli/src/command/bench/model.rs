@@ -105,7 +105,7 @@ pub(super) fn run(args: &BenchModel) -> Result<(), Failure> {
         let floors = model.floors(run, &machine);
         let figure = Figure {
             name: run.name(),
-            format: args.compute.dtype.to_string(),
+            format: args.compute.weights.dtype.to_string(),
             m: run.batch,
             threads: cpu.threads(),
             value: median_of(measured, |m| m.rate),
@@ -213,7 +213,7 @@ fn load(
     args: &BenchModel,
     cpu: &Cpu,
 ) -> Result<(Arc<Trunk>, Arc<Host>), Failure> {
-    let dtype = args.compute.dtype;
+    let dtype = args.compute.weights.dtype;
     let trunk = Trunk::load(checkpoint, dtype, cpu, &|_, _| ())?;
     let config = checkpoint.config();
     let mut slots = Vec::new();
@@ -340,7 +340,7 @@ impl Model {
         let expert = host.expert(1, 0).map_or(0, |expert| expert.bytes());
         let heads = c.num_attention_heads * (c.latent_width() + c.kv_lora_rank);
         let moe_layers = c.moe_layers().count() as f64;
-        let packed = c.packed.or(match args.compute.dtype {
+        let packed = c.packed.or(match args.compute.weights.dtype {
             Dtype::Int8 { group } => Some(Packed::int8(group)),
             Dtype::Int4 { group } => Some(Packed::int4(group)),
             _ => None,
