@@ -206,9 +206,7 @@ impl<F: Fabric + 'static> Engine<F> {
                 self.drafted.count(chunk.drafts, held);
             }
         }
-        let decoding = step.chunks.iter().filter(|chunk| chunk.sample).count();
-        let measures = |payoff: &Payoff| payoff.measures_plain(decoding);
-        self.drafts > 0 && !self.payoff.as_ref().is_some_and(measures)
+        self.drafts > 0 && !self.payoff.as_ref().is_some_and(Payoff::measures_plain)
     }
 
     /// What came of each request of a step that went through; those that ended leave.
@@ -243,7 +241,7 @@ impl<F: Fabric + 'static> Engine<F> {
                 took,
                 drafting: self.drafting,
             });
-            let pays = payoff.pays(step.chunks.len());
+            let pays = payoff.pays();
             if self.desk.set_drafting(pays) != pays {
                 tracing::info!(requests = step.chunks.len(), pays, "drafting");
             }

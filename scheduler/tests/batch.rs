@@ -611,11 +611,18 @@ fn a_long_prompt_neither_holds_up_those_who_decode_nor_stands_still() {
     assert!(total < 30.0, "{total} s for the prompt");
 }
 
-/// Runs a payoff for so many steps of `requests` requests; a draft holds with a probability, in percent, and
+/// Runs a payoff for so many steps of `requests(step)` requests; a draft holds with a probability, in percent, and
 /// a step with drafts takes so much longer, in percent. How many steps had drafts.
-fn drafted(payoff: &mut Payoff, requests: usize, steps: u64, holds: u64, dearer: u64) -> u64 {
+fn drafted_of(
+    payoff: &mut Payoff,
+    requests: impl Fn(u64) -> usize,
+    steps: u64,
+    holds: u64,
+    dearer: u64,
+) -> u64 {
     let (mut drafted, mut next) = (0, false);
     for step in 0..steps {
+        let requests = requests(step);
         let drafts = if next { requests } else { 0 };
         drafted += u64::from(next);
         let held = (0..drafts as u64)
@@ -628,9 +635,13 @@ fn drafted(payoff: &mut Payoff, requests: usize, steps: u64, holds: u64, dearer:
             took: Duration::from_micros(if next { 1000 + 10 * dearer } else { 1020 }),
             drafting: Duration::from_micros(20),
         });
-        next = payoff.pays(requests) && !payoff.measures_plain(requests);
+        next = payoff.pays() && !payoff.measures_plain();
     }
     drafted
+}
+
+fn drafted(payoff: &mut Payoff, requests: usize, steps: u64, holds: u64, dearer: u64) -> u64 {
+    drafted_of(payoff, |_| requests, steps, holds, dearer)
 }
 
 #[test]
@@ -643,11 +654,23 @@ fn drafting_goes_on_where_it_pays_and_rests_where_it_does_not() {
     let lost = drafted(&mut payoff, 16, 4000, 60, 80);
     assert!(lost < 100, "1.6 tokens for 1.8 steps, and yet {lost} steps");
     assert!(
-        payoff.pays(1) && !payoff.pays(16),
+        drafted(&mut payoff, 1, 1000, 60, 20) > 700,
         "it depends on how many decode"
     );
     // It is tried again, and stays where things have changed.
     let before = drafted(&mut payoff, 16, 16 * REST_FIRST, 60, 20);
     assert!(before > 1000, "{before}");
     assert!(drafted(&mut payoff, 16, 1000, 60, 20) > 800);
+}
+
+#[test]
+fn requests_that_come_and_go_do_not_have_drafting_tried_again() {
+    let mut payoff = Payoff::new();
+    // Now and then all but a few end together.
+    let requests = |step: u64| match step % 60 {
+        few @ 0..4 => 1 + few as usize,
+        _ => 8,
+    };
+    let lost = drafted_of(&mut payoff, requests, 8000, 60, 80);
+    assert!(lost < 150, "{lost} steps");
 }

@@ -1,7 +1,8 @@
 //! Whether drafting pays: tokens per second with drafts against those without.
 //!
 //! Secret: what is compared. Steps in which everybody decodes are counted by how many do, for what a row
-//! costs depends on how many there are. Where drafts were tried, all that the step took counts, the making of
+//! costs depends on how many there are; what is usual of late decides for all, lest the verdict change with
+//! every request that comes or goes. Where drafts were tried, all that the step took counts, the making of
 //! the next drafts included; where none were, the latter is left out. Now and then a step goes without
 //! drafts, so that both sides stay measured. Where drafting loses, it rests, each time for longer.
 
@@ -19,6 +20,8 @@ pub const REST_MAX: u64 = 1 << 16;
 const LEAST_GAIN: f64 = 1.02;
 /// Weight of the newest step in the moving means.
 const NEWEST: f64 = 0.1;
+/// Weight of the newest step in what number of requests is usual.
+const NEWEST_USUAL: f64 = 1.0 / 64.0;
 /// Classes of the number of requests that decode: 1, 2, 3-4, 5-8 and so on.
 const CLASSES: usize = 16;
 
@@ -65,6 +68,8 @@ struct Class {
 pub struct Payoff {
     classes: [Class; CLASSES],
     steps: u64,
+    /// Requests that decode at a time, of late.
+    usual: f64,
 }
 
 impl Payoff {
@@ -73,22 +78,34 @@ impl Payoff {
         Payoff::default()
     }
 
-    /// Whether drafting is worth preparing for where so many requests decode.
-    pub fn pays(&self, requests: usize) -> bool {
-        self.classes[class(requests)].rests_until <= self.steps
+    /// Whether drafting is worth preparing for with as many requests as usually decode.
+    pub fn pays(&self) -> bool {
+        self.classes[self.usual()].rests_until <= self.steps
     }
 
     /// Whether the next step is to go without drafts though drafting pays: to be measured.
-    pub fn measures_plain(&self, requests: usize) -> bool {
-        let known = self.classes[class(requests)].plain.samples;
+    pub fn measures_plain(&self) -> bool {
+        let known = self.classes[self.usual()].plain.samples;
         self.steps
             .is_multiple_of(if known < SAMPLES { 3 } else { PLAIN_EVERY })
+    }
+
+    fn usual(&self) -> usize {
+        class(self.usual.round() as usize)
     }
 
     /// Learns from a step.
     pub fn observe(&mut self, step: Decoded) {
         self.steps += 1;
         if step.requests == 0 || step.tokens == 0 {
+            return;
+        }
+        let requests = step.requests as f64;
+        self.usual += match self.usual {
+            0.0 => requests,
+            usual => NEWEST_USUAL * (requests - usual),
+        };
+        if class(step.requests) != self.usual() {
             return;
         }
         let steps = self.steps;
