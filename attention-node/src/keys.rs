@@ -7,7 +7,7 @@
 //! the token after it, too: where they are cached, a page's key covers one token more.
 
 /// Names the keys of this version among all that BLAKE3 derives.
-const CONTEXT: &str = "guild 2026 latent KV page key";
+const CONTEXT: &str = "guild v1 latent KV page key";
 
 /// The keys of one sequence's pages, made as its tokens become known.
 #[derive(Debug)]

@@ -19,7 +19,7 @@ pub(crate) use fetch::{Fetching, Helpers};
 pub(crate) use give::give;
 
 /// Names the digests of this version among all that BLAKE3 derives.
-const CONTEXT: &str = "guild 2026 latent KV page in transit";
+const CONTEXT: &str = "guild v1 latent KV page in transit";
 /// ErrorInfo reason: the pages of the two nodes are not the same.
 const REASON_FORM: &str = "PAGES_DIFFER";
 /// Bytes of one message's part of a page.
