@@ -20,6 +20,7 @@ use tokio::time::Instant;
 
 use crate::desk::{Desk, EngineHandle, Turn};
 use crate::exchange::{Exchange, ExchangeCounters, ExchangeFailure, Patience, Views};
+use crate::meter::Steps;
 use crate::moving::PageForm;
 use crate::overlap::Overlap;
 use crate::routed::RoutedRows;
@@ -45,6 +46,7 @@ pub struct Engine<F> {
     /// Drafts of a sequence in a step at most.
     drafts: usize,
     drafted: Arc<DraftCounters>,
+    steps: Arc<Steps>,
     /// None: drafts are always made.
     payoff: Option<Payoff>,
     /// What the making of drafts took in the step that is out.
@@ -89,6 +91,7 @@ impl<F: Fabric + 'static> Engine<F> {
             sequences: HashMap::new(),
             drafts,
             drafted: Arc::default(),
+            steps: Arc::default(),
             payoff: None,
             drafting: Duration::ZERO,
             overlap: Overlap::default(),
@@ -122,6 +125,11 @@ impl<F: Fabric + 'static> Engine<F> {
     /// Which drafts have held.
     pub fn draft_counters(&self) -> Arc<DraftCounters> {
         Arc::clone(&self.drafted)
+    }
+
+    /// What steps have come to.
+    pub(crate) fn steps(&self) -> Arc<Steps> {
+        Arc::clone(&self.steps)
     }
 
     /// What the exchange with expert nodes has come to so far.
@@ -178,7 +186,7 @@ impl<F: Fabric + 'static> Engine<F> {
             let Some(sequence) = self.sequences.get_mut(&chunk.id) else {
                 continue;
             };
-            sequence.begin(chunk.cached);
+            sequence.begin(chunk.cached, chunk.drafts);
             for (at, row) in seq.rows.clone().enumerate() {
                 let position = chunk.start + at;
                 let samples = chunk.sample && at + 1 >= chunk.len;
@@ -202,7 +210,7 @@ impl<F: Fabric + 'static> Engine<F> {
         }
         for chunk in &step.chunks {
             if let Some(sequence) = self.sequences.get_mut(&chunk.id) {
-                let held = sequence.check_drafts(chunk.drafts);
+                let held = sequence.check_drafts();
                 self.drafted.count(chunk.drafts, held);
             }
         }
@@ -225,6 +233,7 @@ impl<F: Fabric + 'static> Engine<F> {
     /// Tells the scheduler what came of a step, and learns whether drafts pay.
     fn end(&mut self, step: &Step, took: Duration, outcomes: &[Outcome]) {
         self.desk.commit(took, outcomes);
+        self.steps.went(step.rows(), took);
         let Some(payoff) = &mut self.payoff else {
             return;
         };
@@ -262,6 +271,7 @@ impl<F: Fabric + 'static> Engine<F> {
             }
         }
         self.desk.fail();
+        self.steps.failed();
     }
 
     fn fail_all(&mut self) {

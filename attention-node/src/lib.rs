@@ -15,6 +15,7 @@ pub mod exchange;
 mod keys;
 mod live;
 mod memory;
+mod meter;
 mod moving;
 pub mod overlap;
 mod pages;
@@ -69,6 +70,8 @@ pub struct AttentionNodeConfig {
     /// `host:port` where health alone is answered without TLS, for probes that have no
     /// certificate; None: nowhere.
     pub health: Option<String>,
+    /// `host:port` where `/metrics` and `/health` are answered over plain HTTP; None: nowhere.
+    pub metrics: Option<String>,
     /// Nodes with the same value are one process; empty: alone.
     pub process: String,
     /// What fails together with this node: a host, a rack; empty: nothing else.
@@ -145,6 +148,7 @@ impl AttentionNodeConfig {
             coordinator: coordinator.into(),
             tls: None,
             health: None,
+            metrics: None,
             process: String::new(),
             failure_domain: String::new(),
             duty: Duty::Both,

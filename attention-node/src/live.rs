@@ -17,6 +17,7 @@ use guild_model::{Checkpoint, Config, Cpu};
 use guild_node::Shutdown;
 use guild_node::channel::Dialer;
 use guild_node::member::{Load, Member, MemberConfig, NodeState};
+use guild_node::metrics::MetricsPort;
 use guild_node::serve::{Health, Server};
 use guild_node::tls::Role;
 use guild_proto::cluster::v1::{Placement, PlacementState, Role as NodeRole};
@@ -29,6 +30,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::desk::EngineHandle;
 use crate::engine::Engine;
+use crate::meter::{Counted, Meter};
 use crate::rules;
 use crate::service::{Inference, Phase};
 use crate::view::View;
@@ -68,7 +70,9 @@ pub async fn run(
         Inference::new(Arc::clone(&model), &cfg.model_name, phases).with_text(Arc::new(load_text));
     let others = Dialer::to(Role::ATTENDING, cfg.tls.as_ref());
     let service = service.pairing(others, &cfg.numerics_class(&cpu), cfg.duty);
+    let meter = service.meter();
     let service = Arc::new(service);
+    let shown = Arc::clone(&service);
     let requesting_only = cfg.tls.as_ref().map(|tls| tls.acceptor(Role::REQUESTING));
     let server = Server::new()
         .await
@@ -76,7 +80,8 @@ pub async fn run(
         .add(PagesServer::from_arc(Arc::clone(&service)))
         .with_tls(requesting_only)
         .guarded(Some(rules::guard()))
-        .probed_at(cfg.health.clone());
+        .probed_at(cfg.health.clone())
+        .measured_at(MetricsPort::at(cfg.metrics.clone(), move || shown.page()));
     let health = server.health();
     health.set_serving(SERVICE_NAME, false).await;
     let down = shutdown.child();
@@ -89,6 +94,7 @@ pub async fn run(
         cpu,
         switchboard,
         phase,
+        meter,
         health,
         shutdown,
     };
@@ -112,6 +118,7 @@ struct Node {
     cpu: Cpu,
     switchboard: Option<Switchboard>,
     phase: watch::Sender<Phase>,
+    meter: Arc<Meter>,
     health: Health,
     shutdown: Shutdown,
 }
@@ -197,6 +204,13 @@ impl Node {
         let drafted = engine.draft_counters();
         member.count_routed(engine.routed_rows());
         let exchanged = engine.exchange_counters();
+        self.meter.counting(Counted {
+            engine: handle.clone(),
+            steps: engine.steps(),
+            drafted: Arc::clone(&drafted),
+            exchanged: Arc::clone(&exchanged),
+            overlap: self.cfg.overlap.clone(),
+        });
         let ended = engine.spawn(&self.cfg.name);
         let mut ended = ended.map_err(|source| Error::Thread {
             name: "engine".to_owned(),
@@ -395,6 +409,7 @@ impl<'a> Route<'a> {
     /// Tells the coordinator, at once, which epoch this node serves by.
     fn report(&mut self, epoch: u64) {
         self.reports = true;
+        self.node.meter.routes_by(epoch);
         self.member.set_state(NodeState {
             epoch,
             ready: true,

@@ -15,7 +15,7 @@ use tonic::{Code, Status};
 
 use crate::moving::PageForm;
 
-pub(crate) use fetch::{Fetching, Helpers};
+pub(crate) use fetch::{Fetching, Helpers, Moved};
 pub(crate) use give::give;
 
 /// Names the digests of this version among all that BLAKE3 derives.

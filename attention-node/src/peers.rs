@@ -60,6 +60,8 @@ const SLOW_PART: usize = 3;
 /// What the exchange with expert nodes has come to so far.
 #[derive(Debug, Default)]
 pub struct ExchangeCounters {
+    /// Rows sent to expert nodes, one for each expert.
+    pub rows: AtomicU64,
     /// Messages to expert nodes, of all kinds.
     pub dispatches: AtomicU64,
     /// Those of them to nodes of this process.
@@ -276,6 +278,7 @@ impl Peers {
     /// Rows go to `node` now.
     pub(crate) fn send(self: &Arc<Self>, view: &View, node: NodeId, rows: usize) -> Out {
         self.counters.dispatches.fetch_add(1, Ordering::Relaxed);
+        self.counters.rows.fetch_add(rows as u64, Ordering::Relaxed);
         let (rows, now) = (rows as u64, Instant::now());
         let mut known = self.known();
         let number = known.next;

@@ -107,6 +107,17 @@ pub struct Spent {
     pub held: Vec<u32>,
 }
 
+impl Spent {
+    /// The same with one draft more, of `tried` tokens of which `held` did.
+    fn and(mut self, tried: usize, held: usize) -> Spent {
+        for (count, n) in [(&mut self.drafted, tried), (&mut self.held, held)] {
+            count.resize(count.len().max(n), 0);
+            count.iter_mut().take(n).for_each(|place| *place += 1);
+        }
+        self
+    }
+}
+
 /// What the reader of a request is told, in this order: one `Prompt`, a `Token` for each
 /// token, one `Finished` or `Failed`.
 #[derive(Debug, Clone, PartialEq)]
@@ -122,8 +133,8 @@ pub enum Event {
         token: u32,
         /// Its log-probability and the alternatives, when asked for.
         logprobs: Option<Sampled>,
-        /// Of the prompt's tokens those that the prefix cache had.
-        cached: usize,
+        /// What it took up to here.
+        spent: Spent,
     },
     /// The output is complete.
     Finished {
@@ -310,22 +321,19 @@ impl Sequence {
         token
     }
 
-    /// A step begins to be read out; `cached` tokens of the prompt were known before it came.
-    pub(crate) fn begin(&mut self, cached: usize) {
+    /// A step begins to be read out that has tried so many drafts; `cached` tokens of the prompt were known before it
+    /// came.
+    pub(crate) fn begin(&mut self, cached: usize, tried: usize) {
         self.base = self.tokens.len();
+        self.drafted.truncate(tried);
         self.spent.cached = cached.min(self.request.prompt.len());
     }
 
     /// All logits of a step have been observed: counts which drafts held. Returns how many.
-    pub(crate) fn check_drafts(&mut self, tried: usize) -> usize {
+    pub(crate) fn check_drafts(&mut self) -> usize {
+        let tried = self.drafted.len();
         let held = self.gained().saturating_sub(1).min(tried);
-        let Spent {
-            drafted, held: all, ..
-        } = &mut self.spent;
-        for (count, n) in [(drafted, tried), (all, held)] {
-            count.resize(count.len().max(n), 0);
-            count.iter_mut().take(n).for_each(|place| *place += 1);
-        }
+        self.spent = std::mem::take(&mut self.spent).and(tried, held);
         self.drafted.clear();
         held
     }
@@ -404,10 +412,14 @@ impl Sequence {
         if self.request.shaping.counts() {
             self.seen.push(token);
         }
+        let spent = self
+            .spent
+            .clone()
+            .and(self.drafted.len(), self.gained() - 1);
         self.tell(Event::Token {
             token,
             logprobs,
-            cached: self.spent.cached,
+            spent,
         });
         if self.request.stop_tokens.contains(&token) {
             self.finish(Finish::Stop(token));

@@ -28,8 +28,9 @@ use tonic::{Code, Request as Call, Response, Status};
 use crate::constraint::{Constraints, LoadText};
 use crate::desk::{EngineHandle, SubmitError};
 use crate::exchange::ExchangeFailure;
+use crate::meter::{Meter, Timed};
 use crate::pages::Helpers;
-use crate::sequence::{Event, Events, Failure, Finish, MAX_TOP_LOGPROBS, Request};
+use crate::sequence::{Event, Events, Failure, Finish, MAX_TOP_LOGPROBS, Request, Spent};
 
 /// Bytes of a request id.
 pub const MAX_REQUEST_ID: usize = 256;
@@ -69,6 +70,7 @@ pub struct Inference {
     /// None: nobody runs prompts for this node.
     helpers: Option<Arc<Helpers>>,
     duty: Duty,
+    meter: Arc<Meter>,
 }
 
 impl Inference {
@@ -83,6 +85,7 @@ impl Inference {
             calls: Calls::default(),
             helpers: None,
             duty: Duty::Both,
+            meter: Arc::default(),
         }
     }
 
@@ -104,6 +107,11 @@ impl Inference {
             duty,
             ..self
         }
+    }
+
+    /// What is said of this node to Prometheus.
+    pub(crate) fn meter(&self) -> Arc<Meter> {
+        Arc::clone(&self.meter)
     }
 
     fn engine(&self) -> Result<(EngineHandle, String), Status> {
@@ -129,6 +137,7 @@ impl wire::inference_server::Inference for Inference {
         call: Call<wire::GenerateRequest>,
     ) -> Result<Response<BoxStream<wire::GenerateResponse>>, Status> {
         let (engine, digest) = self.engine()?;
+        let timed = Timed::new(Arc::clone(&self.meter));
         let (metadata, _, mut call) = call.into_parts();
         call.timeout_ms = call::shorter(call.timeout_ms, &metadata);
         if !call.model.is_empty() && call.model != self.model {
@@ -160,7 +169,8 @@ impl wire::inference_server::Inference for Inference {
         let events = events.map_err(refused)?;
         let under_way = self.calls.begin(OWNER, &request_id);
         let name = request_id.clone();
-        let mut response = Response::new(replies(events, under_way, request_id, prompt).boxed());
+        let mut response =
+            Response::new(replies(events, under_way, timed, request_id, prompt).boxed());
         call::name(response.metadata_mut(), &name);
         Ok(response)
     }
@@ -200,12 +210,13 @@ impl wire::inference_server::Inference for Inference {
 fn replies(
     events: Events,
     under_way: call::Call,
+    mut timed: Timed,
     request_id: String,
     prompt: Vec<u32>,
 ) -> impl Stream<Item = Result<wire::GenerateResponse, Status>> + Send {
-    let usage = prompt.len() as u32;
+    let length = prompt.len();
     let mut head = Some((request_id, prompt));
-    let mut said = 0;
+    let (mut said, mut so_far) = (0, Spent::default());
     stream::unfold(Some((events, under_way)), |open| async {
         let (mut events, under_way) = open?;
         let event = tokio::select! {
@@ -217,11 +228,7 @@ fn replies(
     })
     .map(move |event| {
         let Ok(event) = event else {
-            let usage = wire::Usage {
-                prompt_tokens: usage,
-                completion_tokens: said,
-                ..wire::Usage::default()
-            };
+            let usage = usage(length, said, std::mem::take(&mut so_far));
             let event = Some(WireEvent::Complete(wire::Complete {
                 finish_reason: wire::FinishReason::Abort.into(),
                 matched_stop: None,
@@ -229,7 +236,11 @@ fn replies(
             }));
             return Ok(wire::GenerateResponse { event });
         };
-        said += u32::from(matches!(event, Some(Event::Token { .. })));
+        if let Some(Event::Token { spent, .. }) = &event {
+            said += 1;
+            timed.token(length, spent);
+            so_far.clone_from(spent);
+        }
         let event = match event {
             Some(Event::Prompt { logprobs }) => {
                 let (request_id, token_ids) = head.take().unwrap_or_default();
@@ -243,28 +254,20 @@ fn replies(
             Some(Event::Token {
                 token,
                 logprobs,
-                cached,
+                spent,
             }) => WireEvent::Chunk(wire::Chunk {
                 token_ids: vec![token],
                 text: String::new(),
                 logprobs: logprobs.into_iter().map(logprobs_wire).collect(),
-                cached_tokens: cached as u32,
+                cached_tokens: spent.cached as u32,
+                drafted_tokens: spent.drafted,
+                accepted_tokens: spent.held,
             }),
             Some(Event::Finished {
                 reason,
                 generated,
                 spent,
-            }) => WireEvent::Complete(complete(
-                reason,
-                wire::Usage {
-                    prompt_tokens: usage,
-                    completion_tokens: generated as u32,
-                    cached_tokens: spent.cached as u32,
-                    drafted_tokens: spent.drafted,
-                    accepted_tokens: spent.held,
-                    ..wire::Usage::default()
-                },
-            )),
+            }) => WireEvent::Complete(complete(reason, usage(length, generated, spent))),
             Some(Event::Failed(failure)) => return Err(failed(&failure)),
             None => {
                 let message = "the engine of the attention node has stopped";
@@ -273,6 +276,17 @@ fn replies(
         };
         Ok(wire::GenerateResponse { event: Some(event) })
     })
+}
+
+fn usage(prompt: usize, generated: usize, spent: Spent) -> wire::Usage {
+    wire::Usage {
+        prompt_tokens: prompt as u32,
+        completion_tokens: generated as u32,
+        cached_tokens: spent.cached as u32,
+        drafted_tokens: spent.drafted,
+        accepted_tokens: spent.held,
+        ..wire::Usage::default()
+    }
 }
 
 /// Somebody has ended the request by its id.

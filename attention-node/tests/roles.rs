@@ -103,6 +103,8 @@ fn told(event: Event) -> Event {
     match event {
         Event::Chunk(mut chunk) => {
             chunk.cached_tokens = 0;
+            chunk.drafted_tokens.clear();
+            chunk.accepted_tokens.clear();
             Event::Chunk(chunk)
         }
         Event::Complete(mut complete) => {

@@ -367,10 +367,15 @@ async fn a_prompt_that_begins_like_another_says_how_much_was_known() {
             };
             let events = rig.run(&asked).await;
             let first = events.iter().find_map(|event| match event {
-                Event::Token { cached, .. } => Some(*cached),
+                Event::Token { spent, .. } => Some(spent.cached),
                 _ => None,
             });
             assert_eq!(first, Some(spent(&events).cached));
+            let last = events.iter().rev().find_map(|event| match event {
+                Event::Token { spent, .. } => Some(spent.clone()),
+                _ => None,
+            });
+            assert_eq!(last, Some(spent(&events)), "whoever stops here knows as much");
             result.push(spent(&events).cached);
         }
         result

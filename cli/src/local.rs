@@ -157,6 +157,7 @@ impl Local {
             coordinator: self.cluster.clone(),
             tls: None,
             health: None,
+            metrics: None,
             process: self.process.clone(),
             failure_domain: String::new(),
         };

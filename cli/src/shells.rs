@@ -11,6 +11,7 @@ use guild_model::Checkpoint;
 use guild_node::tls::Tls;
 
 use crate::args::{Compute, Engine, Exposure, Redundancy, Weights};
+use crate::command::served_name;
 use crate::security::Door;
 
 /// Where a node stands in its cluster.
@@ -25,6 +26,8 @@ pub(crate) struct Place {
     pub(crate) tls: Option<Tls>,
     /// Where probes ask for its health.
     pub(crate) health: Option<String>,
+    /// Where Prometheus asks for what it counts.
+    pub(crate) metrics: Option<String>,
     /// The same for all nodes of this process, and for no other.
     pub(crate) process: String,
     /// What fails together with it.
@@ -69,6 +72,7 @@ pub(crate) fn attention(
         drain: drain(exposure),
         tls: place.tls.clone(),
         health: place.health.clone(),
+        metrics: place.metrics.clone(),
         process: place.process.clone(),
         failure_domain: place.failure_domain.clone(),
         ..AttentionNodeConfig::new(
@@ -87,11 +91,13 @@ pub(crate) fn expert(
     exposure: Exposure,
 ) -> ExpertNodeConfig {
     ExpertNodeConfig {
+        model_name: served_name(None, place.model.dir()),
         dtype: compute.weights.dtype,
         capacity_bytes: capacity,
         drain: drain(exposure),
         tls: place.tls.clone(),
         health: place.health.clone(),
+        metrics: place.metrics.clone(),
         process: place.process.clone(),
         failure_domain: place.failure_domain.clone(),
         ..ExpertNodeConfig::new(

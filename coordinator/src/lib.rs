@@ -21,6 +21,7 @@ use guild_model::text::Text;
 use guild_model::{Checkpoint, ModelError};
 use guild_node::channel::Dialer;
 use guild_node::keys::ApiKeys;
+use guild_node::metrics::MetricsPort;
 use guild_node::serve::{Health, ServeError, Server};
 use guild_node::store::{self, Candidate, StoreError, StoreUrl};
 use guild_node::tls::{FrontTls, Role, Tls};
@@ -92,6 +93,9 @@ pub struct CoordinatorConfig {
     /// `host:port` where nodes reach this coordinator, for others to name when
     /// it leads; None: where it listens.
     pub advertise: Option<String>,
+    /// `host:port` where `/metrics` and `/health` are answered over plain HTTP and without a key, beside the front door;
+    /// None: nowhere.
+    pub metrics: Option<String>,
     /// A leader that the store has not heard of for so long is deposed.
     pub leader_ttl: Duration,
     /// Where one owner ends the coordinator and its nodes; None: the coordinator
@@ -176,6 +180,7 @@ impl CoordinatorConfig {
             limits: FrontLimits::default(),
             store: StoreUrl::Memory,
             advertise: None,
+            metrics: None,
             leader_ttl: CoordinatorConfig::LEADER_TTL,
             farewell: None,
         }
@@ -280,7 +285,11 @@ pub async fn run(
         .await
         .listing(INFERENCE)
         .with_tls(config.front_tls.as_ref().map(FrontTls::acceptor))
-        .guarded(config.api_keys.clone().map(front::guard));
+        .guarded(config.api_keys.clone().map(front::guard))
+        .measured_at(MetricsPort::at(config.metrics.clone(), {
+            let front = Arc::clone(&front);
+            move || front.page()
+        }));
     let health = http.health();
     let grpc = Server::with_health(Routes::default(), false, health.clone())
         .add(front.inference_service())

@@ -15,7 +15,10 @@ use std::{
 
 use bytes::Bytes;
 use guild_model::{Cpu, expert::Expert};
-use guild_node::member::Lease;
+use guild_node::{
+    member::Lease,
+    metrics::{Histogram, Page, SECONDS},
+};
 use guild_transport::{ExchangeCode, ExchangeError, SlotBlob, SlotHost, Work};
 
 use crate::{
@@ -50,6 +53,8 @@ pub struct Host {
     lease: OnceLock<Lease>,
     /// Batches answered while the lease had run out.
     unleased: AtomicU64,
+    answered: AtomicU64,
+    took: Histogram,
 }
 
 impl Host {
@@ -66,6 +71,8 @@ impl Host {
             pace,
             lease: OnceLock::new(),
             unleased: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
+            took: Histogram::new(SECONDS),
         }
     }
 
@@ -183,6 +190,42 @@ impl Host {
         tables.iter().map(|table| table.epoch).collect()
     }
 
+    /// What is said of it to Prometheus.
+    pub(crate) fn write(&self, page: &mut Page) {
+        self.merger.merging().write(page);
+        page.counter(
+            "guild_expert_batches_total",
+            "Batches of rows that were answered.",
+            &self.answered,
+        );
+        page.histogram(
+            "guild_expert_batch_duration_seconds",
+            "From the arrival of a batch to its answer.",
+            &self.took,
+        );
+        page.counter(
+            "guild_expert_unleased_batches_total",
+            "Batches answered while the lease had run out.",
+            &self.unleased,
+        );
+        page.gauge(
+            "guild_expert_rows_per_second",
+            "Rows that this node can do in a second, as it has measured.",
+            self.rows_per_second().unwrap_or(0.0),
+        );
+        let epochs = self.epochs();
+        page.gauge(
+            "guild_expert_epochs",
+            "Placements that rows can be run by.",
+            epochs.len(),
+        );
+        page.gauge(
+            "guild_placement_epoch",
+            "The newest of them; 0: none yet.",
+            epochs.last().copied().unwrap_or(0),
+        );
+    }
+
     /// Whether no rows are here and none have been for `time`.
     pub fn is_quiet(&self, time: Duration) -> bool {
         self.pace.is_quiet(time)
@@ -224,6 +267,24 @@ impl Host {
 
 impl SlotHost for Host {
     fn execute(&self, work: Work) -> Result<Vec<f32>, ExchangeError> {
+        let began = Instant::now();
+        let rows = self.run(work)?;
+        self.answered.fetch_add(1, Ordering::Relaxed);
+        self.took.observe(began.elapsed());
+        Ok(rows)
+    }
+
+    fn blob(&self, epoch: u64, slot: u32) -> Result<SlotBlob, ExchangeError> {
+        let expert = self.expert(epoch, slot)?;
+        Ok(SlotBlob {
+            digest: expert.digest(),
+            bytes: Bytes::from_owner(Lent(expert)),
+        })
+    }
+}
+
+impl Host {
+    fn run(&self, work: Work) -> Result<Vec<f32>, ExchangeError> {
         let _rows = self.pace.rows();
         let (epoch, width) = (work.epoch, self.width);
         if work.width != width {
@@ -267,12 +328,11 @@ impl SlotHost for Host {
         let merging = self.merger.merging();
         let merged = |piece: &Piece<Expert>| merging.merges(piece.expert.bytes());
         if !pieces.iter().any(merged) {
-            let parts = pieces.iter().map(|piece| {
-                merging.count(piece.rows.len());
-                Part {
-                    expert: &*piece.expert,
-                    rows: Cow::Borrowed(&piece.rows[..]),
-                }
+            let rows = pieces.iter().map(|piece| piece.rows.len());
+            merging.count(rows, 1, [Duration::ZERO]);
+            let parts = pieces.iter().map(|piece| Part {
+                expert: &*piece.expert,
+                rows: Cow::Borrowed(&piece.rows[..]),
             });
             return Ok(forward(&work.rows, &parts.collect::<Vec<_>>()));
         }
@@ -292,14 +352,6 @@ impl SlotHost for Host {
                 ExchangeCode::Internal,
                 format!("epoch {epoch}: an expert panicked; the log says where"),
             ),
-        })
-    }
-
-    fn blob(&self, epoch: u64, slot: u32) -> Result<SlotBlob, ExchangeError> {
-        let expert = self.expert(epoch, slot)?;
-        Ok(SlotBlob {
-            digest: expert.digest(),
-            bytes: Bytes::from_owner(Lent(expert)),
         })
     }
 }

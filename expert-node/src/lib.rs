@@ -36,6 +36,8 @@ pub use live::run;
 pub struct ExpertNodeConfig {
     /// The open checkpoint; roles of one process share it, and with it the digest.
     pub model: Checkpoint,
+    /// What clients call the model.
+    pub model_name: String,
     /// How weights are kept.
     pub dtype: Dtype,
     /// Stable and unique in the cluster.
@@ -50,6 +52,8 @@ pub struct ExpertNodeConfig {
     /// `host:port` where health alone is answered without TLS, for probes that have no
     /// certificate; None: nowhere.
     pub health: Option<String>,
+    /// `host:port` where `/metrics` and `/health` are answered over plain HTTP; None: nowhere.
+    pub metrics: Option<String>,
     /// Bytes for resident experts; 0 is unlimited.
     pub capacity_bytes: u64,
     /// Nodes with the same value are one process; empty: alone.
@@ -69,7 +73,7 @@ impl ExpertNodeConfig {
     /// Drain limit, by default.
     pub const DRAIN: Duration = Duration::from_secs(30);
 
-    /// Everything by default but what has none.
+    /// Everything by default but what has none. The model is called `model`.
     pub fn new(
         model: Checkpoint,
         name: impl Into<String>,
@@ -78,12 +82,14 @@ impl ExpertNodeConfig {
     ) -> Self {
         Self {
             model,
+            model_name: "model".to_owned(),
             dtype: Dtype::Auto,
             name: name.into(),
             address: address.into(),
             coordinator: coordinator.into(),
             tls: None,
             health: None,
+            metrics: None,
             capacity_bytes: 0,
             process: String::new(),
             failure_domain: String::new(),

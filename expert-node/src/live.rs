@@ -16,6 +16,7 @@ use guild_node::{
     channel::Dialer,
     failpoint,
     member::{Measured, Member, MemberConfig, NodeState},
+    metrics::{MetricsPort, Page},
     serve::{Health, Server},
     tls,
 };
@@ -96,6 +97,10 @@ pub async fn run(
         .add(experts)
         .with_tls(senders_only)
         .probed_at(cfg.health.clone());
+    let residents = Residents::new(checkpoint.clone(), cfg.dtype, cfg.capacity_bytes);
+    let residents = Arc::new(residents);
+    let page = page(&cfg.model_name, &host, &residents);
+    let server = server.measured_at(MetricsPort::at(cfg.metrics.clone(), page));
     let health = server.health();
     health.set_serving(SERVICE_NAME, false).await;
     // Not a child of `shutdown`: rows are served while the node drains.
@@ -106,8 +111,6 @@ pub async fn run(
         .clone()
         .map(|board| Attached::new(board, &cfg.name, &host));
 
-    let residents = Residents::new(checkpoint.clone(), cfg.dtype, cfg.capacity_bytes);
-    let residents = Arc::new(residents);
     let freeing = Arc::new(Freeing::new(Arc::clone(host.pace())));
     let copier = Copier {
         name: cfg.name.clone(),
@@ -145,6 +148,43 @@ pub async fn run(
     // What is not said by then is cut with the task.
     let _ = timeout(2 * LAST_WORDS, &mut serving).await;
     outcome
+}
+
+/// Writes what this node says to Prometheus.
+fn page(
+    model: &str,
+    host: &Arc<Host>,
+    residents: &Arc<Residents>,
+) -> impl Fn() -> Page + Send + Sync + 'static {
+    let (model, host, residents) = (model.to_owned(), Arc::clone(host), Arc::clone(residents));
+    move || {
+        let mut page = Page::of(&model);
+        host.write(&mut page);
+        page.gauge(
+            "guild_expert_resident_experts",
+            "Experts in memory, those of every epoch.",
+            residents.len(),
+        );
+        page.gauge(
+            "guild_expert_resident_bytes",
+            "Bytes of these.",
+            residents.bytes(),
+        );
+        if let Some(free) = residents.free_bytes() {
+            page.gauge(
+                "guild_expert_free_bytes",
+                "Bytes that further experts may take.",
+                free,
+            );
+        }
+        page.counters(
+            "guild_expert_copies_total",
+            "Experts that have come, by where from.",
+            "from",
+            residents.come(),
+        );
+        page
+    }
 }
 
 /// Nobody yet: whom experts are copied from.

@@ -24,6 +24,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use guild_node::metrics::{Histogram, Page, ROWS, SECONDS};
 use guild_transport::Rows;
 
 use company::Company;
@@ -52,6 +53,12 @@ struct Switch {
     from_bytes: AtomicU64,
     products: AtomicU64,
     rows: AtomicU64,
+    /// Of which several senders had rows.
+    merged: AtomicU64,
+    /// Rows of each call, for several experts together.
+    calls: Histogram,
+    /// From when an order came until rows of it were run.
+    waited: Histogram,
 }
 
 /// What was run until now.
@@ -69,6 +76,9 @@ impl Default for Merging {
             from_bytes: AtomicU64::new(MERGE_FROM_BYTES),
             products: AtomicU64::new(0),
             rows: AtomicU64::new(0),
+            merged: AtomicU64::new(0),
+            calls: Histogram::new(ROWS),
+            waited: Histogram::new(SECONDS),
         }))
     }
 }
@@ -93,9 +103,59 @@ impl Merging {
         bytes >= self.0.from_bytes.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn count(&self, rows: usize) {
-        self.0.products.fetch_add(1, Ordering::Relaxed);
-        self.0.rows.fetch_add(rows as u64, Ordering::Relaxed);
+    /// A call begins that runs each of some experts on so many rows, of so many orders; some of these begin with it,
+    /// having waited.
+    pub(crate) fn count(
+        &self,
+        experts: impl Iterator<Item = usize>,
+        orders: usize,
+        waited: impl IntoIterator<Item = Duration>,
+    ) {
+        let (mut products, mut rows) = (0, 0);
+        for of in experts {
+            products += 1;
+            rows += of as u64;
+        }
+        let counts = &*self.0;
+        counts.products.fetch_add(products, Ordering::Relaxed);
+        counts.rows.fetch_add(rows, Ordering::Relaxed);
+        counts
+            .merged
+            .fetch_add(u64::from(orders > 1), Ordering::Relaxed);
+        counts.calls.observe(rows);
+        for waited in waited {
+            counts.waited.observe(waited);
+        }
+    }
+
+    /// The same for Prometheus.
+    pub(crate) fn write(&self, page: &mut Page) {
+        let counts = &*self.0;
+        page.counter(
+            "guild_expert_rows_total",
+            "Rows that experts were run on.",
+            &counts.rows,
+        );
+        page.counter(
+            "guild_expert_products_total",
+            "Times that an expert was run.",
+            &counts.products,
+        );
+        page.counter(
+            "guild_expert_merged_calls_total",
+            "Calls with rows of several senders.",
+            &counts.merged,
+        );
+        page.histogram(
+            "guild_expert_call_rows",
+            "Rows of a call, which runs some experts together.",
+            &counts.calls,
+        );
+        page.histogram(
+            "guild_expert_wait_seconds",
+            "From the arrival of rows until experts were run on them.",
+            &counts.waited,
+        );
     }
 }
 
@@ -150,6 +210,9 @@ struct State<E> {
 struct Entry<E> {
     id: u64,
     source: u64,
+    came: Instant,
+    /// Whether rows of it have been run.
+    begun: bool,
     deadline: Option<Instant>,
     rows: Arc<Rows>,
     /// Not begun.
@@ -177,6 +240,8 @@ struct Batch<E> {
     experts: Vec<Together<E>>,
     /// The rows of those who are in it, each order once.
     orders: Vec<(u64, Arc<Rows>)>,
+    /// How long those of them have waited that begin with it.
+    waited: Vec<Duration>,
 }
 
 /// Pieces of one expert, at least one, and whose they are.
@@ -278,9 +343,9 @@ impl<E> Merger<E> {
             let Some(batch) = self.lock().take(id, self.call, Instant::now()) else {
                 return;
             };
-            for expert in &batch.experts {
-                self.merging.count(expert.rows());
-            }
+            let (experts, waited) = (batch.experts.iter(), batch.waited.iter().copied());
+            let experts = experts.map(Together::rows);
+            self.merging.count(experts, batch.orders.len(), waited);
             let begun = Instant::now();
             let product = batch.run(width, forward).map(Arc::new);
             let took = begun.elapsed();
@@ -331,11 +396,13 @@ impl<E> State<E> {
         let id = self.next;
         self.next += 1;
         let experts = order.pieces.iter().map(|piece| address(&piece.expert));
-        self.company
-            .came(order.source, experts.collect(), Instant::now());
+        let came = Instant::now();
+        self.company.came(order.source, experts.collect(), came);
         self.queue.push_back(Entry {
             id,
             source: order.source,
+            came,
+            begun: false,
             deadline: order.deadline,
             rows: Arc::new(order.rows),
             open: order.pieces.len(),
@@ -403,14 +470,22 @@ impl<E> State<E> {
             let pieces = self.take_expert(id, &expert);
             experts.push(Together { expert, pieces });
         }
-        let of = |entry: &&Entry<E>| {
+        let of = |entry: &&mut Entry<E>| {
             let mut pieces = experts.iter().flat_map(|expert| &expert.pieces);
             pieces.any(|&(id, _)| id == entry.id)
         };
-        let orders = self.queue.iter().filter(of);
-        let orders = orders.map(|entry| (entry.id, Arc::clone(&entry.rows)));
-        let orders = orders.collect();
-        (!experts.is_empty()).then_some(Batch { experts, orders })
+        let (mut orders, mut waited) = (Vec::new(), Vec::new());
+        for entry in self.queue.iter_mut().filter(of) {
+            orders.push((entry.id, Arc::clone(&entry.rows)));
+            if !std::mem::replace(&mut entry.begun, true) {
+                waited.push(now.saturating_duration_since(entry.came));
+            }
+        }
+        (!experts.is_empty()).then_some(Batch {
+            experts,
+            orders,
+            waited,
+        })
     }
 
     /// Everybody's rows for an expert of the order `id`.

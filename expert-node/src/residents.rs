@@ -7,7 +7,10 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use guild_model::{
@@ -16,6 +19,8 @@ use guild_model::{
     expert::{Arriving, Breathe, Expert},
 };
 use guild_node::memory;
+
+use crate::CopyFrom;
 
 /// A routed expert of the model: (layer, logical expert).
 pub type ExpertKey = (u32, u32);
@@ -71,6 +76,9 @@ pub struct Residents {
     /// Bytes for all of them; 0 is unlimited.
     capacity: u64,
     experts: Mutex<HashMap<ExpertKey, Weak<Expert>>>,
+    /// Experts that have come since the start, by where from.
+    read: AtomicU64,
+    copied: AtomicU64,
 }
 
 impl Residents {
@@ -81,7 +89,18 @@ impl Residents {
             dtype,
             capacity,
             experts: Mutex::default(),
+            read: AtomicU64::new(0),
+            copied: AtomicU64::new(0),
         }
+    }
+
+    /// Experts that have come since the start: read from the checkpoint, and copied from other nodes.
+    pub fn come(&self) -> [(CopyFrom, u64); 2] {
+        let so_far = |of: &AtomicU64| of.load(Ordering::Relaxed);
+        [
+            (CopyFrom::Checkpoint, so_far(&self.read)),
+            (CopyFrom::Peer, so_far(&self.copied)),
+        ]
     }
 
     /// Experts in memory.
@@ -170,7 +189,8 @@ impl Residents {
         }
         let (layer, expert) = (key.0 as usize, key.1 as usize);
         let read = Expert::load_by(&self.checkpoint, layer, expert, self.dtype, breathe);
-        Ok(self.keep(key, read.map_err(|source| unreadable(key, source))?))
+        let read = read.map_err(|source| unreadable(key, source))?;
+        Ok(self.keep(key, read, &self.read))
     }
 
     /// Bytes that the blob of an expert must have.
@@ -198,10 +218,11 @@ impl Residents {
     /// # Errors
     /// The blob is not complete; nothing is kept of it.
     pub fn adopt(&self, key: ExpertKey, blob: Arriving) -> Result<Arc<Expert>, ModelError> {
-        Ok(self.keep(key, blob.finish()?))
+        Ok(self.keep(key, blob.finish()?, &self.copied))
     }
 
-    fn keep(&self, key: ExpertKey, expert: Expert) -> Arc<Expert> {
+    fn keep(&self, key: ExpertKey, expert: Expert, come: &AtomicU64) -> Arc<Expert> {
+        come.fetch_add(1, Ordering::Relaxed);
         let expert = Arc::new(expert);
         self.experts().insert(key, Arc::downgrade(&expert));
         expert

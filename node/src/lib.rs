@@ -15,6 +15,7 @@ pub mod failpoint;
 pub mod keys;
 pub mod member;
 pub mod memory;
+pub mod metrics;
 pub mod serve;
 pub mod shutdown;
 pub mod size;

@@ -1,6 +1,7 @@
 //! Serving: routes on a listener, with health and reflection beside them, and
 //! a drain that ends within its limit.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -27,6 +28,7 @@ use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::{HealthReporter, HealthService};
 
 use crate::exit::{ExitKind, HasExitKind};
+use crate::metrics::MetricsPort;
 use crate::shutdown::Shutdown;
 use crate::tls::{Acceptor, Identity, ServerStream};
 
@@ -107,16 +109,16 @@ pub async fn bind(address: &str) -> Result<TcpListener, ServeError> {
 #[derive(Clone, Debug)]
 pub struct Health {
     reporter: HealthReporter,
-    /// Names reported on so far, to take them all down in a drain. None: the
+    /// What was said of each name so far, to take them all down in a drain. None: the
     /// drain has begun and nothing is serving any more, whatever is said.
-    names: Arc<Mutex<Option<Vec<String>>>>,
+    names: Arc<Mutex<Option<BTreeMap<String, bool>>>>,
 }
 
 impl Health {
     async fn new() -> Health {
         let health = Health {
             reporter: HealthReporter::new(),
-            names: Arc::new(Mutex::new(Some(Vec::new()))),
+            names: Arc::new(Mutex::new(Some(BTreeMap::new()))),
         };
         // Nothing serves before somebody says so.
         health.set_serving("", false).await;
@@ -128,15 +130,20 @@ impl Health {
     pub async fn set_serving(&self, service: &str, serving: bool) {
         let mut names = self.names.lock().await;
         let Some(names) = names.as_mut() else { return };
-        if !names.iter().any(|name| name == service) {
-            names.push(service.to_owned());
-        }
+        names.insert(service.to_owned(), serving);
         let status = if serving {
             ServingStatus::Serving
         } else {
             ServingStatus::NotServing
         };
         self.reporter.set_service_status(service, status).await;
+    }
+
+    /// Whether the process as a whole can take requests.
+    pub(crate) async fn is_serving(&self) -> bool {
+        let names = self.names.lock().await;
+        let said = names.as_ref().and_then(|names| names.get(""));
+        said.copied().unwrap_or(false)
     }
 
     /// Takes everything down for good and ends the Watch streams, which would
@@ -146,7 +153,7 @@ impl Health {
             return;
         };
         let mut reporter = self.reporter.clone();
-        for name in names {
+        for name in names.into_keys() {
             reporter
                 .set_service_status(&name, ServingStatus::NotServing)
                 .await;
@@ -169,6 +176,7 @@ pub struct Server {
     tls: Option<Acceptor>,
     guard: Option<Guard>,
     probes: Option<String>,
+    metrics: Option<MetricsPort>,
 }
 
 impl Server {
@@ -196,6 +204,7 @@ impl Server {
             tls: None,
             guard: None,
             probes: None,
+            metrics: None,
         };
         server.add(checks)
     }
@@ -211,6 +220,14 @@ impl Server {
     #[must_use]
     pub fn probed_at(mut self, address: Option<String>) -> Server {
         self.probes = address;
+        self
+    }
+
+    /// Answers `/metrics` and `/health` at one more address without TLS, if there is one, until the last stream of a
+    /// drain is through.
+    #[must_use]
+    pub fn measured_at(mut self, port: Option<MetricsPort>) -> Server {
+        self.metrics = port;
         self
     }
 
@@ -278,7 +295,7 @@ impl Server {
     /// is left is cut.
     ///
     /// # Errors
-    /// The server ended without being asked to, the address for probes is taken, or the
+    /// The server ended without being asked to, an address for probes or metrics is taken, or the
     /// descriptor set that this binary was built with is unusable.
     pub async fn run(
         mut self,
@@ -286,15 +303,30 @@ impl Server {
         shutdown: Shutdown,
         drain: Duration,
     ) -> Result<(), ServeError> {
-        let Some(address) = self.probes.take() else {
-            return self.run_alone(listener, shutdown, drain).await;
+        let health = self.health();
+        let probes = match self.probes.take() {
+            Some(address) => Some(bind(&address).await?),
+            None => None,
         };
-        let second = bind(&address).await?;
-        let probes = Server::with_health(Routes::default(), false, self.health());
-        tokio::try_join!(
-            self.run_alone(listener, shutdown.clone(), drain),
-            probes.run_alone(second, shutdown, Duration::ZERO),
-        )?;
+        let probes = probes.map(|listener| {
+            let probes = Server::with_health(Routes::default(), false, health.clone());
+            probes.run_alone(listener, shutdown.clone(), Duration::ZERO)
+        });
+        let (metrics, ended) = (self.metrics.take(), Shutdown::new());
+        let metrics = match metrics {
+            Some(port) => Some((bind(&port.address).await?, port.router(health.clone()))),
+            None => None,
+        };
+        let metrics = metrics.map(|(listener, router)| {
+            let metrics = Server::with_health(Routes::from(router), true, health);
+            metrics.run_alone(listener, ended.clone(), Duration::ZERO)
+        });
+        let serving = async {
+            let result = self.run_alone(listener, shutdown, drain).await;
+            ended.trigger();
+            result
+        };
+        tokio::try_join!(serving, beside(probes), beside(metrics))?;
         Ok(())
     }
 
@@ -351,6 +383,16 @@ impl Server {
             address,
             reason: chain(&error),
         })
+    }
+}
+
+/// A further server of a process, if there is one.
+async fn beside(
+    server: Option<impl Future<Output = Result<(), ServeError>>>,
+) -> Result<(), ServeError> {
+    match server {
+        Some(server) => server.await,
+        None => Ok(()),
     }
 }
 

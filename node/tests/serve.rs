@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use guild_node::Shutdown;
 use guild_node::channel;
+use guild_node::metrics::{MEDIA_TYPE, MetricsPort, Page};
 use guild_node::serve::{Health, ServeError, Server, bind};
 use guild_proto::cluster::v1::cluster_client::ClusterClient;
 use guild_proto::cluster::v1::cluster_server::{Cluster, ClusterServer};
@@ -207,4 +208,72 @@ async fn an_address_in_use_is_named() {
     let error = bind(&address).await.unwrap_err().to_string();
     assert!(error.contains(&address), "{error}");
     assert!(bind("no-such-host.invalid:1").await.is_err());
+}
+
+/// The answer of a plain port to a GET: its head and its body.
+async fn get(address: &str, path: &str) -> (String, String) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let asked = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(asked.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.to_owned(), body.to_owned())
+}
+
+#[tokio::test]
+async fn a_plain_port_tells_what_is_counted_and_whether_the_process_serves() {
+    let free = bind("127.0.0.1:0").await.unwrap();
+    let address = free.local_addr().unwrap().to_string();
+    drop(free);
+    let port = MetricsPort::at(Some(address.clone()), || {
+        let mut page = Page::of("m");
+        page.gauge("guild_things", "Things.", 7u64);
+        page
+    });
+    let server = Server::new().await.measured_at(port);
+    let health = server.health();
+    let shutdown = Shutdown::new();
+    let listener = bind("127.0.0.1:0").await.unwrap();
+    let serving = tokio::spawn(server.run(listener, shutdown.clone(), Duration::ZERO));
+    let there = async {
+        while tokio::net::TcpStream::connect(&address).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), there)
+        .await
+        .unwrap();
+
+    let (head, body) = get(&address, "/metrics").await;
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    assert!(
+        head.to_ascii_lowercase()
+            .contains(&format!("content-type: {MEDIA_TYPE}")),
+        "{head}"
+    );
+    assert!(
+        body.contains("guild_things{model_name=\"m\"} 7\n"),
+        "{body}"
+    );
+    for (serves, status) in [(false, "503"), (true, "200")] {
+        health.set_serving("", serves).await;
+        let (head, _) = get(&address, "/health").await;
+        assert!(head.starts_with(&format!("HTTP/1.1 {status}")), "{head}");
+    }
+    let (head, _) = get(&address, "/v1/models").await;
+    assert!(head.starts_with("HTTP/1.1 404"), "{head}");
+
+    shutdown.trigger();
+    assert!(serving.await.unwrap().is_ok());
+    assert!(tokio::net::TcpStream::connect(&address).await.is_err());
+
+    let taken = bind("127.0.0.1:0").await.unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let port = MetricsPort::at(Some(address.clone()), || Page::of("m"));
+    let server = Server::new().await.measured_at(port);
+    let listener = bind("127.0.0.1:0").await.unwrap();
+    let error = server.run(listener, Shutdown::new(), Duration::ZERO).await;
+    assert!(error.unwrap_err().to_string().contains(&address));
 }

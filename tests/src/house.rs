@@ -102,6 +102,8 @@ pub struct Node {
     pub name: String,
     /// `host:port` of its internal service.
     pub address: String,
+    /// `host:port` where it tells what it counts.
+    pub metrics: String,
     args: Vec<String>,
     environment: Vec<(String, String)>,
     /// Network namespace that it runs in.
@@ -113,14 +115,17 @@ impl Node {
     fn start(
         name: String,
         address: String,
-        args: Vec<String>,
+        mut args: Vec<String>,
         environment: Vec<(String, String)>,
         namespace: Option<String>,
     ) -> Node {
+        let metrics = format!("{LOOPBACK}:{}", free_port());
+        args.extend(strings(&["--metrics-listen", &metrics]));
         let process = Guild::start_in(namespace.as_deref(), &environment, &args);
         Node {
             name,
             address,
+            metrics,
             args,
             environment,
             namespace,

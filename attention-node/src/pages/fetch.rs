@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use guild_node::channel::Dialer;
+use guild_node::metrics::Page;
 use guild_proto::pages::v1::pages_client::PagesClient;
 use guild_proto::pages::v1::{PageFrame, PrefillRequest};
 use tokio::time::{Instant, timeout};
@@ -28,7 +29,7 @@ const PAGE_LIMIT: Duration = Duration::from_secs(15);
 
 /// What has been moved here so far.
 #[derive(Debug, Default)]
-pub(crate) struct Counters {
+pub(crate) struct Moved {
     pages: AtomicU64,
     bytes: AtomicU64,
     micros: AtomicU64,
@@ -36,7 +37,36 @@ pub(crate) struct Counters {
     failures: AtomicU64,
 }
 
-impl Counters {
+impl Moved {
+    /// The same for Prometheus.
+    pub(crate) fn write(&self, page: &mut Page) {
+        for (name, help, value) in [
+            (
+                "prompts",
+                "Prompts that other nodes have run for this one.",
+                &self.prompts,
+            ),
+            (
+                "failures",
+                "Prompts of which other nodes have run a part at most.",
+                &self.failures,
+            ),
+            (
+                "pages",
+                "KV pages that have come from other nodes.",
+                &self.pages,
+            ),
+            ("bytes", "Bytes of these pages.", &self.bytes),
+        ] {
+            page.counter(&format!("guild_prefill_moved_{name}_total"), help, value);
+        }
+        page.counter(
+            "guild_prefill_moved_seconds_total",
+            "Time that prompts were waited for.",
+            Duration::from_micros(self.micros.load(Ordering::Relaxed)),
+        );
+    }
+
     /// One line for the log, if there is anything to say.
     pub(crate) fn log(&self) {
         let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
@@ -64,7 +94,7 @@ pub(crate) struct Helpers {
     dialer: Dialer,
     numerics: String,
     known: Mutex<HashMap<String, Helper>>,
-    counters: Counters,
+    counters: Moved,
 }
 
 /// A prompt that another node is to run.
@@ -91,7 +121,7 @@ impl Helpers {
             dialer,
             numerics: numerics.to_owned(),
             known: Mutex::default(),
-            counters: Counters::default(),
+            counters: Moved::default(),
         }
     }
 
@@ -100,7 +130,7 @@ impl Helpers {
         &self.numerics
     }
 
-    pub(crate) fn counters(&self) -> &Counters {
+    pub(crate) fn counters(&self) -> &Moved {
         &self.counters
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use guild_model::sampler::{Sampling, Shaping};
+use guild_node::metrics::Page;
 use guild_node::status;
 use guild_proto::cluster::v1::Duty;
 use guild_proto::pages::v1::pages_server::Pages;
@@ -50,6 +51,13 @@ impl Inference {
             tokio::spawn(async move { helpers.fetch(fetching, arriving).await });
         }
         Ok(events)
+    }
+
+    /// What this node says to Prometheus.
+    pub(crate) fn page(&self) -> Page {
+        let helpers = self.helpers.as_ref();
+        self.meter
+            .page(&self.model, helpers.map(|helpers| helpers.counters()))
     }
 
     /// Writes a line about prompts that others have run, if there were any.

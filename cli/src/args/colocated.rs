@@ -30,6 +30,14 @@ pub(crate) struct Colocated {
     /// Its name; default: --name with `-experts` behind, or role and address
     #[arg(long, value_name = "NAME", help_heading = "Experts in this process")]
     pub(crate) expert_name: Option<String>,
+    /// Where its `/metrics` and `/health` are answered; default: nowhere
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        help_heading = "Experts in this process"
+    )]
+    pub(crate) expert_metrics_listen: Option<String>,
+
     /// Memory for its resident experts, such as 32GiB; 0: as much as is placed here
     #[arg(long, default_value = "0", value_parser = crate::units::parse_bytes, value_name = "SIZE", help_heading = "Experts in this process")]
     pub(crate) capacity: u64,

@@ -70,6 +70,11 @@ pub(crate) struct Coordinator {
     /// Where nodes reach this coordinator, for other coordinators to name; default: --listen
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) advertise: Option<String>,
+    /// Where `/metrics` (Prometheus) and `/health` are answered over plain HTTP, without keys or certificates; they say
+    /// nothing of requests' content. Default: at the front door alone
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) metrics_listen: Option<String>,
+
     /// What outlives this process and elects one leader of several coordinators: memory (nothing
     /// does), embedded:PATH (a file on this machine) or `etcd://HOST:PORT[,HOST:PORT...][/PREFIX]`
     #[arg(long, default_value = "memory", value_name = "STORE")]

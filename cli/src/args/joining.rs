@@ -28,6 +28,11 @@ pub(crate) struct Joining {
     /// Where health alone is answered without TLS, for probes that have no certificate; default: nowhere
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) health: Option<String>,
+    /// Where `/metrics` (Prometheus) and `/health` are answered over plain HTTP, without keys or certificates; they say
+    /// nothing of requests' content. Default: nowhere
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) metrics_listen: Option<String>,
+
     /// What fails together with this node, such as its host or rack: homes of an expert are kept
     /// apart as far as possible; default: its process
     #[arg(

@@ -135,6 +135,7 @@ fn beside(args: &AttentionNode) -> Result<Joining, Failure> {
         },
         // The attention node's tells of the process.
         health: None,
+        metrics_listen: beside.expert_metrics_listen.clone(),
         tls: NodeTls {
             tls_dir: tls.tls_dir.clone(),
             tls_cert: beside.expert_tls_cert.clone(),

@@ -78,6 +78,7 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
     let config = CoordinatorConfig {
         store: args.store.clone(),
         advertise: args.advertise.clone(),
+        metrics: args.metrics_listen.clone(),
         ..config
     };
     guild_coordinator::run(config, listeners, shutdown)

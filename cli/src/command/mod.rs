@@ -173,6 +173,7 @@ async fn join(
         tls,
         coordinator: joining.coordinator.clone(),
         health: joining.health.clone(),
+        metrics: joining.metrics_listen.clone(),
         process: process_id(),
         failure_domain: joining.failure_domain.clone(),
     };

@@ -79,6 +79,7 @@ pub(super) fn with_text(
         completion_tokens: 0,
         said: None,
         first_token: None,
+        last_token: None,
         request_id,
         rules,
         metrics,
@@ -106,6 +107,7 @@ struct Writer {
     /// What the node has counted, of which drafts are its own to know.
     said: Option<Usage>,
     first_token: Option<Instant>,
+    last_token: Option<Instant>,
     request_id: String,
     rules: TextRules,
     metrics: Arc<Metrics>,
@@ -198,7 +200,17 @@ impl Writer {
         let cached = chunk.cached_tokens.min(self.prompt_tokens.unwrap_or(0));
         self.cached_tokens = self.cached_tokens.max(cached);
         if !chunk.token_ids.is_empty() {
-            self.first_token.get_or_insert_with(Instant::now);
+            let now = Instant::now();
+            self.first_token.get_or_insert(now);
+            let last = self.last_token.replace(now);
+            self.metrics.token(self.rules.handling.received, last, now);
+        }
+        if !chunk.drafted_tokens.is_empty() {
+            self.said = Some(Usage {
+                drafted_tokens: chunk.drafted_tokens,
+                accepted_tokens: chunk.accepted_tokens,
+                ..Usage::default()
+            });
         }
         let mut out = Chunk::default();
         let mut logprobs = chunk.logprobs.into_iter();
@@ -290,7 +302,7 @@ impl Writer {
             matched_stop,
             usage: Some(usage),
         };
-        self.metrics.count(&complete);
+        self.metrics.count(&complete, self.rules.handling.received);
         self.emit(Event::Complete(complete));
     }
 

@@ -13,6 +13,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{MethodRouter, get, post},
 };
+use guild_node::metrics::Page;
 use openai_protocol::models::ModelObject;
 use serde::Serialize;
 use serde_json::json;
@@ -23,7 +24,6 @@ use super::{
     conversation::Conversation,
     fault::Fault,
     fields::{self, Fields},
-    metrics::MEDIA_TYPE,
     request::{Names, Prompt},
     responses,
     tools::Tools,
@@ -196,9 +196,8 @@ async fn health(State(door): Door) -> Response {
 }
 
 /// Counters for Prometheus.
-async fn metrics(State(door): Door) -> Response {
-    let kind = [(header::CONTENT_TYPE, MEDIA_TYPE)];
-    (kind, door.metrics.text(&door.model.name)).into_response()
+async fn metrics(State(door): Door) -> Page {
+    door.page()
 }
 
 async fn version() -> Response {

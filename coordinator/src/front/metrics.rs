@@ -1,23 +1,36 @@
-//! What the front door has served, in the text format that Prometheus reads.
+//! What the front door has served, as a page for Prometheus.
 //!
 //! Secret: the names. They are those of vLLM under a prefix of our own, so that a dashboard is carried over by
-//! renaming. An answer is counted when it has come to its end; one that its client or a stop string cut off is counted
-//! without the drafts, which only the node knew.
+//! renaming. An answer is counted when it has come to its end; of one that a stop string cut off, drafts up to the cut.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
+use guild_node::metrics::{Histogram, Page, SECONDS};
 use guild_proto::inference::v1::{Complete, Usage};
 
 use super::answer::finish_reason;
 
-/// Media type of the exposition.
-pub(super) const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
-
 /// Counters since the start. They only grow.
-#[derive(Debug, Default)]
-pub(super) struct Metrics(Mutex<Counts>);
+#[derive(Debug)]
+pub(super) struct Metrics {
+    counts: Mutex<Counts>,
+    first_token: Histogram,
+    between_tokens: Histogram,
+    whole: Histogram,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            counts: Mutex::default(),
+            first_token: Histogram::new(SECONDS),
+            between_tokens: Histogram::new(SECONDS),
+            whole: Histogram::new(SECONDS),
+        }
+    }
+}
 
 #[derive(Debug, Default)]
 struct Counts {
@@ -31,9 +44,10 @@ struct Counts {
 }
 
 impl Metrics {
-    /// Counts an answer that has ended.
-    pub(super) fn count(&self, complete: &Complete) {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Counts an answer to a request that was `received` then, and has ended now.
+    pub(super) fn count(&self, complete: &Complete, received: Instant) {
+        self.whole.observe(received.elapsed());
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         *counts.answers.entry(finish_reason(complete)).or_default() += 1;
         let none = Usage::default();
         let usage = complete.usage.as_ref().unwrap_or(&none);
@@ -52,109 +66,62 @@ impl Metrics {
         }
     }
 
-    /// All of them, for the model that clients call so.
-    pub(super) fn text(&self, model: &str) -> String {
-        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let model = format!("model_name=\"{}\"", escaped(model));
-        let mut page = Page::default();
-        page.family(
+    /// A token has come of a request that was received at `received` or had its last token at `last`.
+    pub(super) fn token(&self, received: Instant, last: Option<Instant>, now: Instant) {
+        match last {
+            None => self.first_token.observe(now - received),
+            Some(last) => self.between_tokens.observe(now - last),
+        }
+    }
+
+    /// All of them, for the model that clients call so, while so many requests are in flight.
+    pub(super) fn page(&self, model: &str, in_flight: usize) -> Page {
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut page = Page::of(model);
+        page.gauge(
+            "guild_num_requests_running",
+            "Requests that are being answered, those that wait at a node among them.",
+            in_flight,
+        );
+        page.counters(
             "guild_request_success_total",
             "Answers that have come to their end.",
-            counts
-                .answers
-                .iter()
-                .map(|(reason, &n)| (format!("{model},finished_reason=\"{reason}\""), n)),
+            "finished_reason",
+            counts.answers.iter().map(|(reason, &n)| (reason, n)),
         );
-        let (mut drafted, mut accepted) = (0, 0);
-        for place in &counts.places {
-            drafted += place.0;
-            accepted += place.1;
-        }
-        for (name, help, value) in [
-            (
-                "guild_prompt_tokens_total",
-                "Tokens of prompts.",
-                counts.prompt,
-            ),
-            (
-                "guild_generation_tokens_total",
-                "Tokens of answers.",
-                counts.generated,
-            ),
-            (
-                "guild_prefix_cache_queries_total",
-                "Tokens of prompts that were looked for in prefix caches.",
-                counts.prompt,
-            ),
-            (
-                "guild_prefix_cache_hits_total",
-                "Tokens of prompts that were found there.",
-                counts.cached,
-            ),
-            (
-                "guild_spec_decode_num_drafts_total",
-                "Drafts, of one token or several.",
-                counts.places.first().map_or(0, |place| place.0),
-            ),
-            (
-                "guild_spec_decode_num_draft_tokens_total",
-                "Tokens drafted.",
-                drafted,
-            ),
-            (
-                "guild_spec_decode_num_accepted_tokens_total",
-                "Tokens drafted and accepted.",
-                accepted,
-            ),
-        ] {
-            page.family(name, help, [(model.clone(), value)]);
-        }
-        for (name, help, value) in [
-            (
-                "guild_spec_decode_num_draft_tokens_per_pos_total",
-                "Tokens drafted, by place in the draft.",
-                (|place| place.0) as fn(&(u64, u64)) -> u64,
-            ),
-            (
-                "guild_spec_decode_num_accepted_tokens_per_pos_total",
-                "Tokens accepted, by place in the draft.",
-                |place| place.1,
-            ),
-        ] {
-            let places = counts.places.iter().enumerate();
-            page.family(
-                name,
-                help,
-                places.map(|(at, place)| (format!("{model},position=\"{at}\""), value(place))),
-            );
-        }
-        page.0
+        page.counter(
+            "guild_prompt_tokens_total",
+            "Tokens of prompts.",
+            counts.prompt,
+        );
+        page.counter(
+            "guild_generation_tokens_total",
+            "Tokens of answers.",
+            counts.generated,
+        );
+        page.prefix_cache(counts.prompt, counts.cached);
+        page.drafts(&counts.places);
+        page.histogram(
+            "guild_time_to_first_token_seconds",
+            "From a request to the first token of its answer.",
+            &self.first_token,
+        );
+        page.histogram(
+            "guild_inter_token_latency_seconds",
+            "From one token of an answer to the next.",
+            &self.between_tokens,
+        );
+        page.histogram(
+            "guild_e2e_request_latency_seconds",
+            "From a request to the end of its answer.",
+            &self.whole,
+        );
+        page
     }
-}
-
-#[derive(Default)]
-struct Page(String);
-
-impl Page {
-    /// A counter and its series: labels and value.
-    fn family(&mut self, name: &str, help: &str, series: impl IntoIterator<Item = (String, u64)>) {
-        // Writing to a String cannot fail.
-        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} counter");
-        for (labels, value) in series {
-            let _ = writeln!(self.0, "{name}{{{labels}}} {value}");
-        }
-    }
-}
-
-/// A label's value between quotation marks.
-fn escaped(value: &str) -> String {
-    value
-        .replace('\\', "\\\\")
-        .replace('"', "\\\"")
-        .replace('\n', "\\n")
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use guild_proto::inference::v1::FinishReason;
 
@@ -168,7 +135,7 @@ mod tests {
             (vec![2], vec![0]),
             (vec![], vec![]),
         ] {
-            metrics.count(&Complete {
+            let complete = Complete {
                 finish_reason: FinishReason::Length.into(),
                 usage: Some(Usage {
                     prompt_tokens: 10,
@@ -179,23 +146,24 @@ mod tests {
                     ..Usage::default()
                 }),
                 ..Complete::default()
-            });
+            };
+            metrics.count(&complete, Instant::now());
         }
-        let text = metrics.text("a \"b\"\\c");
+        let text = metrics.page("demo", 2).text().unwrap();
         for line in [
-            r#"guild_request_success_total{model_name="a \"b\"\\c",finished_reason="length"} 3"#,
-            r#"guild_prompt_tokens_total{model_name="a \"b\"\\c"} 30"#,
-            r#"guild_prefix_cache_hits_total{model_name="a \"b\"\\c"} 12"#,
-            r#"guild_generation_tokens_total{model_name="a \"b\"\\c"} 21"#,
-            r#"guild_spec_decode_num_drafts_total{model_name="a \"b\"\\c"} 6"#,
-            r#"guild_spec_decode_num_draft_tokens_total{model_name="a \"b\"\\c"} 8"#,
-            r#"guild_spec_decode_num_accepted_tokens_total{model_name="a \"b\"\\c"} 4"#,
-            r#"guild_spec_decode_num_draft_tokens_per_pos_total{model_name="a \"b\"\\c",position="1"} 2"#,
-            r#"guild_spec_decode_num_accepted_tokens_per_pos_total{model_name="a \"b\"\\c",position="0"} 3"#,
+            r#"guild_request_success_total{model_name="demo",finished_reason="length"} 3"#,
+            r#"guild_num_requests_running{model_name="demo"} 2"#,
+            r#"guild_e2e_request_latency_seconds_count{model_name="demo"} 3"#,
+            r#"guild_prompt_tokens_total{model_name="demo"} 30"#,
+            r#"guild_prefix_cache_hits_total{model_name="demo"} 12"#,
+            r#"guild_generation_tokens_total{model_name="demo"} 21"#,
+            r#"guild_spec_decode_num_drafts_total{model_name="demo"} 6"#,
+            r#"guild_spec_decode_num_draft_tokens_total{model_name="demo"} 8"#,
+            r#"guild_spec_decode_num_accepted_tokens_total{model_name="demo"} 4"#,
+            r#"guild_spec_decode_num_draft_tokens_per_pos_total{model_name="demo",position="1"} 2"#,
+            r#"guild_spec_decode_num_accepted_tokens_per_pos_total{model_name="demo",position="0"} 3"#,
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }
-        let typed = text.lines().filter(|line| line.ends_with(" counter"));
-        assert_eq!(typed.count(), 10);
     }
 }

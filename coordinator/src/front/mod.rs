@@ -35,7 +35,7 @@ use futures::{
     stream::BoxStream,
 };
 use guild_model::{Config, text::Text};
-use guild_node::call::Calls;
+use guild_node::{call::Calls, metrics::Page};
 use guild_proto::inference::v1::{
     GenerateRequest, GenerateResponse, inference_server::InferenceServer,
 };
@@ -192,6 +192,11 @@ impl FrontDoor {
     /// Requests in flight; a server that drains waits for zero.
     pub fn in_flight(&self) -> usize {
         self.limits.max_in_flight.min(Semaphore::MAX_PERMITS) - self.in_flight.available_permits()
+    }
+
+    /// What it has served, for Prometheus.
+    pub fn page(&self) -> Page {
+        self.metrics.page(&self.model.name, self.in_flight())
     }
 
     fn max_choices(&self) -> usize {
