@@ -182,7 +182,15 @@ fn checks(steps: &mut Steps) -> Result<()> {
         cargo(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),
     )?;
     if runs("cargo", &["deny", "--version"]) {
-        steps.run("deny", &mut cargo(&["deny", "--all-features", "check"]))?;
+        let check = ["deny", "--all-features", "check"];
+        let offline = [&check[..], &["bans", "licenses", "sources"]].concat();
+        steps.run("deny", &mut cargo(&offline))?;
+        if runs("cargo", &["deny", "fetch", "db"]) {
+            let advisories = [&check[..], &["advisories"]].concat();
+            steps.run("advisories", &mut cargo(&advisories))?;
+        } else {
+            steps.skip("advisories", "their database is out of reach");
+        }
     } else {
         steps.skip("deny", "cargo-deny is not installed");
     }
