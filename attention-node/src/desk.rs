@@ -170,6 +170,11 @@ impl EngineHandle {
         self.0.lock().form
     }
 
+    /// Seconds that a row of a prompt takes here, as far as that is known.
+    pub(crate) fn row_cost(&self) -> Option<f64> {
+        self.0.lock().scheduler.row_cost()
+    }
+
     /// How full the engine is.
     pub fn counts(&self) -> Counts {
         self.0.lock().scheduler.counts()

@@ -36,8 +36,6 @@ use crate::sequence::{Event, Events, Failure, Finish, MAX_TOP_LOGPROBS, Request,
 pub const MAX_REQUEST_ID: usize = 256;
 /// Stop tokens of one request.
 pub const MAX_STOP_TOKENS: usize = 256;
-/// Whoever gets this far may end any request: all come from coordinators.
-const OWNER: u64 = 0;
 /// Retry hint while the node is not ready.
 pub const RETRY_NOT_READY: Duration = Duration::from_secs(1);
 
@@ -167,8 +165,12 @@ impl wire::inference_server::Inference for Inference {
         let from = call.prefill_from;
         let events = self.submit((engine, digest), request, constraint, from);
         let events = events.map_err(refused)?;
-        let under_way = self.calls.begin(OWNER, &request_id);
         let name = request_id.clone();
+        let ended_by = call.ended_by.unwrap_or_else(|| wire::AbortRequest {
+            request_id: name.clone(),
+            owner: 0,
+        });
+        let under_way = self.calls.begin(ended_by.owner, &ended_by.request_id);
         let mut response =
             Response::new(replies(events, under_way, timed, request_id, prompt).boxed());
         call::name(response.metadata_mut(), &name);
@@ -179,7 +181,8 @@ impl wire::inference_server::Inference for Inference {
         &self,
         call: Call<wire::AbortRequest>,
     ) -> Result<Response<wire::AbortResponse>, Status> {
-        let aborted = self.calls.end(OWNER, &call.into_inner().request_id);
+        let call = call.into_inner();
+        let aborted = self.calls.end(call.owner, &call.request_id);
         let aborted = u32::try_from(aborted).unwrap_or(u32::MAX);
         Ok(Response::new(wire::AbortResponse { aborted }))
     }

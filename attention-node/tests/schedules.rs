@@ -375,7 +375,11 @@ async fn a_prompt_that_begins_like_another_says_how_much_was_known() {
                 Event::Token { spent, .. } => Some(spent.clone()),
                 _ => None,
             });
-            assert_eq!(last, Some(spent(&events)), "whoever stops here knows as much");
+            assert_eq!(
+                last,
+                Some(spent(&events)),
+                "whoever stops here knows as much"
+            );
             result.push(spent(&events).cached);
         }
         result

@@ -511,19 +511,24 @@ async fn a_request_is_aborted_by_its_id_and_ends_by_the_timeout_of_its_call() {
         ..max(200)
     };
     let mut asked = call(vec![5, 6, 7], endless.clone());
-    asked.request_id = "mine".to_owned();
+    asked.request_id = "mine-0".to_owned();
+    asked.ended_by = Some(AbortRequest {
+        request_id: "mine".to_owned(),
+        owner: 7,
+    });
     let response = service.generate(Request::new(asked)).await.unwrap();
-    assert_eq!(response.metadata().get("x-request-id").unwrap(), "mine");
+    assert_eq!(response.metadata().get("x-request-id").unwrap(), "mine-0");
     let mut stream = response.into_inner();
     let prompt = stream.next().await.unwrap().unwrap().event;
     assert!(matches!(prompt, Some(Event::Prompt(_))), "{prompt:?}");
-    let abort = async |request_id: &str| {
+    let abort = async |request_id: &str, owner: u64| {
         let request_id = request_id.to_owned();
-        let answer = service.abort(Request::new(AbortRequest { request_id }));
+        let answer = service.abort(Request::new(AbortRequest { request_id, owner }));
         answer.await.unwrap().into_inner().aborted
     };
-    assert_eq!(abort("another").await, 0);
-    assert_eq!(abort("mine").await, 1);
+    assert_eq!(abort("another", 7).await, 0);
+    assert_eq!(abort("mine", 8).await, 0, "it is another's");
+    assert_eq!(abort("mine", 7).await, 1);
     let (mut tokens, mut end) = (0, None);
     while let Some(event) = stream.next().await {
         match event.unwrap().event.unwrap() {
@@ -536,7 +541,14 @@ async fn a_request_is_aborted_by_its_id_and_ends_by_the_timeout_of_its_call() {
     assert_eq!(end.finish_reason(), FinishReason::Abort);
     assert_eq!(end.usage.unwrap().completion_tokens, tokens);
     rig.settle().await;
-    assert_eq!(abort("mine").await, 0);
+    assert_eq!(abort("mine", 7).await, 0);
+
+    let mut asked = call(vec![5, 6, 7], endless.clone());
+    asked.request_id = "alone".to_owned();
+    let stream = service.generate(Request::new(asked)).await.unwrap();
+    assert_eq!(abort("alone", 0).await, 1, "by its own id");
+    drop(stream);
+    rig.settle().await;
 
     let mut asked = Request::new(call(vec![5, 6, 7], endless));
     let header = "0m".parse().unwrap();

@@ -21,9 +21,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, join_all};
 use guild_node::channel::Dialer;
-use guild_proto::inference::v1::GenerateRequest;
+use guild_proto::inference::v1::inference_client::InferenceClient;
+use guild_proto::inference::v1::{AbortRequest, GenerateRequest};
+use tokio::time::timeout;
 use tonic::Status;
 
 use crate::front::{Backend, EventStream, Readiness};
@@ -31,6 +33,9 @@ use crate::state::ClusterState;
 use nodes::Nodes;
 use record::Record;
 use relay::Relay;
+
+/// How long attention nodes may take to say whether they have a request that is to end.
+const ABORT_LIMIT: Duration = Duration::from_secs(1);
 
 /// The attention nodes behind the front door.
 pub(crate) struct AttentionNodes {
@@ -73,5 +78,21 @@ impl Backend for AttentionNodes {
         let record = Record::new(request, &self.eos);
         // Shared, because the request outlives the call.
         Relay::open(Arc::clone(&self.nodes), record, self.patience).boxed()
+    }
+
+    fn abort(&self, request: AbortRequest) -> BoxFuture<'static, u32> {
+        let asking = self.nodes.all().into_iter().map(move |channel| {
+            let (mut client, request) = (InferenceClient::new(channel), request.clone());
+            async move {
+                let answer = timeout(ABORT_LIMIT, client.abort(request)).await;
+                // A node that cannot be asked ends nothing, and is soon nobody's.
+                answer.map_or(0, |answer| {
+                    answer.map_or(0, |found| found.get_ref().aborted)
+                })
+            }
+        });
+        join_all(asking)
+            .map(|found| found.into_iter().fold(0, u32::saturating_add))
+            .boxed()
     }
 }

@@ -251,6 +251,11 @@ impl Scheduler {
         }
     }
 
+    /// Seconds that a row of prefill adds to a step here, as far as steps have told.
+    pub fn row_cost(&self) -> Option<f64> {
+        self.cost.row()
+    }
+
     /// Tokens that a tenant was served, by which the queue is ordered.
     pub fn served(&self, tenant: u64) -> u64 {
         self.shares.served(tenant)

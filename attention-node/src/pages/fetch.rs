@@ -24,8 +24,15 @@ const REST: Duration = Duration::from_secs(5);
 const QUIET: Duration = Duration::from_millis(500);
 /// Without one it is given up after this long.
 const SILENCE: Duration = Duration::from_secs(1);
-/// How long the next page may take, the first one's place in the other node's queue among it.
+/// How long the next page is waited for at least.
+const PAGE_FLOOR: Duration = Duration::from_secs(1);
+/// How long at most, the first one's place in the other node's queue among it.
 const PAGE_LIMIT: Duration = Duration::from_secs(15);
+/// How long where nobody knows what a prompt takes here.
+const PAGE_UNKNOWN: Duration = Duration::from_secs(3);
+/// In between so many times as long as what is missing would take to compute here: whatever has become of the other
+/// node, waiting for it costs little more than never having asked.
+const PAGE_WORTH: f64 = 2.0;
 
 /// What has been moved here so far.
 #[derive(Debug, Default)]
@@ -107,6 +114,8 @@ pub(crate) struct Fetching {
     pub(crate) tenant: u64,
     pub(crate) priority: i32,
     pub(crate) timeout: Option<Duration>,
+    /// Seconds that one of its tokens takes to run here, as far as that is known.
+    pub(crate) row_cost: Option<f64>,
 }
 
 impl std::fmt::Debug for Helpers {
@@ -187,14 +196,16 @@ impl Helpers {
             timeout_ms: { asked.timeout }
                 .map(|limit| u32::try_from(limit.as_millis()).unwrap_or(u32::MAX)),
         };
+        let missing = |index: usize| (arriving.keys.len() - index) * page_tokens;
+        let mut limit = patience(asked.row_cost, missing(arriving.known));
         let mut client = PagesClient::new(channel);
-        let answer = timeout(PAGE_LIMIT, client.prefill(request));
-        let mut frames = answer.await.map_err(|_| late())??.into_inner();
+        let answer = timeout(limit, client.prefill(request));
+        let mut frames = answer.await.map_err(|_| late(limit))??.into_inner();
         for (index, &key) in arriving.keys.iter().enumerate().skip(arriving.known) {
             let mut bytes = Vec::with_capacity(page_bytes);
             loop {
-                let frame = timeout(PAGE_LIMIT, frames.message());
-                let Some(frame) = frame.await.map_err(|_| late())?? else {
+                let frame = timeout(limit, frames.message());
+                let Some(frame) = frame.await.map_err(|_| late(limit))?? else {
                     return Err(Status::unavailable("the other node has stopped early"));
                 };
                 if append(&mut bytes, index, page_bytes, &frame)? {
@@ -210,6 +221,7 @@ impl Helpers {
             if !arriving.bring((index, bytes)).await {
                 break;
             }
+            limit = patience(asked.row_cost, missing(index + 1));
         }
         Ok(())
     }
@@ -247,8 +259,17 @@ impl Helpers {
     }
 }
 
-fn late() -> Status {
-    Status::deadline_exceeded(format!("no page has come within {PAGE_LIMIT:?}"))
+/// How long the next page is waited for while so many rows are missing.
+fn patience(row_cost: Option<f64>, rows: usize) -> Duration {
+    let Some(row) = row_cost else {
+        return PAGE_UNKNOWN;
+    };
+    let worth = Duration::try_from_secs_f64(row * rows as f64 * PAGE_WORTH);
+    worth.unwrap_or(PAGE_LIMIT).clamp(PAGE_FLOOR, PAGE_LIMIT)
+}
+
+fn late(limit: Duration) -> Status {
+    Status::deadline_exceeded(format!("no page has come within {limit:?}"))
 }
 
 /// Adds a piece of page `index` to what there is of it. True: it is whole.
@@ -271,4 +292,25 @@ fn append(
     }
     bytes.extend_from_slice(&frame.data);
     Ok(bytes.len() == page_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_soon_be_computed_here_is_not_waited_for_for_long() {
+        for (row_cost, rows, limit) in [
+            (None, 4096, PAGE_UNKNOWN),
+            (Some(0.0), 4096, PAGE_FLOOR),
+            (Some(1e-4), 4096, PAGE_FLOOR),
+            (Some(1e-3), 4096, Duration::from_millis(8192)),
+            (Some(1e-3), 16, PAGE_FLOOR),
+            (Some(1.0), 4096, PAGE_LIMIT),
+            (Some(f64::INFINITY), 4096, PAGE_LIMIT),
+            (Some(f64::NAN), 4096, PAGE_LIMIT),
+        ] {
+            assert_eq!(patience(row_cost, rows), limit, "{row_cost:?} {rows}");
+        }
+    }
 }

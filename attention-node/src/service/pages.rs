@@ -44,6 +44,7 @@ impl Inference {
             tenant: request.tenant,
             priority: request.priority,
             timeout: request.timeout,
+            row_cost: engine.row_cost(),
         };
         let (events, arriving) = engine.submit_arriving(request, constraint)?;
         if arriving.known < arriving.keys.len() {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use guild_node::channel::Dialer;
 use guild_node::status;
 use guild_scheduler::affinity::{Affinity, Candidate, Choice, Decoder, MAX_BLOCKS};
-use guild_scheduler::membership::{Duty, Membership};
+use guild_scheduler::membership::{Duty, Membership, Node, Role};
 use guild_scheduler::placement::NodeId;
 use tokio::time::{Instant, timeout};
 use tonic::Status;
@@ -204,19 +204,7 @@ impl Nodes {
             .serving()
             .filter(|node| wanted(node.duty) && !tried.contains(&node.id))
         {
-            let known = links
-                .get(&node.id)
-                .is_some_and(|link| link.address == node.address);
-            if !known {
-                match self.dialer.lazy_alert(&node.address, QUIET, SILENCE) {
-                    Ok(channel) => links.insert(node.id, Link::new(channel, &node.address)),
-                    Err(error) => {
-                        tracing::warn!(node = node.name, "{error}");
-                        continue;
-                    }
-                };
-            }
-            let Some(link) = links.get_mut(&node.id) else {
+            let Some(link) = self.link(links, node) else {
                 continue;
             };
             let told = node.report.serving.outstanding_tokens;
@@ -234,6 +222,34 @@ impl Nodes {
         } else {
             trusted
         }
+    }
+
+    /// The connection to a node. None: it has no address that can be dialled.
+    fn link<'a>(&self, links: &'a mut HashMap<NodeId, Link>, node: &Node) -> Option<&'a mut Link> {
+        let known = links.get(&node.id);
+        if known.is_none_or(|link| link.address != node.address) {
+            match self.dialer.lazy_alert(&node.address, QUIET, SILENCE) {
+                Ok(channel) => links.insert(node.id, Link::new(channel, &node.address)),
+                Err(error) => {
+                    tracing::warn!(node = node.name, "{error}");
+                    return None;
+                }
+            };
+        }
+        links.get_mut(&node.id)
+    }
+
+    /// Channels to all attention nodes, those among them that drain.
+    pub(super) fn all(&self) -> Vec<Channel> {
+        let mut known = self.lock();
+        self.state.with(|membership, _| {
+            known.keep(membership);
+            let attention = membership.nodes();
+            let attention = attention.filter(|node| node.role == Role::Attention);
+            attention
+                .filter_map(|node| Some(self.link(&mut known.links, node)?.channel.clone()))
+                .collect()
+        })
     }
 
     /// `node` has taken a request that begins with `prefix`.

@@ -234,7 +234,11 @@ impl Writer {
     }
 
     fn take_complete(&mut self, complete: Complete) -> Result<(), Status> {
-        self.said.clone_from(&complete.usage);
+        // Who ends it in a node's place knows nothing of drafts.
+        let said = complete.usage.as_ref();
+        if let Some(usage) = said.filter(|usage| !usage.drafted_tokens.is_empty()) {
+            self.said = Some(usage.clone());
+        }
         let mut out = Chunk::default();
         let by_token = complete.finish_reason() == FinishReason::Stop;
         if let Some(last) = self.undecided.take().filter(|_| !by_token)

@@ -131,8 +131,17 @@ impl Inference for InferenceService {
         let (metadata, _, request) = request.into_parts();
         let headers = metadata.into_headers();
         let owner = tenant::of(auth::key(&headers), None, None);
-        let aborted = self.0.calls.end(owner, &request.request_id);
-        let aborted = u32::try_from(aborted).unwrap_or(u32::MAX);
+        let here = self.0.calls.end(owner, &request.request_id);
+        let aborted = match u32::try_from(here).unwrap_or(u32::MAX) {
+            // Another front door may have it.
+            0 => {
+                self.0
+                    .backend
+                    .abort(AbortRequest { owner, ..request })
+                    .await
+            }
+            here => here,
+        };
         Ok(Response::new(AbortResponse { aborted }))
     }
 

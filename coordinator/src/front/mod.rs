@@ -37,7 +37,7 @@ use futures::{
 use guild_model::{Config, text::Text};
 use guild_node::{call::Calls, metrics::Page};
 use guild_proto::inference::v1::{
-    GenerateRequest, GenerateResponse, inference_server::InferenceServer,
+    AbortRequest, GenerateRequest, GenerateResponse, inference_server::InferenceServer,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::Status;
@@ -103,6 +103,10 @@ pub trait Backend: Send + Sync + 'static {
     /// Errors carry google.rpc details where there are any.
     fn generate(&self, request: GenerateRequest)
     -> BoxFuture<'static, Result<EventStream, Status>>;
+
+    /// Ends requests by what they are [ended by](GenerateRequest::ended_by), whichever front door they have come in
+    /// by; how many there were. Takes no longer than a moment, and what does not answer by then is not counted.
+    fn abort(&self, request: AbortRequest) -> BoxFuture<'static, u32>;
 }
 
 /// What the front door serves.
@@ -240,8 +244,12 @@ impl FrontDoor {
                 } else {
                     request_id.to_owned()
                 };
-                let request =
+                let mut request =
                     params.to_request(id.clone(), ids, self.model.max_context, index.into());
+                request.ended_by = Some(AbortRequest {
+                    request_id: request_id.to_owned(),
+                    owner: params.handling.owner,
+                });
                 let rules = TextRules::new(&self.model, params);
                 let starting = self.backend.generate(request);
                 let metrics = Arc::clone(&self.metrics);

@@ -19,8 +19,9 @@ use guild_coordinator::front::{
 };
 use guild_model::{Config, text::Text};
 use guild_proto::inference::v1::{
-    Chunk, Complete, FinishReason, GenerateRequest, GenerateResponse, Prompt, TokenLogprobs,
-    TopLogprob, Usage, complete::MatchedStop, generate_request::Input, generate_response::Event,
+    AbortRequest, Chunk, Complete, FinishReason, GenerateRequest, GenerateResponse, Prompt,
+    TokenLogprobs, TopLogprob, Usage, complete::MatchedStop, generate_request::Input,
+    generate_response::Event,
 };
 use serde_json::Value;
 use tonic::Status;
@@ -32,6 +33,8 @@ pub(crate) enum Step {
     /// One chunk of these tokens.
     Tokens(Vec<u32>),
     Fail(Status),
+    /// What chunks from here on say of drafts: tokens tried and tokens that held.
+    Drafts(u32, u32),
     /// Nothing more, ever.
     Hang,
     /// The stream ends where it should not.
@@ -43,6 +46,8 @@ pub(crate) struct Fake {
     pub(crate) steps: Mutex<Vec<Step>>,
     pub(crate) refusal: Mutex<Option<Status>>,
     pub(crate) requests: Mutex<Vec<GenerateRequest>>,
+    /// What was to be ended elsewhere; one request called so is there.
+    pub(crate) aborts: Mutex<Vec<AbortRequest>>,
     /// Streams that have not been dropped.
     pub(crate) live: Arc<AtomicUsize>,
     eos: Vec<u32>,
@@ -81,6 +86,12 @@ impl Backend for Fake {
         self.readiness.lock().unwrap().clone()
     }
 
+    fn abort(&self, request: AbortRequest) -> BoxFuture<'static, u32> {
+        let there = u32::from(request.request_id == "elsewhere");
+        self.aborts.lock().unwrap().push(request);
+        std::future::ready(there).boxed()
+    }
+
     fn generate(
         &self,
         request: GenerateRequest,
@@ -111,10 +122,15 @@ impl Backend for Fake {
         }))];
         let (mut left, mut finish, mut hang, mut cut) =
             (sampling.max_tokens.unwrap(), None, false, false);
+        let mut drafts = (Vec::new(), Vec::new());
         for step in self.steps.lock().unwrap().iter().cloned() {
             match step {
                 Step::Tokens(ids) => {
-                    let mut chunk = Chunk::default();
+                    let mut chunk = Chunk {
+                        drafted_tokens: drafts.0.clone(),
+                        accepted_tokens: drafts.1.clone(),
+                        ..Chunk::default()
+                    };
                     for id in ids {
                         chunk.token_ids.push(id);
                         chunk
@@ -135,6 +151,7 @@ impl Backend for Fake {
                     events.push(event(Event::Chunk(chunk)));
                 }
                 Step::Fail(status) => events.push(Err(status)),
+                Step::Drafts(tried, held) => drafts = (vec![tried], vec![held]),
                 Step::Hang => hang = true,
                 Step::End => cut = true,
             }
@@ -240,6 +257,7 @@ fn door_of_all(config: Arc<Config>, text: Option<Arc<Text>>, limits: FrontLimits
         steps: Mutex::default(),
         refusal: Mutex::default(),
         requests: Mutex::default(),
+        aborts: Mutex::default(),
         live: Arc::default(),
         eos: config.eos_token_ids.clone(),
     });

@@ -416,6 +416,42 @@ async fn a_client_that_leaves_cancels_the_request() {
 }
 
 #[tokio::test]
+async fn drafts_up_to_a_cut_are_told_and_counted() {
+    let door = door();
+    door.will_say("to be or not", 1);
+    {
+        let mut steps = door.fake.steps.lock().unwrap();
+        steps.insert(0, Step::Drafts(4, 3));
+        steps.push(Step::Drafts(40, 30));
+        steps.push(Step::Hang);
+    }
+    let sampling = SamplingParams {
+        stop: vec![" or".into()],
+        ..Default::default()
+    };
+    let mut client = client(&door).await;
+    let events = events(&mut client, text("x", sampling)).await.unwrap();
+    let Some(Event::Complete(complete)) = events.last() else {
+        panic!("{events:?}")
+    };
+    let usage = complete.usage.as_ref().unwrap();
+    assert_eq!(
+        (&usage.drafted_tokens[..], &usage.accepted_tokens[..]),
+        (&[4][..], &[3][..])
+    );
+    let page = door.front.page().text().unwrap();
+    for series in [
+        "draft_tokens_total{model_name=\"demo\"} 4",
+        "accepted_tokens_total{model_name=\"demo\"} 3",
+    ] {
+        assert!(
+            page.contains(&format!("guild_spec_decode_num_{series}\n")),
+            "{page}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_request_is_aborted_by_its_id_and_only_by_its_owner() {
     let door = door();
     let said = door.will_say("to be or not", 1);
@@ -444,6 +480,8 @@ async fn a_request_is_aborted_by_its_id_and_only_by_its_owner() {
         }
         let abort = |request_id: &str| AbortRequest {
             request_id: request_id.into(),
+            // A client does not say who it is.
+            owner: 7,
         };
         let mut stranger = tonic::Request::new(abort(&id));
         let key = "Bearer another".parse().unwrap();
@@ -451,6 +489,7 @@ async fn a_request_is_aborted_by_its_id_and_only_by_its_owner() {
         for (request, aborted) in [
             (stranger, 0),
             (tonic::Request::new(abort("nobody")), 0),
+            (tonic::Request::new(abort("elsewhere")), 1),
             (tonic::Request::new(abort(&id)), 1),
             (tonic::Request::new(abort(&id)), 0),
         ] {
@@ -470,6 +509,23 @@ async fn a_request_is_aborted_by_its_id_and_only_by_its_owner() {
             (FinishReason::Abort, said.len())
         );
         assert_eq!(door.live(), 0, "the cluster was told");
+        let elsewhere = std::mem::take(&mut *door.fake.aborts.lock().unwrap());
+        let asked: Vec<_> = elsewhere.iter().map(|a| &a.request_id[..]).collect();
+        assert_eq!(
+            asked,
+            [&id[..], "nobody", "elsewhere", &id],
+            "what is not here"
+        );
+        let stranger = elsewhere[0].owner;
+        assert!(elsewhere[1..].iter().all(|a| a.owner == 0) && stranger != 0);
+        let ended_by = door.fake.requests.lock().unwrap().pop().unwrap().ended_by;
+        assert_eq!(
+            ended_by,
+            Some(AbortRequest {
+                request_id: id,
+                owner: 0
+            })
+        );
     }
 }
 
@@ -489,7 +545,13 @@ async fn a_request_of_the_other_api_is_aborted_by_its_id_too() {
     let data = first.lines().find_map(|line| line.strip_prefix("data: "));
     let chunk: serde_json::Value = serde_json::from_str(data.unwrap()).unwrap();
     let request_id = chunk["id"].as_str().unwrap().to_owned();
-    let answer = client.abort(AbortRequest { request_id }).await.unwrap();
+    let answer = client
+        .abort(AbortRequest {
+            request_id,
+            owner: 0,
+        })
+        .await
+        .unwrap();
     assert_eq!(answer.into_inner().aborted, 2, "both choices");
     let mut rest = String::new();
     while let Some(bytes) = body.next().await {

@@ -95,6 +95,11 @@ impl StepCost {
         }
     }
 
+    /// Seconds that one row of prefill adds, once that is known.
+    pub(super) fn row(&self) -> Option<f64> {
+        self.row
+    }
+
     /// Rows of prefill that a step with decode rows bears: what the target leaves, never less than
     /// [`PREFILL_FLOOR`], and at most twice what the last one had.
     pub(super) fn prefill_rows(&self, target: Duration) -> usize {
