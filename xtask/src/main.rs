@@ -1,6 +1,6 @@
 //! The project's recipes, by name: `cargo xtask test` is what CI runs and what a
 //! person runs. Its secret is how a bare machine becomes one that can run them
-//! (toolchain components, the Python clients, etcd). It may start programs; it knows
+//! (toolchain components, the Python clients, etcd, Prometheus). It may start programs; it knows
 //! nothing of Guild's own crates.
 // Printing is this program's work.
 #![allow(clippy::print_stderr)]

@@ -95,6 +95,9 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     if let Err(error) = system::etcd() {
         steps.skip("etcd", &format!("{error:#}"));
     }
+    if let Err(error) = system::prometheus() {
+        steps.skip("prometheus", &format!("{error:#}"));
+    }
     let mut tests = if runs("cargo", &["nextest", "--version"]) {
         let mut nextest = vec![
             "nextest",

@@ -24,6 +24,20 @@ pub(crate) fn etcd() -> Result<()> {
     Ok(())
 }
 
+/// Makes sure that a Prometheus can be run, installing it where that is allowed.
+pub(crate) fn prometheus() -> Result<()> {
+    let there = || runs("prometheus", &["--version"]) && runs("promtool", &["--version"]);
+    if !there() {
+        install("prometheus", &["prometheus"]);
+        if !there() {
+            bail!(
+                "prometheus is missing and could not be installed; as root: apt-get install prometheus"
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Best effort: the caller looks again whether it helped.
 pub(crate) fn install(what_for: &str, packages: &[&str]) {
     let update: &[&str] = &["apt-get", "-q", "update"];
