@@ -1,10 +1,11 @@
 //! The planner against EPLB, on loads that stay, drift, jump and change: at least as well balanced, by
 //! both ways to share rows out, for a fifth of what EPLB moves.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 mod rivals;
 
 use guild_scheduler::planner::{Aim, Policy};
+use rivals::Start;
 /// What one case may fall behind EPLB by; all together may not at all.
 const CHANCE: f64 = 0.015;
 const LAYERS: u32 = 4;
@@ -43,6 +44,27 @@ fn loads_are_balanced_as_by_eplb_or_better_for_a_fifth_of_the_bytes() {
             -sum
         );
     }
+}
+
+#[test]
+fn a_recorded_load_is_balanced_as_by_eplb_for_a_fifth_of_the_bytes() {
+    let (mut even, mut filled) = (0.0, 0.0);
+    for cluster in [(4, 9), (8, 5)] {
+        for start in [Start::Eplb, Start::InOrder] {
+            let case = rivals::recorded(cluster, start);
+            let theirs = rivals::eplb(&case);
+            let ours = rivals::guild(&case, &Policy::default());
+            let what = format!("{} from {start:?}: {ours:?}, EPLB {theirs:?}", case.name);
+            println!("{what}");
+            assert!(ours.copies * 5 <= theirs.copies, "{what}");
+            assert!(ours.even.mean >= theirs.even.mean - CHANCE, "{what}");
+            assert!(ours.filled.mean >= theirs.filled.mean - CHANCE, "{what}");
+            even += ours.even.mean - theirs.even.mean;
+            filled += ours.filled.mean - theirs.filled.mean;
+        }
+    }
+    println!("ahead by {even} by the even split, {filled} by water-filling");
+    assert!(even >= 0.0, "EPLB is ahead by {} by the even split", -even);
 }
 
 /// Few requests at a time make every window another one. Following them costs bytes and gains

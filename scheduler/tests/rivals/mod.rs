@@ -286,6 +286,30 @@ pub(crate) fn cases(seed: u64, layers: u32) -> Vec<Case> {
     cases
 }
 
+/// What `guild experts record` saw of the demo model, a shot a second, while eight streams went over from verse to
+/// tokens at random, to speakers' names and to a narrow range of tokens.
+pub(crate) fn recorded((nodes, slots): (u32, u32), start: Start) -> Case {
+    let mut lines = include_str!("../recorded/demo.jsonl")
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("a line of a trace"));
+    let head = lines.next().expect("the form of a trace");
+    let rows = |shot: serde_json::Value| serde_json::from_value(shot["rows"].clone());
+    Case {
+        name: format!("recorded, {nodes} nodes"),
+        nodes,
+        slots,
+        experts: head["experts"].as_u64().expect("a number of experts") as u32,
+        shots: lines
+            .map(|shot| Shot {
+                rows: rows(shot).expect("rows of a shot"),
+            })
+            .collect(),
+        interval: INTERVAL,
+        window: INTERVAL,
+        start,
+    }
+}
+
 /// A small cluster that serves few requests of a few kinds, each of which likes other experts. The
 /// load stays what it is, but which requests happen to run makes shots differ by far more than
 /// chance makes of single rows.
