@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use futures::{StreamExt, stream};
 use guild_node::member::{
-    LEADER_KEY, REASON_DIGEST, REASON_NOT_LEADER, REASON_NUMERICS, REASON_UNKNOWN_NODE,
+    LEADER_KEY, REASON_DIGEST, REASON_NO_LEADER, REASON_NOT_LEADER, REASON_NUMERICS,
+    REASON_UNKNOWN_NODE,
 };
 use guild_node::tls::{self, Identity};
 use guild_node::{Shutdown, serve, status};
@@ -353,6 +354,17 @@ fn follower(refused: NotLeading) -> Status {
     };
     let leader = leader.map(|leader| (LEADER_KEY, leader));
     status::with_reason(Code::Unavailable, REASON_NOT_LEADER, message, leader)
+}
+
+/// What an operator hears who wants something changed: where nobody is known to lead, that has to
+/// change first.
+fn unchanged(refused: NotLeading) -> Status {
+    let led = refused.leader.is_some();
+    let status = follower(refused);
+    match led {
+        true => status,
+        false => status::precondition(REASON_NO_LEADER, status.message(), []),
+    }
 }
 
 fn unknown(error: UnknownNode) -> Status {

@@ -30,6 +30,8 @@ pub const REASON_NUMERICS: &str = "NUMERICS_CLASS_MISMATCH";
 /// ErrorInfo reason of a coordinator that does not lead; its metadata may say
 /// who does.
 pub const REASON_NOT_LEADER: &str = "NOT_LEADER";
+/// ErrorInfo reason where an operator wants something changed and no coordinator leads.
+pub const REASON_NO_LEADER: &str = "NO_LEADER";
 /// ErrorInfo metadata: address of the coordinator that leads.
 pub const LEADER_KEY: &str = "leader";
 /// Bytes of one placement message: 2^20 slots of up to 8 bytes, and names.

@@ -13,7 +13,7 @@ use tokio_stream::wrappers::WatchStream;
 use tonic::codegen::BoxStream;
 use tonic::{Code, Status};
 
-use super::follower;
+use super::{follower, unchanged};
 use crate::state::{ClusterState, RebalanceError};
 
 /// ErrorInfo reason while another migration is under way, or homes are restored.
@@ -35,7 +35,7 @@ pub(super) async fn rebalance(
 ) -> Result<RebalanceResponse, Status> {
     let planned = state.rebalance(request.budget_bytes, request.dry_run).await;
     let planned = planned.map_err(|error| match error {
-        RebalanceError::NotLeading(refused) => follower(refused),
+        RebalanceError::NotLeading(refused) => unchanged(refused),
         RebalanceError::Migrate(error) => not_begun(&error),
         RebalanceError::Propose(error) => {
             status::precondition(REASON_NO_PLAN, error.to_string(), [])
@@ -68,7 +68,7 @@ pub(super) fn drain_node(
             let drained = membership.drain_node(now, node, *undo);
             drained.map_err(|error| not_drained(&error, membership))
         })
-        .map_err(follower)??;
+        .map_err(unchanged)??;
     tracing::info!(
         node,
         undo,

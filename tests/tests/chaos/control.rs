@@ -2,8 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use guild_node::member::{REASON_NO_LEADER, REASON_NOT_LEADER};
+use guild_node::status::reason_of;
 use guild_node::tls;
-use guild_proto::cluster::v1::{RegisterRequest, Role};
+use guild_proto::cluster::v1::{DrainNodeRequest, RebalanceRequest, RegisterRequest, Role};
 use guild_tests::client::mixed_workload;
 use guild_tests::etcd::Etcd;
 use guild_tests::house::{Coordinator, House, PAST_THE_LEASE, Plan, ready};
@@ -86,6 +88,22 @@ async fn register(coordinator: &Coordinator) -> Status {
     client.register(request).await.unwrap_err()
 }
 
+/// How a coordinator refuses what operators want changed.
+async fn changes(coordinator: &Coordinator) -> [Status; 2] {
+    let mut client = coordinator.client(tls::Role::Operator).await.unwrap();
+    let drain = DrainNodeRequest {
+        node: "expert-0".to_owned(),
+        undo: false,
+    };
+    [
+        client.drain_node(drain).await.unwrap_err(),
+        client
+            .rebalance(RebalanceRequest::default())
+            .await
+            .unwrap_err(),
+    ]
+}
+
 async fn leaders(house: &House) -> usize {
     let mut leaders = 0;
     for coordinator in &house.coordinators {
@@ -154,6 +172,7 @@ async fn etcd_may_lose_a_member_its_quorum_and_all_its_data_while_the_cluster_se
                 .contains("no coordinator leads at present")
             {
                 assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+                assert_eq!(reason_of(&refused).as_deref(), Some(REASON_NOT_LEADER));
                 break;
             }
             assert!(lost.elapsed() < BACK, "without its store: {refused:?}");
@@ -161,6 +180,12 @@ async fn etcd_may_lose_a_member_its_quorum_and_all_its_data_while_the_cluster_se
         }
     }
     assert_eq!(leaders(&house).await, 0);
+    for coordinator in &house.coordinators {
+        for refused in changes(coordinator).await {
+            assert_eq!(refused.code(), Code::FailedPrecondition, "{refused:?}");
+            assert_eq!(reason_of(&refused).as_deref(), Some(REASON_NO_LEADER));
+        }
+    }
     let away = Duration::from_secs(if long() { 600 } else { 6 });
     shrinks_nowhere(&house, grown, away).await;
     etcd.restart(0);

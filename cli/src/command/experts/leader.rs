@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use guild_node::channel::Dialer;
-use guild_node::member::{LEADER_KEY, REASON_NOT_LEADER, check_coordinators};
+use guild_node::member::{LEADER_KEY, REASON_NO_LEADER, REASON_NOT_LEADER, check_coordinators};
 use guild_node::status::reason_of;
 use guild_node::tls::Role;
 use guild_proto::cluster::v1::cluster_client::ClusterClient;
@@ -167,11 +167,14 @@ fn within<T>(limit: Duration, message: T) -> Request<T> {
     request
 }
 
-/// Whether another coordinator is to be asked: this one does not lead, or not
-/// even answer.
+/// Whether another coordinator is to be asked: this one does not lead, knows of
+/// nobody who does, or does not even answer.
 fn leads_not(status: &Status) -> bool {
     let reason = reason_of(status);
-    status.code() == Code::Unavailable && reason.is_none_or(|reason| reason == REASON_NOT_LEADER)
+    match reason.as_deref() {
+        None => status.code() == Code::Unavailable,
+        Some(reason) => [REASON_NOT_LEADER, REASON_NO_LEADER].contains(&reason),
+    }
 }
 
 fn leader_of(status: &Status) -> Option<String> {
