@@ -1,4 +1,4 @@
-//! Measures the planner against EPLB on synthetic loads that stay, drift, jump and change suddenly, and
+//! Measures the planner against EPLB on loads made up that stay, drift, jump and change suddenly, on a recorded one, and
 //! the time both take: `cargo run --release -p guild-scheduler --example planning -- [LAYERS] [SEED]`.
 //!
 //! Balancedness by both ways to share rows out, mean over the shots after each plan and the worst of
@@ -24,7 +24,9 @@ fn main() {
     published();
     at_hand();
     let few = rivals::few_requests(seed);
-    for case in rivals::cases(seed, layers).into_iter().chain([few]) {
+    let recorded = [(4, 9), (8, 5)].map(|cluster| rivals::recorded(cluster, rivals::Start::Eplb));
+    let cases = rivals::cases(seed, layers).into_iter();
+    for case in cases.chain([few]).chain(recorded) {
         println!("{}, at first {:?}", case.name, case.start);
         let theirs = rivals::eplb(&case);
         let guild = |aim| {
