@@ -11,6 +11,7 @@ use crate::generic::{
     LANES, Lanes,
     int::tile_rows,
     matmul::{EMPTY, Line, Output, TASK_ROWS},
+    weights::BLOCK,
 };
 
 /// Most rows of x in a tile.
@@ -19,8 +20,10 @@ pub(crate) const ROWS: usize = 8;
 const BLOCK_STEPS: usize = 64;
 /// Up to so many tiles of x, all of them are run over one panel of weights before the next, which arrives meanwhile.
 const FEW_TILES: usize = 4;
-/// Most steps of one block then, of all tiles together: they stay in L1 beside two panels of weights.
-const NEAR_STEPS: usize = 32;
+/// Most lines of x of one block then: they stay in L1 beside two panels of weights.
+const NEAR_LINES: usize = 256;
+/// Rows of weights with scales that are asked for before their turn.
+const AHEAD_ROWS: usize = 8;
 /// Tiles that one block of columns is run over before the next: their parked lanes stay near.
 const SLAB_TILES: usize = 8;
 
@@ -50,6 +53,9 @@ impl<W: PairWeights> PairOp for Product<'_, W> {
         unsafe {
             match self.x.m {
                 0 => {}
+                // Sums of a scale block beside those of the row; weights are widened in registers.
+                2..=4 if W::SCALED => self.rows::<P, 2>(),
+                ..=ROWS if W::SCALED => self.rows::<P, 1>(),
                 1..=4 => self.rows::<P, 4>(),
                 _ => self.rows::<P, 3>(),
             }
@@ -63,9 +69,14 @@ impl<W: PairWeights> Product<'_, W> {
         let steps = self.w.steps();
         let tiles = self.x.m.div_ceil(ROWS);
         let few = tiles <= FEW_TILES;
-        let most = if few { NEAR_STEPS / tiles } else { BLOCK_STEPS };
+        let rows = tile_rows(self.x.m, ROWS);
+        let most = if few {
+            NEAR_LINES / (tiles * rows)
+        } else {
+            BLOCK_STEPS
+        };
         let blocks = match self.x.m {
-            ..=2 if !W::SCALED => 1,
+            ..=2 => 1,
             _ => steps.div_ceil(most).max(1),
         };
         let block = steps.div_ceil(blocks).next_multiple_of(STEPS).max(STEPS);
@@ -196,55 +207,24 @@ impl<W: PairWeights> Product<'_, W> {
         // SAFETY: the caller's promise; `x` has `C` lines for each step, and parked lines are there.
         unsafe {
             let mut acc = [[P::Float::splat(0.0); C]; R];
-            if W::SCALED {
-                let mut own = [[EMPTY; STEPS]; R];
-                for step in (start..end).step_by(STEPS) {
-                    let at = (step - start) * STEP;
-                    let mut from = [x; R];
-                    for r in 0..R {
-                        if let Some(near) = near {
-                            from[r] = near.add(r * (end - start) * STEP + at);
-                            continue;
-                        }
-                        let to = own[r].as_mut_ptr().cast::<u16>();
-                        self.w.prefetch::<P::Float>(row + R + r, step * STEP);
-                        for half in 0..2 {
-                            let two = pairs::<P, W>(self.w, row + r, (step + 2 * half) * STEP);
-                            P::store(two[0], to.add(2 * half * STEP));
-                            P::store(two[1], to.add((2 * half + 1) * STEP));
-                        }
-                        from[r] = to;
-                    }
-                    let zero = [[P::Float::splat(0.0); C]; R];
-                    let parts = add::<P, R, C>(zero, from, x.add(at * C), STEPS, 0);
-                    for r in 0..R {
-                        let scale = P::Float::splat(self.w.factor(row + r, step / STEPS));
-                        for c in 0..C {
-                            let lane = (*parked.add(r * stride + c)).0.as_mut_ptr();
-                            let sum = if step > 0 {
-                                P::Float::load(lane)
-                            } else {
-                                zero[r][c]
-                            };
-                            parts[r][c].fma(scale, sum).store(lane);
-                        }
-                    }
-                }
+            if let Some(near) = near {
+                self.widened::<P, R, C>(row, part, near, x, parked, stride);
                 if end < part.all {
                     return;
                 }
-            } else if start == 0 {
-                acc = self.plain::<P, R, C>(acc, row, tile, part, x);
             }
-            if W::SCALED || start > 0 {
+            if near.is_some() || start > 0 {
                 for r in 0..R {
                     for c in 0..C {
                         acc[r][c] = P::Float::load((*parked.add(r * stride + c)).0.as_ptr());
                     }
                 }
             }
-            if !W::SCALED && start > 0 {
-                acc = self.plain::<P, R, C>(acc, row, tile, part, x);
+            if near.is_none() {
+                acc = match W::SCALED {
+                    true => self.scaled::<P, R, C>(acc, row, part, x),
+                    false => self.plain::<P, R, C>(acc, row, tile, part, x),
+                };
             }
             if end == part.all {
                 return self.store(acc, row, tile * ROWS);
@@ -255,6 +235,122 @@ impl<W: PairWeights> Product<'_, W> {
                 }
             }
         }
+    }
+
+    /// Adds steps of weights with scales, which [`Product::widen`] has written to `near`.
+    ///
+    /// # Safety
+    /// As for [`Product::sums`].
+    #[inline(always)]
+    unsafe fn widened<P: PairDot, const R: usize, const C: usize>(
+        &self,
+        row: usize,
+        part: &Part,
+        near: *const u16,
+        x: *const u16,
+        parked: *mut Line,
+        stride: usize,
+    ) {
+        let Range { start, end } = part.steps;
+        // SAFETY: the caller's promise.
+        unsafe {
+            for step in (start..end).step_by(STEPS) {
+                let at = (step - start) * STEP;
+                let mut from = [near; R];
+                for r in 0..R {
+                    from[r] = near.add(r * (end - start) * STEP + at);
+                }
+                let zero = [[P::Float::splat(0.0); C]; R];
+                let parts = add::<P, R, C>(zero, from, x.add(at * C), STEPS, 0);
+                for r in 0..R {
+                    let scale = P::Float::splat(self.w.factor(row + r, step / STEPS));
+                    for c in 0..C {
+                        let lane = (*parked.add(r * stride + c)).0.as_mut_ptr();
+                        let sum = if step > 0 {
+                            P::Float::load(lane)
+                        } else {
+                            zero[r][c]
+                        };
+                        parts[r][c].fma(scale, sum).store(lane);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds steps of weights with scales, widening them in registers.
+    ///
+    /// # Safety
+    /// As for [`Product::sums`].
+    #[inline(always)]
+    unsafe fn scaled<P: PairDot, const R: usize, const C: usize>(
+        &self,
+        mut acc: [[P::Float; C]; R],
+        row: usize,
+        part: &Part,
+        x: *const u16,
+    ) -> [[P::Float; C]; R] {
+        let Range { start, end } = part.steps;
+        let whole = (self.w.cols() / BLOCK * STEPS).min(end);
+        // SAFETY: the caller's promise; columns of whole blocks exist.
+        unsafe {
+            for step in (start..whole).step_by(STEPS) {
+                let x = x.add((step - start) * STEP * C);
+                acc = self.scaled_block::<P, R, C>(acc, row, step, x, true);
+            }
+            if whole < end {
+                let x = x.add((whole - start) * STEP * C);
+                acc = self.scaled_block::<P, R, C>(acc, row, whole, x, false);
+            }
+        }
+        acc
+    }
+
+    /// # Safety
+    /// As for [`Product::sums`]; all columns of the block exist where it is `whole`.
+    #[inline(always)]
+    unsafe fn scaled_block<P: PairDot, const R: usize, const C: usize>(
+        &self,
+        mut acc: [[P::Float; C]; R],
+        row: usize,
+        step: usize,
+        x: *const u16,
+        whole: bool,
+    ) -> [[P::Float; C]; R] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut parts = [[P::Float::splat(0.0); C]; R];
+            for r in 0..R {
+                let ahead = row + AHEAD_ROWS + r;
+                self.w.prefetch::<P::Float>(ahead, step * STEP);
+            }
+            for half in 0..2 {
+                let col = (step + 2 * half) * STEP;
+                let mut two = [[P::load(x); 2]; R];
+                for r in 0..R {
+                    two[r] = if whole {
+                        self.w.two::<P>(row + r, col)
+                    } else {
+                        pairs::<P, W>(self.w, row + r, col)
+                    };
+                }
+                for i in 0..2 {
+                    for c in 0..C {
+                        let x = P::load(x.add(((2 * half + i) * C + c) * STEP));
+                        for r in 0..R {
+                            parts[r][c] = P::dot(parts[r][c], two[r][i], x);
+                        }
+                    }
+                }
+            }
+            for r in 0..R {
+                let scale = P::Float::splat(self.w.factor(row + r, step / STEPS));
+                for c in 0..C {
+                    acc[r][c] = parts[r][c].fma(scale, acc[r][c]);
+                }
+            }
+        }
+        acc
     }
 
     /// Adds steps of weights that lie as bf16.
