@@ -17,6 +17,10 @@ const REQUESTS: u32 = 140;
 /// What nodes may take to report that all their pages are free.
 const FREE_LIMIT: Duration = Duration::from_secs(10);
 
+/// What a dozen requests may take, one after the other, while a frozen node is asked for their prompts: less than the
+/// first of them would wait for a page that takes long to compute.
+const FROZEN_LIMIT: Duration = Duration::from_secs(14);
+
 /// Long prompts, every other one sampled by a seed, all with log-probabilities.
 fn workload() -> Vec<GenerateRequest> {
     (0..REQUESTS)
@@ -108,4 +112,28 @@ async fn prompts_and_outputs_of_two_nodes_are_those_of_one_and_either_may_go() {
     work.again(house.grpc()).await;
     let degraded = house.status().await.unwrap().degraded;
     assert!(degraded.contains("prefill"), "{degraded}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prefill_node_that_is_frozen_holds_up_nobody_for_long() {
+    let house = House::start(Plan {
+        attention: 2,
+        roles: vec!["prefill", "decode"],
+        experts: 2,
+        replicas: 1,
+        // Nobody is told that it is gone.
+        lease: "60",
+        ..Plan::default()
+    })
+    .await;
+    let mut requests = workload();
+    let after = Work::of(requests.split_off(REQUESTS as usize - 12)).await;
+    let before = Work::of(requests.split_off(requests.len() - 4)).await;
+    before.again(house.grpc()).await;
+    house.attention[0].signal("STOP");
+    let answered = tokio::time::timeout(FROZEN_LIMIT, after.again(house.grpc())).await;
+    house.attention[0].signal("CONT");
+    assert!(answered.is_ok(), "{}", house.logs());
+    let log = house.attention[1].output();
+    assert!(log.contains("pages are computed here"), "{log}");
 }
