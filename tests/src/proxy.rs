@@ -1,4 +1,5 @@
-//! A TCP proxy that does to connections what a bad network does: flipped bits, delay, silence.
+//! A TCP proxy that does to connections what a bad network does: bytes that are spoiled, lost or
+//! come twice, delay, silence.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -20,22 +21,35 @@ pub struct Proxy {
     faults: Arc<Faults>,
 }
 
+/// What becomes of bytes, now and then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Damage {
+    /// One bit is another.
+    Flip,
+    /// The rest of what has just come is lost. Half the time the connection ends with it, else it
+    /// goes on behind the gap.
+    Truncate,
+    /// What has just come comes twice: half the time all of it, which is often whole frames, else a
+    /// part.
+    Duplicate,
+}
+
 #[derive(Default)]
 struct Faults {
-    /// Bytes between two flipped bits in the mean; 0: none is flipped.
-    flip_every: AtomicU64,
+    /// Over both directions and all connections, so that every part of a connection gets its share.
+    spoiling: Mutex<Spoiling>,
     delay_us: AtomicU64,
     silent: AtomicBool,
-    /// Over both directions and all connections, so that every part of a connection gets its share.
-    next_flip: Mutex<NextFlip>,
-    flips: AtomicU64,
+    damages: AtomicU64,
     connections: AtomicU64,
     bytes: AtomicU64,
 }
 
 #[derive(Default)]
-struct NextFlip {
-    /// Bytes until then.
+struct Spoiling {
+    /// What is done, and after how many bytes in the mean.
+    doing: Option<(Damage, u64)>,
+    /// Bytes until the next time.
     left: u64,
     random: u64,
 }
@@ -64,9 +78,9 @@ impl Proxy {
         &self.address
     }
 
-    /// Flips one bit in so many bytes in the mean, in both directions; 0: none.
-    pub fn flip_a_bit_every(&self, bytes: u64) {
-        self.faults.flip_every.store(bytes, Ordering::SeqCst);
+    /// Does that once in so many bytes in the mean, in both directions; None: nothing more.
+    pub fn spoil(&self, doing: Option<(Damage, u64)>) {
+        self.faults.spoiling.lock().unwrap().doing = doing;
     }
 
     /// Holds every byte up for so long, in each direction, in the order they came; as many as there are.
@@ -80,9 +94,9 @@ impl Proxy {
         self.faults.silent.store(on, Ordering::SeqCst);
     }
 
-    /// Bits flipped so far.
-    pub fn flips(&self) -> u64 {
-        self.faults.flips.load(Ordering::SeqCst)
+    /// How often it has spoiled something so far.
+    pub fn damages(&self) -> u64 {
+        self.faults.damages.load(Ordering::SeqCst)
     }
 
     /// Connections so far.
@@ -116,8 +130,8 @@ impl Faults {
         while let Ok(n @ 1..) = from.read(&mut buffer) {
             let delay = Duration::from_micros(self.delay_us.load(Ordering::SeqCst));
             let mut piece = buffer[..n].to_vec();
-            self.corrupt(&mut piece);
-            if pieces.send((Instant::now() + delay, piece)).is_err() {
+            let goes_on = self.spoil(&mut piece);
+            if pieces.send((Instant::now() + delay, piece)).is_err() || !goes_on {
                 break;
             }
         }
@@ -142,23 +156,37 @@ impl Faults {
         let _ = to.shutdown(Shutdown::Both);
     }
 
-    fn corrupt(&self, piece: &mut [u8]) {
-        let every = self.flip_every.load(Ordering::SeqCst);
-        if every == 0 {
-            return;
-        }
-        let mut next = self.next_flip.lock().unwrap();
-        while next.left < piece.len() as u64 {
+    /// Whether the connection goes on behind the piece.
+    fn spoil(&self, piece: &mut Vec<u8>) -> bool {
+        let mut spoiling = self.spoiling.lock().unwrap();
+        let Some((damage, every)) = spoiling.doing else {
+            return true;
+        };
+        let mut goes_on = true;
+        let came = piece.len();
+        while spoiling.left < came as u64 {
             // A linear congruential generator; its upper bits are the good ones.
-            next.random = next
+            spoiling.random = spoiling
                 .random
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1_442_695_040_888_963_407);
-            let random = next.random >> 33;
-            piece[next.left as usize] ^= 1 << (random % 8);
-            self.flips.fetch_add(1, Ordering::SeqCst);
-            next.left += 1 + (random >> 3) % (2 * every);
+            let random = spoiling.random >> 33;
+            let (at, coin) = (spoiling.left as usize, random.is_multiple_of(2));
+            match damage {
+                Damage::Flip => piece[at] ^= 1 << (random % 8),
+                Damage::Truncate => {
+                    piece.truncate(at);
+                    goes_on &= coin;
+                }
+                Damage::Duplicate => {
+                    let again = if coin { 0..came } else { 0..at };
+                    piece.extend_from_within(again);
+                }
+            }
+            self.damages.fetch_add(1, Ordering::SeqCst);
+            spoiling.left += 1 + (random >> 3) % (2 * every);
         }
-        next.left -= piece.len() as u64;
+        spoiling.left -= came as u64;
+        goes_on
     }
 }

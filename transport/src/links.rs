@@ -40,7 +40,9 @@ pub struct LinkLimits {
     pub max_backoff: Duration,
     /// A silent connection is pinged after this long.
     pub keepalive_interval: Duration,
-    /// A ping without an answer for this long ends the connection.
+    /// A ping without an answer for this long ends the connection. Both together are a part of what
+    /// an exchange waits: on a connection that has lost bytes both ends may wait for ever, and the
+    /// rows have to be asked for again in time.
     pub keepalive_timeout: Duration,
     /// A connection is given up when an answer is overdue by this much: pings
     /// may still be answered by a peer that no longer answers frames.
@@ -58,8 +60,8 @@ impl Default for LinkLimits {
             connect_timeout: Duration::from_secs(3),
             min_backoff: Duration::from_millis(50),
             max_backoff: Duration::from_secs(2),
-            keepalive_interval: Duration::from_secs(5),
-            keepalive_timeout: Duration::from_secs(5),
+            keepalive_interval: Duration::from_secs(1),
+            keepalive_timeout: Duration::from_secs(2),
             stall_grace: Duration::from_secs(5),
             fetch_stall: Duration::from_secs(5),
         }
