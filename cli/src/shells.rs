@@ -67,7 +67,7 @@ pub(crate) fn attention(
         max_context: context(engine.max_context),
         patience: Patience {
             suspect_after: Duration::from_millis(engine.suspect_after.into()),
-            ..Patience::default()
+            deadline: Duration::from_millis(engine.expert_deadline.into()),
         },
         drain: drain(exposure),
         tls: place.tls.clone(),

@@ -26,6 +26,8 @@ pub struct Seen {
     pub whole: usize,
     /// Requests that were not answered.
     pub failed: Vec<Status>,
+    /// How long each of these had had no event before it was told so.
+    pub waited: Vec<Duration>,
     /// Requests that found one door shut, before any event, and were answered at the next.
     pub turned: usize,
     /// Between two events of a stream, in no order.
@@ -69,6 +71,7 @@ impl Seen {
         self.whole += other.whole;
         self.turned += other.turned;
         self.failed.extend(other.failed);
+        self.waited.extend(other.waited);
         self.gaps.extend(other.gaps);
     }
 }
@@ -107,8 +110,9 @@ impl Load {
                     loop {
                         let opened = &doors[door % doors.len()];
                         let before = seen.gaps.len();
-                        let following =
-                            follow(opened, &requests[which], &want[which], &mut seen.gaps);
+                        let mut last = Instant::now();
+                        let (request, want) = (&requests[which], &want[which]);
+                        let following = follow(opened, request, want, &mut last, &mut seen.gaps);
                         let followed = tokio::time::timeout(HANGS, following).await;
                         left -= 1;
                         match followed.expect("a stream hangs") {
@@ -122,6 +126,7 @@ impl Load {
                             }
                             Err(status) => {
                                 seen.failed.push(status);
+                                seen.waited.push(last.elapsed());
                                 tokio::time::sleep(AFTER_FAILURE).await;
                             }
                         }
@@ -150,15 +155,17 @@ fn shut(status: &Status) -> bool {
     status.code() == Code::Unavailable
 }
 
-/// One stream; panics at the first token or log-probability that is not the expected one.
+/// One stream, whose last event was at `last`; panics at the first token or log-probability that is
+/// not the expected one.
 async fn follow(
     door: &Door,
     request: &GenerateRequest,
     want: &Answer,
+    last: &mut Instant,
     gaps: &mut Vec<Gap>,
 ) -> Result<(), Status> {
     let mut client = door.inference().await?;
-    let mut last = Instant::now();
+    *last = Instant::now();
     let mut stream = client.generate(request.clone()).await?.into_inner();
     let mut tokens = 0;
     let mut complete = false;
@@ -166,9 +173,9 @@ async fn follow(
         let now = Instant::now();
         gaps.push(Gap {
             end: now,
-            length: now - last,
+            length: now - *last,
         });
-        last = now;
+        *last = now;
         match response.event.unwrap() {
             Event::Chunk(chunk) => {
                 for (token, logprobs) in chunk.token_ids.iter().zip(chunk.logprobs) {

@@ -1,7 +1,7 @@
 //! Flags that bound what an attention node takes on and keeps.
 
 use clap::{Args, ValueEnum};
-use guild_attention_node::exchange::SUSPECT_AFTER;
+use guild_attention_node::exchange::{EXCHANGE_DEADLINE, SUSPECT_AFTER};
 use guild_attention_node::{AttentionNodeConfig as Defaults, KvMemory, MicroBatches, Speculate};
 use guild_model::cache::Format;
 
@@ -69,6 +69,10 @@ pub(crate) struct Engine {
     /// than expert nodes usually are
     #[arg(long, default_value_t = SUSPECT_AFTER.as_millis() as u32, value_parser = clap::value_parser!(u32).range(1..), value_name = "MS", help_heading = "Engine")]
     pub(crate) suspect_after: u32,
+    /// Milliseconds that a layer's rows wait for experts that no node answers for, before their requests fail with
+    /// EXPERT_LOST; more than a lease and what it takes to read experts lets them outlive the loss of a sole copy
+    #[arg(long, default_value_t = EXCHANGE_DEADLINE.as_millis() as u32, value_parser = clap::value_parser!(u32).range(1..), value_name = "MS", help_heading = "Engine")]
+    pub(crate) expert_deadline: u32,
 }
 
 impl Default for Engine {
@@ -88,6 +92,7 @@ impl Default for Engine {
             max_step_tokens: Defaults::MAX_STEP_TOKENS as u32,
             page_tokens: Defaults::PAGE_TOKENS as u32,
             suspect_after: SUSPECT_AFTER.as_millis() as u32,
+            expert_deadline: EXCHANGE_DEADLINE.as_millis() as u32,
         }
     }
 }
