@@ -147,6 +147,7 @@ impl Writer {
                 )),
             };
             if let Err(status) = taken {
+                self.metrics.fail(status.code());
                 self.upstream = None;
                 self.ready.push_back(Err(status));
             }

@@ -10,6 +10,8 @@ use std::time::Instant;
 use guild_node::metrics::{Histogram, Page, SECONDS};
 use guild_proto::inference::v1::{Complete, Usage};
 
+use tonic::Code;
+
 use super::answer::finish_reason;
 
 /// Counters since the start. They only grow.
@@ -36,6 +38,8 @@ impl Default for Metrics {
 struct Counts {
     /// Answers, by why they ended.
     answers: BTreeMap<String, u64>,
+    /// Requests that were refused or failed, by the name of the gRPC code.
+    failures: BTreeMap<String, u64>,
     prompt: u64,
     cached: u64,
     generated: u64,
@@ -66,6 +70,12 @@ impl Metrics {
         }
     }
 
+    /// Counts a request that the cluster has no answer to.
+    pub(super) fn fail(&self, code: Code) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        *counts.failures.entry(format!("{code:?}")).or_default() += 1;
+    }
+
     /// A token has come of a request that was received at `received` or had its last token at `last`.
     pub(super) fn token(&self, received: Instant, last: Option<Instant>, now: Instant) {
         match last {
@@ -88,6 +98,12 @@ impl Metrics {
             "Answers that have come to their end.",
             "finished_reason",
             counts.answers.iter().map(|(reason, &n)| (reason, n)),
+        );
+        page.counters(
+            "guild_request_failure_total",
+            "Requests that the cluster has refused or that have failed, by the gRPC code of the reason.",
+            "code",
+            counts.failures.iter().map(|(code, &n)| (code, n)),
         );
         page.counter(
             "guild_prompt_tokens_total",
@@ -149,9 +165,18 @@ mod tests {
             };
             metrics.count(&complete, Instant::now());
         }
+        for code in [
+            Code::Unavailable,
+            Code::Unavailable,
+            Code::ResourceExhausted,
+        ] {
+            metrics.fail(code);
+        }
         let text = metrics.page("demo", 2).text().unwrap();
         for line in [
             r#"guild_request_success_total{model_name="demo",finished_reason="length"} 3"#,
+            r#"guild_request_failure_total{model_name="demo",code="Unavailable"} 2"#,
+            r#"guild_request_failure_total{model_name="demo",code="ResourceExhausted"} 1"#,
             r#"guild_num_requests_running{model_name="demo"} 2"#,
             r#"guild_e2e_request_latency_seconds_count{model_name="demo"} 3"#,
             r#"guild_prompt_tokens_total{model_name="demo"} 30"#,

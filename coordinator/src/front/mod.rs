@@ -40,7 +40,7 @@ use guild_proto::inference::v1::{
     AbortRequest, GenerateRequest, GenerateResponse, inference_server::InferenceServer,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tonic::Status;
+use tonic::{Code, Status};
 
 mod answer;
 mod auth;
@@ -214,11 +214,15 @@ impl FrontDoor {
     /// Lets `count` requests in, or says why not.
     fn admit(&self, count: usize) -> Result<Vec<OwnedSemaphorePermit>, Fault> {
         if let Readiness::NotReady { reason } = self.backend.readiness() {
+            self.metrics.fail(Code::Unavailable);
             return Err(Fault::not_ready(&reason));
         }
         let permit = || self.in_flight.clone().try_acquire_owned();
         let permits: Result<Vec<_>, _> = (0..count).map(|_| permit()).collect();
-        permits.map_err(|_| Fault::overloaded(self.limits.max_in_flight))
+        permits.map_err(|_| {
+            self.metrics.fail(Code::ResourceExhausted);
+            Fault::overloaded(self.limits.max_in_flight)
+        })
     }
 
     /// Starts every choice of every prompt, one stream each, prompt by prompt.
@@ -259,9 +263,10 @@ impl FrontDoor {
                     Ok::<_, Status>(events::with_text(stream, rules, id, metrics, hold))
                 }
             });
-        try_join_all(starting)
-            .await
-            .map_err(|status| Fault::from(status).rename(|f| names.of(f)))
+        try_join_all(starting).await.map_err(|status| {
+            self.metrics.fail(status.code());
+            Fault::from(status).rename(|f| names.of(f))
+        })
     }
 
     /// Reads all streams to their end; the first error ends all of them.
