@@ -8,17 +8,22 @@
 //! `O (1 / L)`. A score is a 16-lane dot product times the scale. All of it is per query, so neither pages, threads nor the
 //! queries computed together show in the bits; tiles only park chains.
 
+use std::ops::Range;
+
 use super::{LANES, Lanes, Op, rows, store_part};
 use crate::latent::{LatentFormat, SCALED};
 
-/// Positions that are scored together: their rows stay in L2 while every query passes over them.
+/// Positions that are scored together: their rows, widened once, stay in L2 while every query passes over them, for
+/// scores and for values.
 pub(crate) const KEYS: usize = 64;
 /// Positions whose state is made from nothing: what threads may do apart from each other.
 pub(crate) const SPAN: usize = 512;
-/// Keys that stay widened in L1 while queries pass over them.
+/// Keys that stay in L1 while queries are scored with them.
 const NEAR: usize = 8;
-/// Lines of the values of all keys of a block that stay widened in L1 while queries pass over them.
+/// Lines of the values of all keys of a block that stay in L1 while queries pass over them.
 const COLUMN: usize = 4;
+/// Bytes that memory brings at once.
+const CACHE_LINE: usize = 64;
 
 /// 16 lanes of scratch, one cache line.
 #[derive(Clone, Copy)]
@@ -71,43 +76,53 @@ impl<'a> Keys<'a> {
         self.width.is_multiple_of(LANES) && self.value_width.is_multiple_of(LANES)
     }
 
-    /// Lines `from..to` of a cached row, widened.
+    /// Widens a cached row.
     ///
     /// # Safety
-    /// The machine has the instruction set of `V`, `row` is a cached row of whole lines, `to` is at most its number of
-    /// lines, and `out` holds what is asked for.
+    /// The machine has the instruction set of `V`, `row` is a cached row of whole lines, and `out` holds as many.
     #[inline(always)]
-    unsafe fn widen<V: Lanes>(&self, row: *const u8, from: usize, to: usize, out: *mut f32) {
-        // SAFETY: the lines lie in the row, and pointers need no alignment.
+    unsafe fn widen<V: Lanes>(&self, row: *const u8, out: *mut f32) {
+        // SAFETY: all of it lies in the row, and pointers need no alignment.
         unsafe {
             match self.format {
                 LatentFormat::F32 => {
-                    for line in from..to {
-                        let at = line * LANES;
-                        V::load(row.add(4 * at).cast()).store(out.add(at - from * LANES));
+                    for at in (0..self.width).step_by(LANES) {
+                        V::load(row.add(4 * at).cast()).store(out.add(at));
                     }
                 }
                 LatentFormat::Bf16 => {
-                    for line in from..to {
-                        let at = line * LANES;
-                        V::load_bf16(row.add(2 * at).cast()).store(out.add(at - from * LANES));
+                    for at in (0..self.width).step_by(LANES) {
+                        V::load_bf16(row.add(2 * at).cast()).store(out.add(at));
                     }
                 }
                 LatentFormat::Fp8 => {
                     let scales = row.add(self.value_width);
                     let k_pe = scales.add(4 * self.value_width.div_ceil(SCALED));
-                    for line in from..to {
-                        let at = line * LANES;
-                        let wide = if at < self.value_width {
-                            let scale = scales.add(4 * (at / SCALED)).cast::<f32>();
-                            V::load_e4m3(row.add(at)).mul(V::splat(scale.read_unaligned()))
-                        } else {
-                            V::load_bf16(k_pe.add(2 * (at - self.value_width)).cast())
-                        };
-                        wide.store(out.add(at - from * LANES));
+                    for from in (0..self.value_width).step_by(SCALED) {
+                        let scale = scales.add(4 * (from / SCALED)).cast::<f32>();
+                        let scale = V::splat(scale.read_unaligned());
+                        for at in (from..self.value_width.min(from + SCALED)).step_by(LANES) {
+                            V::load_e4m3(row.add(at)).mul(scale).store(out.add(at));
+                        }
+                    }
+                    for at in (self.value_width..self.width).step_by(LANES) {
+                        let bits = k_pe.add(2 * (at - self.value_width));
+                        V::load_bf16(bits.cast()).store(out.add(at));
                     }
                 }
             }
+        }
+    }
+
+    /// Asks for the cached row of a position.
+    ///
+    /// # Safety
+    /// The machine has the instruction set of `V`.
+    #[inline(always)]
+    unsafe fn ask<V: Lanes>(&self, position: usize) {
+        for line in self.row(position).chunks(CACHE_LINE) {
+            // SAFETY: a prefetch faults on no address.
+            unsafe { V::prefetch(line.as_ptr()) }
         }
     }
 }
@@ -163,8 +178,7 @@ impl Op for Span<'_> {
         for query in 0..queries {
             self.states.of(query).1.0[0] = f32::NEG_INFINITY;
         }
-        let rows = if self.keys.in_lines() { NEAR } else { KEYS };
-        let wide = (rows * lines).max(KEYS * COLUMN);
+        let wide = KEYS * lines;
         let needed = wide + queries * (KEYS / LANES);
         if self.scratch.len() < needed {
             self.scratch.resize(needed, EMPTY);
@@ -172,11 +186,12 @@ impl Op for Span<'_> {
         let mut scratch = std::mem::take(self.scratch);
         let (wide, scores) = scratch[..needed].split_at_mut(wide);
         let scores = floats(scores);
-        let end = self.visible.iter().copied().max().unwrap_or(0);
-        let end = end.min(self.from + SPAN);
+        let last = self.visible.iter().copied().max().unwrap_or(0);
+        let end = last.min(self.from + SPAN);
         for from in (self.from..end).step_by(KEYS) {
             let mut block = Block {
                 from,
+                last,
                 rows: [&[]; KEYS],
                 wide: floats(wide),
                 scores,
@@ -206,9 +221,11 @@ impl Op for Span<'_> {
 /// Keys that are scored together.
 struct Block<'a> {
     from: usize,
+    /// Positions of the sequence: what follows the block is asked for while it is scored.
+    last: usize,
     /// As cached.
     rows: [&'a [u8]; KEYS],
-    /// Keys in f32: some of them whole, or some lines of all.
+    /// Keys in f32, where they do not lie so.
     wide: &'a mut [f32],
     /// `[queries, KEYS]`
     scores: &'a mut [f32],
@@ -253,9 +270,9 @@ impl Span<'_> {
             for near in (0..most).step_by(NEAR) {
                 if !as_they_lie {
                     for i in 0..NEAR {
-                        let wide = block.wide[i * lines * LANES..][..lines * LANES].as_mut_ptr();
-                        self.keys
-                            .widen::<V>(block.rows[near + i].as_ptr(), 0, lines, wide);
+                        let wide = &mut block.wide[(near + i) * lines * LANES..][..lines * LANES];
+                        let wide = wide.as_mut_ptr();
+                        self.keys.widen::<V>(block.rows[near + i].as_ptr(), wide);
                         keys[near + i] = wide;
                     }
                 }
@@ -263,7 +280,10 @@ impl Span<'_> {
                     let n = self.seen(row, block.from);
                     if near < n {
                         let near = near..n.min(near + NEAR);
-                        self.score_row::<V, T>(&keys, row, near, block.scores);
+                        // With the first row come the keys of the next block.
+                        let next = if row == 0 { block.last } else { 0 };
+                        let next = block.from + KEYS + near.start..next;
+                        self.score_row::<V, T>(&keys, row, near, next, block.scores);
                     }
                 }
             }
@@ -281,14 +301,7 @@ impl Span<'_> {
                 let width = COLUMN.min(value_lines - column);
                 let mut values = [std::ptr::null::<f32>(); KEYS];
                 for t in 0..most {
-                    values[t] = if as_they_lie {
-                        keys[t].add(column * LANES)
-                    } else {
-                        let wide = block.wide[t * COLUMN * LANES..][..COLUMN * LANES].as_mut_ptr();
-                        let row = block.rows[t].as_ptr();
-                        self.keys.widen::<V>(row, column, column + width, wide);
-                        wide
-                    };
+                    values[t] = keys[t].add(column * LANES);
                 }
                 let mut line = 0;
                 while line + T <= width {
@@ -303,7 +316,8 @@ impl Span<'_> {
         }
     }
 
-    /// Scores of all heads of a row with the keys `near`; up to `T - 1` scores past the last are written and meaningless.
+    /// Scores of all heads of a row with the keys `near`, while the first [`NEAR`] positions of `next` are asked for; up to
+    /// `T - 1` scores past the last are written and meaningless.
     ///
     /// # Safety
     /// `keys` of `near`, and of those that fill their tile, are rows of whole lines; and as for [`Span::block`].
@@ -312,11 +326,18 @@ impl Span<'_> {
         &self,
         keys: &[*const f32; KEYS],
         row: usize,
-        near: std::ops::Range<usize>,
+        near: Range<usize>,
+        mut next: Range<usize>,
         scores: &mut [f32],
     ) {
+        let each = NEAR.div_ceil(self.heads.div_ceil(T).max(1));
+        next.end = next.end.min(next.start + NEAR);
         let mut head = 0;
         while head < self.heads {
+            for position in next.by_ref().take(each) {
+                // SAFETY: the instruction set is the caller's promise.
+                unsafe { self.keys.ask::<V>(position) };
+            }
             let query = row * self.heads + head;
             let full = head + T <= self.heads;
             for t in near.clone().step_by(T) {
