@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::{DEADLINE, Model, Rig, limits};
-use futures::StreamExt;
+use futures::{StreamExt, stream};
 use guild_attention_node::Patience;
 use guild_attention_node::engine::Engine;
 use guild_attention_node::service::{Inference, Phase};
@@ -50,7 +50,12 @@ enum Fate {
     Dies(usize),
     /// Nothing comes after so many frames.
     Hangs(usize),
+    /// Before the first one so many signs come that the engine is at other work.
+    Late(u32),
 }
+
+/// Between two such signs.
+const BEAT: Duration = Duration::from_millis(200);
 
 /// One attention node. Its engine is told to cache in `format`.
 struct Node {
@@ -149,7 +154,15 @@ impl Pages for Wire {
                 }
             }
         });
-        Ok(Response::new(frames.boxed()))
+        let beats = match fate {
+            Fate::Late(beats) => beats,
+            _ => 0,
+        };
+        let beats = stream::iter(0..beats).then(|_| async {
+            tokio::time::sleep(BEAT).await;
+            Ok(PageFrame::default())
+        });
+        Ok(Response::new(beats.chain(frames).boxed()))
     }
 }
 
@@ -266,7 +279,7 @@ async fn whatever_becomes_of_the_pages_the_stream_is_the_same() {
         assert_eq!(got.ok().as_ref(), Some(&wanted), "{fate:?}");
         let kept = match fate {
             Fate::Corrupt(n) | Fate::Dies(n) | Fate::Hangs(n) => n as u64,
-            Fate::Whole => 0,
+            Fate::Whole | Fate::Late(_) => 0,
         };
         let run = decoding.run();
         assert!(
@@ -312,6 +325,27 @@ async fn whatever_becomes_of_the_pages_the_stream_is_the_same() {
         assert_eq!(decoding.generate(&asked, Some(helper.at)).await, wanted);
         assert_eq!(helper.node.run(), 0, "it was refused");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_helper_that_is_at_other_work_is_waited_for_longer_than_a_silent_one() {
+    let asked = request(prompt(120, 1), 0.0);
+    let alone = Node::new(limits(), Format::F32, Duty::Both);
+    let wanted = alone.generate(&asked, None).await;
+    let decoding = Node::new(limits(), Format::F32, Duty::Decode);
+    let helper = Helper::start(limits(), Format::F32, Duty::Prefill, Fate::Late(8)).await;
+    assert_eq!(decoding.generate(&asked, Some(helper.at)).await, wanted);
+    assert!(
+        decoding.run() < 120,
+        "its pages are used: {}",
+        decoding.run()
+    );
+    // For ever is too long.
+    let decoding = Node::new(limits(), Format::F32, Duty::Decode);
+    let helper = Helper::start(limits(), Format::F32, Duty::Prefill, Fate::Late(u32::MAX)).await;
+    let got = tokio::time::timeout(STUCK, decoding.generate(&asked, Some(helper.at)));
+    assert_eq!(got.await.ok(), Some(wanted));
+    assert!(decoding.run() >= 120);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

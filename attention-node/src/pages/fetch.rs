@@ -24,7 +24,7 @@ const REST: Duration = Duration::from_secs(5);
 const QUIET: Duration = Duration::from_millis(500);
 /// Without one it is given up after this long.
 const SILENCE: Duration = Duration::from_secs(1);
-/// How long the next page is waited for at least.
+/// How long the next page, or a sign that the other engine runs, is waited for at least.
 const PAGE_FLOOR: Duration = Duration::from_secs(1);
 /// How long at most, the first one's place in the other node's queue among it.
 const PAGE_LIMIT: Duration = Duration::from_secs(15);
@@ -116,6 +116,8 @@ pub(crate) struct Fetching {
     pub(crate) timeout: Option<Duration>,
     /// Seconds that one of its tokens takes to run here, as far as that is known.
     pub(crate) row_cost: Option<f64>,
+    /// Rows of a step at most, here and, as far as anybody knows, there.
+    pub(crate) step_rows: usize,
 }
 
 impl std::fmt::Debug for Helpers {
@@ -197,17 +199,27 @@ impl Helpers {
                 .map(|limit| u32::try_from(limit.as_millis()).unwrap_or(u32::MAX)),
         };
         let missing = |index: usize| (arriving.keys.len() - index) * page_tokens;
-        let mut limit = patience(asked.row_cost, missing(arriving.known));
+        let patience = |rows: usize| patience(asked.row_cost, rows, asked.step_rows);
+        let mut waits = patience(missing(arriving.known));
+        let mut since = Instant::now();
         let mut client = PagesClient::new(channel);
-        let answer = timeout(limit, client.prefill(request));
-        let mut frames = answer.await.map_err(|_| late(limit))??.into_inner();
+        let answer = timeout(waits.silence, client.prefill(request));
+        let mut frames = answer.await.map_err(|_| late(waits.silence))??.into_inner();
         for (index, &key) in arriving.keys.iter().enumerate().skip(arriving.known) {
             let mut bytes = Vec::with_capacity(page_bytes);
             loop {
-                let frame = timeout(limit, frames.message());
-                let Some(frame) = frame.await.map_err(|_| late(limit))?? else {
+                let left = waits.page.saturating_sub(since.elapsed());
+                if left.is_zero() {
+                    return Err(late(waits.page));
+                }
+                let frame = timeout(waits.silence.min(left), frames.message());
+                let Some(frame) = frame.await.map_err(|_| late(since.elapsed()))?? else {
                     return Err(Status::unavailable("the other node has stopped early"));
                 };
+                // Its engine runs.
+                if frame.data.is_empty() {
+                    continue;
+                }
                 if append(&mut bytes, index, page_bytes, &frame)? {
                     if frame.digest[..] != digest(&form, key, &bytes)[..] {
                         return Err(differ(format!("page {index} has a wrong digest")));
@@ -221,7 +233,7 @@ impl Helpers {
             if !arriving.bring((index, bytes)).await {
                 break;
             }
-            limit = patience(asked.row_cost, missing(index + 1));
+            (waits, since) = (patience(missing(index + 1)), Instant::now());
         }
         Ok(())
     }
@@ -259,13 +271,31 @@ impl Helpers {
     }
 }
 
-/// How long the next page is waited for while so many rows are missing.
-fn patience(row_cost: Option<f64>, rows: usize) -> Duration {
+/// How long another node is waited for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Waits {
+    /// For the next page.
+    page: Duration,
+    /// For any frame: its engine may be at a step.
+    silence: Duration,
+}
+
+/// What waiting is worth while so many rows are missing, of which a step runs at most `step_rows`.
+fn patience(row_cost: Option<f64>, rows: usize, step_rows: usize) -> Waits {
     let Some(row) = row_cost else {
-        return PAGE_UNKNOWN;
+        return Waits {
+            page: PAGE_UNKNOWN,
+            silence: PAGE_FLOOR,
+        };
     };
-    let worth = Duration::try_from_secs_f64(row * rows as f64 * PAGE_WORTH);
-    worth.unwrap_or(PAGE_LIMIT).clamp(PAGE_FLOOR, PAGE_LIMIT)
+    let worth = |rows: usize| {
+        let worth = Duration::try_from_secs_f64(row * rows as f64 * PAGE_WORTH);
+        worth.unwrap_or(PAGE_LIMIT).clamp(PAGE_FLOOR, PAGE_LIMIT)
+    };
+    Waits {
+        page: worth(rows),
+        silence: worth(rows.min(step_rows)),
+    }
 }
 
 fn late(limit: Duration) -> Status {
@@ -280,7 +310,7 @@ fn append(
     frame: &PageFrame,
 ) -> Result<bool, Status> {
     let follows = frame.page as usize == index && frame.offset as usize == bytes.len();
-    let fits = !frame.data.is_empty() && frame.data.len() <= page_bytes - bytes.len();
+    let fits = frame.data.len() <= page_bytes - bytes.len();
     if !follows || !fits {
         return Err(differ(format!(
             "page {index} has a piece of {} bytes of page {} at {}, and {} of {page_bytes} bytes were there",
@@ -300,17 +330,19 @@ mod tests {
 
     #[test]
     fn what_would_soon_be_computed_here_is_not_waited_for_for_long() {
-        for (row_cost, rows, limit) in [
-            (None, 4096, PAGE_UNKNOWN),
-            (Some(0.0), 4096, PAGE_FLOOR),
-            (Some(1e-4), 4096, PAGE_FLOOR),
-            (Some(1e-3), 4096, Duration::from_millis(8192)),
-            (Some(1e-3), 16, PAGE_FLOOR),
-            (Some(1.0), 4096, PAGE_LIMIT),
-            (Some(f64::INFINITY), 4096, PAGE_LIMIT),
-            (Some(f64::NAN), 4096, PAGE_LIMIT),
+        let ms = Duration::from_millis;
+        for (row_cost, rows, page, silence) in [
+            (None, 4096, PAGE_UNKNOWN, PAGE_FLOOR),
+            (Some(0.0), 4096, PAGE_FLOOR, PAGE_FLOOR),
+            (Some(1e-4), 4096, PAGE_FLOOR, PAGE_FLOOR),
+            (Some(1.25e-3), 4096, ms(10_240), ms(1280)),
+            (Some(1e-3), 16, PAGE_FLOOR, PAGE_FLOOR),
+            (Some(1.0), 4096, PAGE_LIMIT, PAGE_LIMIT),
+            (Some(f64::INFINITY), 4096, PAGE_LIMIT, PAGE_LIMIT),
+            (Some(f64::NAN), 4096, PAGE_LIMIT, PAGE_LIMIT),
         ] {
-            assert_eq!(patience(row_cost, rows), limit, "{row_cost:?} {rows}");
+            let waits = patience(row_cost, rows, 512);
+            assert_eq!(waits, Waits { page, silence }, "{row_cost:?} {rows}");
         }
     }
 }

@@ -45,6 +45,7 @@ impl Inference {
             priority: request.priority,
             timeout: request.timeout,
             row_cost: engine.row_cost(),
+            step_rows: engine.limits().max_step_tokens,
         };
         let (events, arriving) = engine.submit_arriving(request, constraint)?;
         if arriving.known < arriving.keys.len() {
@@ -123,7 +124,7 @@ impl Pages for Inference {
         };
         let handed = engine.submit_leaving(request, theirs.drafts, first);
         let (events, leaving) = handed.map_err(refused)?;
-        let frames = give(theirs, leaving, events, failed);
+        let frames = give(theirs, engine, leaving, events, failed);
         Ok(Response::new(frames.boxed()))
     }
 }
