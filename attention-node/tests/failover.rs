@@ -4,12 +4,12 @@
 
 mod common;
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{DEADLINE, Fate, Model, Random, Rig, bits, limits, read_all, request};
+use common::{DEADLINE, Fate, Model, Random, Rig, assert_same_bits, bits, limits, request};
 use guild_attention_node::Patience;
-use guild_attention_node::sequence::{Event, Events, Request};
+use guild_attention_node::sequence::Request;
 use guild_model::sampler::Sampling;
 
 /// Short, so that a test need not wait; what it makes suspect by mistake must not matter either.
@@ -44,36 +44,10 @@ fn requests() -> Vec<Request> {
         .collect()
 }
 
-async fn undisturbed(requests: &[Request]) -> Vec<Vec<String>> {
-    let rig = Rig::new(Model::v3_basic());
-    let mut all = Vec::new();
-    for request in requests {
-        all.push(bits(&rig.run(request).await));
-    }
-    all
-}
-
-/// Runs all requests together; when the first token of the first is here, `strike` happens.
+/// No bit is another whatever `strike` does, and few messages are sent twice.
 async fn struck(rig: &Rig, strike: impl FnOnce(&Rig)) {
-    let requests = requests();
-    let expected = undisturbed(&requests).await;
-    let mut readers: Vec<Events> = requests.iter().map(|request| rig.submit(request)).collect();
-    let mut first: Vec<Event> = Vec::new();
-    while first.len() < 2 {
-        first.push(readers[0].recv().await.unwrap());
-    }
-    strike(rig);
-    for (which, reader) in readers.into_iter().enumerate() {
-        let mut got = if which == 0 {
-            std::mem::take(&mut first)
-        } else {
-            Vec::new()
-        };
-        got.extend(read_all(reader).await);
-        assert_eq!(bits(&got), expected[which], "request {which}");
-    }
-    rig.settle().await;
-    let count = |of: &std::sync::atomic::AtomicU64| of.load(Ordering::SeqCst);
+    assert_same_bits(rig, &requests(), strike).await;
+    let count = |of: &AtomicU64| of.load(Ordering::SeqCst);
     let (hedges, all) = (count(&rig.counters.hedges), count(&rig.counters.dispatches));
     assert!(hedges <= all / HEDGES.0 + HEDGES.1, "{hedges} of {all}");
 }

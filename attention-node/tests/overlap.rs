@@ -5,7 +5,10 @@ mod common;
 
 use std::time::Duration;
 
-use common::{DEADLINE, Fate, Model, Random, Rig, bits, limits, read_all, request, tokens};
+use common::{
+    DEADLINE, Fate, Model, Random, Rig, assert_same_bits, bits, limits, read_all, request, tokens,
+    undisturbed,
+};
 use guild_attention_node::sequence::{Event, Events, Failure, Request};
 use guild_attention_node::{MicroBatches, Patience};
 use guild_model::sampler::Sampling;
@@ -32,17 +35,6 @@ fn requests() -> Vec<Request> {
     (0..7).map(one).collect()
 }
 
-async fn in_one_piece(requests: &[Request]) -> Vec<Vec<String>> {
-    let rig = Rig::new(Model::v3_basic());
-    rig.overlap.set(MicroBatches::Off);
-    let mut all = Vec::new();
-    for request in requests {
-        all.push(bits(&rig.run(request).await));
-    }
-    assert_eq!(rig.overlap.so_far().split, 0);
-    all
-}
-
 /// An engine that always cuts, with two homes for every expert, each some way off.
 fn in_two(nodes: u32) -> Rig {
     let model = Model::v3_basic();
@@ -58,51 +50,35 @@ fn in_two(nodes: u32) -> Rig {
     rig
 }
 
-/// Runs all requests together; when tokens of the first are here, `strike` happens.
-async fn assert_same_bits(rig: &Rig, strike: impl FnOnce(&Rig)) {
-    let requests = requests();
-    let expected = in_one_piece(&requests).await;
-    let mut readers: Vec<Events> = requests.iter().map(|request| rig.submit(request)).collect();
-    let mut first: Vec<Event> = Vec::new();
-    while first.len() < 2 {
-        first.push(readers[0].recv().await.unwrap());
-    }
-    strike(rig);
-    for (which, reader) in readers.into_iter().enumerate() {
-        let mut got = match which {
-            0 => std::mem::take(&mut first),
-            _ => Vec::new(),
-        };
-        got.extend(read_all(reader).await);
-        assert_eq!(bits(&got), expected[which], "request {which}");
-    }
-    rig.settle().await;
+/// Steps are cut, and no bit is another, whatever `strike` does meanwhile.
+async fn assert_cut(rig: &Rig, strike: impl FnOnce(&Rig)) {
+    assert_same_bits(rig, &requests(), strike).await;
     assert!(rig.overlap.so_far().split > 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn how_a_step_is_cut_changes_no_bit() {
     for nodes in [2, 3] {
-        assert_same_bits(&in_two(nodes), |_| ()).await;
+        assert_cut(&in_two(nodes), |_| ()).await;
     }
     // From one step to the next.
-    assert_same_bits(&in_two(2), |rig| rig.overlap.set(MicroBatches::Auto)).await;
+    assert_cut(&in_two(2), |rig| rig.overlap.set(MicroBatches::Auto)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_is_lost_with_rows_of_both_costs_no_bit() {
     for fate in [Fate::Dead, Fate::Silent, Fate::Slow(3 * SUSPECT_AFTER)] {
-        assert_same_bits(&in_two(3), |rig| rig.wire.strike(1, fate)).await;
+        assert_cut(&in_two(3), |rig| rig.wire.strike(1, fate)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn experts_that_fail_for_a_while_or_move_cost_no_bit() {
     for refusals in [1, 2, 5] {
-        assert_same_bits(&in_two(2), |rig| rig.trouble.refuse(refusals)).await;
+        assert_cut(&in_two(2), |rig| rig.trouble.refuse(refusals)).await;
     }
     let model = Model::v3_basic();
-    assert_same_bits(&in_two(2), |rig| rig.place(model.deal(2, 30, 3, 1))).await;
+    assert_cut(&in_two(2), |rig| rig.place(model.deal(2, 30, 3, 1))).await;
 }
 
 fn failed(events: &[Event]) -> bool {
@@ -126,7 +102,7 @@ async fn where_the_rows_of_one_are_lost_for_good_the_step_has_failed_and_nothing
         rig.settle().await;
         assert_eq!(rig.engine.counts().cached_pages, 0);
     }
-    let expected = in_one_piece(std::slice::from_ref(&long)).await;
+    let expected = undisturbed(std::slice::from_ref(&long)).await;
     assert_eq!(bits(&rig.run(&long).await), expected[0]);
     rig.settle().await;
     assert!(rig.engine.counts().cached_pages > 0);

@@ -12,7 +12,7 @@ use guild_attention_node::engine::Engine;
 use guild_attention_node::exchange::{ExchangeCounters, Views};
 use guild_attention_node::sequence::{Event, Events, Request};
 use guild_attention_node::view::View;
-use guild_attention_node::{EngineHandle, Overlap, Patience, RoutedRows};
+use guild_attention_node::{EngineHandle, MicroBatches, Overlap, Patience, RoutedRows};
 use guild_model::checkpoint::Dtype;
 use guild_model::expert::Expert;
 use guild_model::sampler::{Sampling, Shaping};
@@ -528,4 +528,37 @@ pub fn bits(events: &[Event]) -> Vec<String> {
         Event::Failed(failure) => format!("{failure:?}"),
     };
     events.iter().map(show).collect()
+}
+
+/// The bits of each request by itself, in steps of one piece and with nothing in its way.
+pub async fn undisturbed(requests: &[Request]) -> Vec<Vec<String>> {
+    let rig = Rig::new(Model::v3_basic());
+    rig.overlap.set(MicroBatches::Off);
+    let mut all = Vec::new();
+    for request in requests {
+        all.push(bits(&rig.run(request).await));
+    }
+    assert_eq!(rig.overlap.so_far().split, 0);
+    all
+}
+
+/// Runs all requests together; when tokens of the first are here, `strike` happens. Each must give
+/// the bits that it gives undisturbed.
+pub async fn assert_same_bits(rig: &Rig, requests: &[Request], strike: impl FnOnce(&Rig)) {
+    let expected = undisturbed(requests).await;
+    let mut readers: Vec<Events> = requests.iter().map(|request| rig.submit(request)).collect();
+    let mut first: Vec<Event> = Vec::new();
+    while first.len() < 2 {
+        first.push(readers[0].recv().await.unwrap());
+    }
+    strike(rig);
+    for (which, reader) in readers.into_iter().enumerate() {
+        let mut got = match which {
+            0 => std::mem::take(&mut first),
+            _ => Vec::new(),
+        };
+        got.extend(read_all(reader).await);
+        assert_eq!(bits(&got), expected[which], "request {which}");
+    }
+    rig.settle().await;
 }
