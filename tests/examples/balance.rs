@@ -1,14 +1,14 @@
 //! Load that is not even, on one attention and four expert nodes: what the planners make of it, and
-//! what their moves cost those who are served meanwhile. A line of JSON for every run; planners take
-//! turns.
+//! what their moves cost those who are served meanwhile. A line of JSON for every run, and in the end
+//! one for each planner over all rounds; planners take turns.
 //!
 //! Each expert node is a process of its own and gets a quarter of one processor, where control
 //! groups let us, so that four machines are four machines here, too. Two workloads: `skew`, where
 //! the router's biases favour the experts of the first node, and `drift`, where half-way other
 //! prompts come, which like other experts.
 //!
-//! `cargo run --release -p guild-tests --example balance -- [SECONDS] [ROUNDS] [INTERVAL]`, with
-//! `GUILD_BIN`. Planners plan every INTERVAL seconds. EPLB lays everything out anew each time, as where
+//! `cargo run --release -p guild-tests --example balance -- [SECONDS] [ROUNDS] [INTERVAL]
+//! [PLANNER]...`, with `GUILD_BIN`. Planners plan every INTERVAL seconds. EPLB lays everything out anew each time, as where
 //! it is published and built in, and has no budget; it is given the favour that what a node already
 //! has is left there. An INTERVAL in which it cannot finish its moves leaves plans out.
 
@@ -54,15 +54,22 @@ const VOCAB: u32 = 2048;
 const NODES: usize = 4;
 /// Added to the bias of the first expert of the first node; its last gets nothing.
 const RAISE: f32 = 0.3;
+/// They take turns, unless told which.
+const PLANNERS: [&str; 3] = ["off", "eplb", "guild"];
 const STREAMS: usize = 8;
 const PROMPT: u32 = 24;
-const OUTPUT: u32 = 24;
+/// Of the first prompt; every further one has one of [`LENGTHS`] more, so that streams do not begin anew together
+/// and no prefill of many of them passes for the price of a move.
+const OUTPUT: u32 = 36;
+const LENGTHS: u32 = 24;
+/// Between the first requests of two streams.
+const STAGGER: Duration = Duration::from_millis(70);
 /// Prompts that take turns.
 const PROMPTS: u32 = 16;
 /// Tokens that the prompts of one half of a drifting load are made of.
 const FEW_TOKENS: u32 = 6;
 /// Seconds between two plans, unless told otherwise; the load is counted for as long before the first.
-const INTERVAL: u32 = 4;
+const INTERVAL: u32 = 6;
 const BUDGET: &str = "64MiB";
 const REDUNDANT: &str = "4";
 /// A node's processor time, of a period in microseconds.
@@ -76,6 +83,15 @@ const AFTERWARDS: Duration = Duration::from_secs(10);
 enum Workload {
     Skew,
     Drift,
+}
+
+impl Workload {
+    fn name(self) -> &'static str {
+        match self {
+            Workload::Skew => "skew",
+            Workload::Drift => "drift",
+        }
+    }
 }
 
 /// Groups of processes with a part of a processor, one a node.
@@ -273,8 +289,8 @@ struct Token {
 
 type Prompts = Arc<Vec<Vec<u32>>>;
 
-/// The same prompt gives the same tokens, wherever its experts are.
-type Known = Arc<std::sync::Mutex<HashMap<Vec<u32>, Vec<u32>>>>;
+/// The same prompt gives the same tokens, as many as are asked for, wherever its experts are.
+type Known = Arc<std::sync::Mutex<HashMap<(Vec<u32>, u32), Vec<u32>>>>;
 
 /// Prompts of all tokens, or of a few that `half` chooses.
 fn prompts(workload: Workload, half: u32) -> Prompts {
@@ -298,15 +314,17 @@ async fn load(door: String, prompts: Prompts, known: Known, stop: Arc<AtomicBool
         tokio::spawn(async move {
             let client = InferenceClient::connect(door).await.unwrap();
             let mut tokens = Vec::new();
+            tokio::time::sleep(STAGGER * first as u32).await;
             for turn in (first..).step_by(STREAMS + 1) {
                 if stop.load(Ordering::Relaxed) {
                     break;
                 }
-                let prompt = &prompts[turn % prompts.len()];
-                let answer = stream(client.clone(), prompt, &mut tokens).await;
+                let which = turn % prompts.len();
+                let (prompt, length) = (&prompts[which], OUTPUT + which as u32 * 7 % LENGTHS);
+                let answer = stream(client.clone(), prompt, length, &mut tokens).await;
                 let mut known = known.lock().unwrap();
                 let expected = known
-                    .entry(prompt.clone())
+                    .entry((prompt.clone(), length))
                     .or_insert_with(|| answer.clone());
                 assert_eq!(*expected, answer, "a move has changed tokens");
             }
@@ -320,10 +338,11 @@ async fn load(door: String, prompts: Prompts, known: Known, stop: Arc<AtomicBool
 async fn stream(
     mut client: InferenceClient<Channel>,
     prompt: &[u32],
+    length: u32,
     tokens: &mut Vec<Token>,
 ) -> Vec<u32> {
     let sampling = SamplingParams {
-        max_tokens: Some(OUTPUT),
+        max_tokens: Some(length),
         temperature: Some(0.0),
         ignore_eos: true,
         ..SamplingParams::default()
@@ -420,11 +439,11 @@ fn calm(tokens: &[Token], spans: &[(Instant, Instant)], half: Instant) -> (Vec<f
     (quiet, during)
 }
 
-/// 0 without any.
-fn p99(gaps: &[f64]) -> f64 {
+/// So many of a hundred are no longer; 0 without any.
+fn percentile(gaps: &[f64], part: usize) -> f64 {
     let mut gaps = gaps.to_vec();
     gaps.sort_by(f64::total_cmp);
-    let at = (gaps.len() * 99).div_ceil(100).saturating_sub(1);
+    let at = (gaps.len() * part).div_ceil(100).saturating_sub(1);
     gaps.get(at).copied().unwrap_or_default()
 }
 
@@ -435,7 +454,7 @@ async fn run(
     quotas: Option<&Quotas>,
     known: &Known,
     time: Duration,
-) -> Value {
+) -> (Value, [Vec<f64>; 2]) {
     let cluster = Cluster::start(model, planner, interval, quotas);
     let stop = Arc::new(AtomicBool::new(false));
     let watching = watch(cluster.coordinator.clone(), Arc::clone(&stop));
@@ -470,9 +489,9 @@ async fn run(
     };
     let (quiet, during) = calm(&tokens, &moves.spans, begun + time / 2);
     let round = |x: f64| (x * 100.0).round() / 100.0;
-    json!({
+    let line = json!({
         "bench": "balance",
-        "workload": if workload == Workload::Skew { "skew" } else { "drift" },
+        "workload": workload.name(),
         "planner": planner,
         "own_processors": quotas.is_some(),
         "rows_per_s": capacities,
@@ -489,10 +508,11 @@ async fn run(
         "moved_bytes_by_migration": moves.bytes.values().filter(|bytes| **bytes > 0).collect::<Vec<_>>(),
         "moving_s": round(moves.spans.iter().map(|span| (span.1 - span.0).as_secs_f64()).sum()),
         "gaps_moving": during.len(),
-        "itl_p99_quiet": round(p99(&quiet)),
-        "itl_p99_moving": round(p99(&during)),
-        "itl_p99_ratio": round(p99(&during) / p99(&quiet)),
-    })
+        "itl_p99_quiet": round(percentile(&quiet, 99)),
+        "itl_p99_moving": round(percentile(&during, 99)),
+        "itl_p99_ratio": round(percentile(&during, 99) / percentile(&quiet, 99)),
+    });
+    (line, [quiet, during])
 }
 
 #[tokio::main]
@@ -502,26 +522,42 @@ async fn main() {
     let time = Duration::from_secs(number(30).into());
     let rounds = number(2);
     let interval = number(INTERVAL);
+    let mut planners: Vec<String> = args.collect();
+    if planners.is_empty() {
+        planners = PLANNERS.map(str::to_owned).into();
+    }
     let quotas = Quotas::new();
     if let Err(error) = &quotas {
         eprintln!("the nodes share all processors: {error}");
     }
     let models = tempfile::tempdir().unwrap();
-    for (workload, name, raise) in [
-        (Workload::Skew, "skew", RAISE),
-        (Workload::Drift, "drift", 0.0),
-    ] {
-        let model = models.path().join(name);
+    for (workload, raise) in [(Workload::Skew, RAISE), (Workload::Drift, 0.0)] {
+        let model = models.path().join(workload.name());
         write_model(&model, raise);
         let known = Known::default();
+        let mut all = vec![[Vec::new(), Vec::new()]; planners.len()];
         for _ in 0..rounds {
-            for planner in ["off", "eplb", "guild"] {
-                let quotas = quotas.as_ref().ok();
-                println!(
-                    "{}",
-                    run(workload, (planner, interval), &model, quotas, &known, time).await
-                );
+            for (planner, all) in planners.iter().zip(&mut all) {
+                let (quotas, planner) = (quotas.as_ref().ok(), (planner.as_str(), interval));
+                let (line, gaps) = run(workload, planner, &model, quotas, &known, time).await;
+                println!("{line}");
+                for (all, gaps) in all.iter_mut().zip(gaps) {
+                    all.extend(gaps);
+                }
             }
+        }
+        for (planner, [quiet, during]) in planners.iter().zip(all) {
+            let round = |x: f64| (x * 100.0).round() / 100.0;
+            let of = |gaps: &[f64]| [50, 90, 99].map(|part| round(percentile(gaps, part)));
+            println!(
+                "{}",
+                json!({
+                    "bench": "balance", "workload": workload.name(), "planner": planner, "rounds": rounds,
+                    "gaps": [quiet.len(), during.len()],
+                    "itl_quiet_p50_p90_p99": of(&quiet), "itl_moving_p50_p90_p99": of(&during),
+                    "itl_p99_ratio": round(percentile(&during, 99) / percentile(&quiet, 99)),
+                })
+            );
         }
     }
 }
