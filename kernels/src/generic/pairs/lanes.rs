@@ -22,8 +22,9 @@ const BLOCK_STEPS: usize = 64;
 const FEW_TILES: usize = 4;
 /// Most lines of x of one block then: they stay in L1 beside two panels of weights.
 const NEAR_LINES: usize = 256;
-/// Rows of weights with scales that are asked for before their turn.
-const AHEAD_ROWS: usize = 8;
+/// Bytes of weights that are asked for before their turn, in whole rows of a block, and the fewest such rows.
+const AHEAD: usize = 8 << 10;
+const AHEAD_ROWS: usize = 4;
 /// Tiles that one block of columns is run over before the next: their parked lanes stay near.
 const SLAB_TILES: usize = 8;
 
@@ -48,15 +49,17 @@ impl<W: PairWeights> PairOp for Product<'_, W> {
     #[inline(always)]
     unsafe fn run<P: PairDot>(mut self) {
         assert!(self.w.cols() == self.x.form.cols);
-        // As many rows of weights as leave registers for the sums and one step of each.
+        // As many rows of weights as leave registers for the sums and one step of each. Fewer streams come faster from
+        // memory, which counts as long as x is one tile.
         // SAFETY: handed through.
         unsafe {
             match self.x.m {
                 0 => {}
                 // Sums of a scale block beside those of the row; weights are widened in registers.
                 2..=4 if W::SCALED => self.rows::<P, 2>(),
-                ..=ROWS if W::SCALED => self.rows::<P, 1>(),
+                1..=ROWS if W::SCALED => self.rows::<P, 1>(),
                 1..=4 => self.rows::<P, 4>(),
+                5..=ROWS => self.rows::<P, 2>(),
                 _ => self.rows::<P, 3>(),
             }
         }
@@ -80,6 +83,12 @@ impl<W: PairWeights> Product<'_, W> {
             _ => steps.div_ceil(most).max(1),
         };
         let block = steps.div_ceil(blocks).next_multiple_of(STEPS).max(STEPS);
+        let row_bytes = block * STEP * if W::SCALED { 1 } else { size_of::<u16>() };
+        let ahead = if tiles > 1 {
+            R
+        } else {
+            AHEAD_ROWS.max(AHEAD / row_bytes)
+        };
         let slab_tiles = SLAB_TILES.min(tiles);
         let group = if few { R } else { TASK_ROWS };
         // With several tiles weights are widened once for all.
@@ -99,6 +108,7 @@ impl<W: PairWeights> Product<'_, W> {
                     let part = Part {
                         steps: begin..steps.min(begin + block),
                         all: steps,
+                        ahead,
                     };
                     for first in (top..bottom).step_by(group) {
                         let rows = first..bottom.min(first + group);
@@ -296,11 +306,11 @@ impl<W: PairWeights> Product<'_, W> {
         unsafe {
             for step in (start..whole).step_by(STEPS) {
                 let x = x.add((step - start) * STEP * C);
-                acc = self.scaled_block::<P, R, C>(acc, row, step, x, true);
+                acc = self.scaled_block::<P, R, C>(acc, row, step, part, x, true);
             }
             if whole < end {
                 let x = x.add((whole - start) * STEP * C);
-                acc = self.scaled_block::<P, R, C>(acc, row, whole, x, false);
+                acc = self.scaled_block::<P, R, C>(acc, row, whole, part, x, false);
             }
         }
         acc
@@ -314,6 +324,7 @@ impl<W: PairWeights> Product<'_, W> {
         mut acc: [[P::Float; C]; R],
         row: usize,
         step: usize,
+        part: &Part,
         x: *const u16,
         whole: bool,
     ) -> [[P::Float; C]; R] {
@@ -321,7 +332,7 @@ impl<W: PairWeights> Product<'_, W> {
         unsafe {
             let mut parts = [[P::Float::splat(0.0); C]; R];
             for r in 0..R {
-                let ahead = row + AHEAD_ROWS + r;
+                let ahead = row + part.ahead + r;
                 self.w.prefetch::<P::Float>(ahead, step * STEP);
             }
             for half in 0..2 {
@@ -371,7 +382,7 @@ impl<W: PairWeights> Product<'_, W> {
         let whole = (cols / STEP).min(end);
         // The same place of the next panel: a row often ends where the hardware prefetcher stops. Later tiles find the
         // weights near.
-        let ahead = if tile == 0 { R * cols } else { 0 };
+        let ahead = if tile == 0 { part.ahead * cols } else { 0 };
         // SAFETY: the caller's promise; whole steps end inside the row, and so does what is read of the last.
         unsafe {
             let mut w = [x; R];
@@ -426,6 +437,8 @@ struct Part {
     steps: Range<usize>,
     /// Steps of a row.
     all: usize,
+    /// To the rows that are asked for, from those in use.
+    ahead: usize,
 }
 
 /// Adds `n` steps to `acc`, asking for what lies `ahead` elements further on where that is not 0.
