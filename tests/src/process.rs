@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -56,13 +57,22 @@ pub fn guild_bin() -> &'static Path {
     })
 }
 
-/// A loopback port that was free a moment ago.
+/// Ports that [`free_port`] gives: below those that a system gives to connections, which would
+/// take one before it is listened on.
+const PORTS: std::ops::Range<u32> = 10_240..30_240;
+
+/// A loopback port that was free a moment ago. None is given twice.
 pub fn free_port() -> u16 {
-    TcpListener::bind((LOOPBACK, 0))
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
+    static GIVEN: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let given = GIVEN.fetch_add(1, Ordering::SeqCst);
+        // Tests in other processes begin elsewhere.
+        let at = std::process::id().wrapping_mul(199).wrapping_add(given);
+        let port = (PORTS.start + at % PORTS.len() as u32) as u16;
+        if TcpListener::bind((LOOPBACK, port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// A running `guild` process; killed when dropped.
