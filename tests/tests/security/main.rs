@@ -461,7 +461,7 @@ fn a_front_door_leaves_loopback_only_with_certificates_and_keys() {
 fn a_start_without_addresses_is_seen_on_loopback_alone() {
     let certs = Certs::new(&[]);
     let model = demo();
-    let model = ["--model", model.to_str().unwrap(), "--threads", "1"];
+    let model = ["--model", model.to_str().unwrap()];
     let inside = ["--tls-dir", certs.folder()];
     let node = ["--coordinator", "127.0.0.1:1"];
     let mut seen = 0;
