@@ -37,7 +37,7 @@ pub fn golden_dir(case: &str) -> PathBuf {
 }
 
 /// Path of the `guild` binary: `GUILD_BIN` when the recipe has built it, else
-/// built here, once per test process, so that a test never runs a stale one.
+/// built here, once per test process and with its fail points, so that a test never runs a stale one.
 pub fn guild_bin() -> &'static Path {
     static BIN: OnceLock<PathBuf> = OnceLock::new();
     BIN.get_or_init(|| {
@@ -46,7 +46,8 @@ pub fn guild_bin() -> &'static Path {
         }
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let built = Command::new(cargo)
-            .args(["build", "--quiet", "--package", "guild"])
+            .args(["build", "--quiet", "--features", "guild/failpoints"])
+            .args(["--package", "guild"])
             .current_dir(root())
             .status()
             .unwrap();
