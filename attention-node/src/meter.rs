@@ -5,10 +5,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use guild_node::metrics::{Histogram, Page, ROWS, SECONDS};
-use tokio::time::Instant;
+use guild_node::metrics::{Histogram, Page, ROWS, TokenTimes};
 
 use crate::desk::EngineHandle;
 use crate::engine::DraftCounters;
@@ -28,7 +27,7 @@ pub(crate) struct Steps {
 impl Default for Steps {
     fn default() -> Self {
         Self {
-            took: Histogram::new(SECONDS),
+            took: Histogram::default(),
             rows: Histogram::new(ROWS),
             failed: AtomicU64::new(0),
         }
@@ -59,7 +58,7 @@ pub(crate) struct Counted {
 }
 
 /// All that is known of a node.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Meter {
     /// Once the engine runs.
     counted: OnceLock<Counted>,
@@ -68,22 +67,7 @@ pub(crate) struct Meter {
     prompt_tokens: AtomicU64,
     cached_tokens: AtomicU64,
     generated: AtomicU64,
-    first_token: Histogram,
-    between_tokens: Histogram,
-}
-
-impl Default for Meter {
-    fn default() -> Self {
-        Self {
-            counted: OnceLock::new(),
-            epoch: AtomicU64::new(0),
-            prompt_tokens: AtomicU64::new(0),
-            cached_tokens: AtomicU64::new(0),
-            generated: AtomicU64::new(0),
-            first_token: Histogram::new(SECONDS),
-            between_tokens: Histogram::new(SECONDS),
-        }
-    }
+    token_times: TokenTimes,
 }
 
 impl Meter {
@@ -118,16 +102,7 @@ impl Meter {
         );
         let load = |of: &AtomicU64| of.load(Ordering::Relaxed);
         page.prefix_cache(load(&self.prompt_tokens), load(&self.cached_tokens));
-        page.histogram(
-            "guild_time_to_first_token_seconds",
-            "From a request's arrival at this node to the first token of its output.",
-            &self.first_token,
-        );
-        page.histogram(
-            "guild_inter_token_latency_seconds",
-            "From one token of an output to the next; those of drafts that held come together.",
-            &self.between_tokens,
-        );
+        page.token_times(&self.token_times);
         if let Some(moved) = moved {
             moved.write(&mut page);
         }
@@ -278,14 +253,12 @@ impl Timed {
     /// A token goes out, after a prompt of `prompt` tokens.
     pub(crate) fn token(&mut self, prompt: usize, spent: &Spent) {
         let (now, meter) = (Instant::now(), &self.meter);
-        match self.last.replace(now) {
-            Some(last) => meter.between_tokens.observe(now - last),
-            None => {
-                meter.first_token.observe(now - self.arrived);
-                let add = |to: &AtomicU64, n: usize| to.fetch_add(n as u64, Ordering::Relaxed);
-                add(&meter.prompt_tokens, prompt);
-                add(&meter.cached_tokens, spent.cached);
-            }
+        let last = self.last.replace(now);
+        meter.token_times.token(self.arrived, last, now);
+        if last.is_none() {
+            let add = |to: &AtomicU64, n: usize| to.fetch_add(n as u64, Ordering::Relaxed);
+            add(&meter.prompt_tokens, prompt);
+            add(&meter.cached_tokens, spent.cached);
         }
         meter.generated.fetch_add(1, Ordering::Relaxed);
     }

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use guild_model::{Cpu, expert::Expert};
 use guild_node::{
     member::Lease,
-    metrics::{Histogram, Page, SECONDS},
+    metrics::{Histogram, Page},
 };
 use guild_transport::{ExchangeCode, ExchangeError, SlotBlob, SlotHost, Work};
 
@@ -72,7 +72,7 @@ impl Host {
             lease: OnceLock::new(),
             unleased: AtomicU64::new(0),
             answered: AtomicU64::new(0),
-            took: Histogram::new(SECONDS),
+            took: Histogram::default(),
         }
     }
 

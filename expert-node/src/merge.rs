@@ -24,7 +24,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use guild_node::metrics::{Histogram, Page, ROWS, SECONDS};
+use guild_node::metrics::{Histogram, Page, ROWS};
 use guild_transport::Rows;
 
 use company::Company;
@@ -78,7 +78,7 @@ impl Default for Merging {
             rows: AtomicU64::new(0),
             merged: AtomicU64::new(0),
             calls: Histogram::new(ROWS),
-            waited: Histogram::new(SECONDS),
+            waited: Histogram::default(),
         }))
     }
 }

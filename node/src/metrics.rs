@@ -9,7 +9,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::http::{StatusCode, header};
@@ -130,6 +130,20 @@ impl Page {
         );
     }
 
+    /// What clients have waited for tokens.
+    pub fn token_times(&mut self, times: &TokenTimes) {
+        self.histogram(
+            "guild_time_to_first_token_seconds",
+            "From a request's arrival here to the first token of its output.",
+            &times.first,
+        );
+        self.histogram(
+            "guild_inter_token_latency_seconds",
+            "From one token of an output to the next; those of drafts that held come together.",
+            &times.between,
+        );
+    }
+
     /// The page as text.
     ///
     /// # Errors
@@ -224,6 +238,13 @@ pub struct Histogram {
     sum: AtomicU64,
 }
 
+/// Of times that somebody waits for: an empty one in [`SECONDS`].
+impl Default for Histogram {
+    fn default() -> Self {
+        Self::new(SECONDS)
+    }
+}
+
 impl Histogram {
     /// An empty one with the upper bounds `bounds`, ascending, and one more bucket above them.
     pub fn new(bounds: &'static [f64]) -> Histogram {
@@ -264,6 +285,24 @@ impl Histogram {
         read.set_sample_count(so_far + above);
         read.set_sample_sum(f64::from_bits(self.sum.load(Ordering::Relaxed)));
         read
+    }
+}
+
+/// How long after its request an output began, and how long after one another its tokens came, over all outputs.
+#[derive(Debug, Default)]
+pub struct TokenTimes {
+    first: Histogram,
+    between: Histogram,
+}
+
+impl TokenTimes {
+    /// A token has come `now`, for a request that came at `arrived` and had the token before this one at `last`, if
+    /// there was one.
+    pub fn token(&self, arrived: Instant, last: Option<Instant>, now: Instant) {
+        match last {
+            None => self.first.observe(now - arrived),
+            Some(last) => self.between.observe(now - last),
+        }
     }
 }
 
@@ -333,6 +372,29 @@ guild_b_total{model_name="a \"b\"\\c",position="1"} 1
 guild_c_seconds{model_name="a \"b\"\\c"} 1.5
 "#;
         assert_eq!(page.text().unwrap(), want);
+    }
+
+    #[test]
+    fn the_first_token_is_timed_from_its_request_and_each_other_from_the_one_before() {
+        let times = TokenTimes::default();
+        let arrived = Instant::now();
+        let at = |ms| arrived + Duration::from_millis(ms);
+        times.token(arrived, None, at(500));
+        times.token(arrived, Some(at(500)), at(750));
+        times.token(arrived, Some(at(750)), at(1000));
+        let mut page = Page::of("m");
+        page.token_times(&times);
+        let text = page.text().unwrap();
+        for line in [
+            r#"guild_time_to_first_token_seconds_sum{model_name="m"} 0.5"#,
+            r#"guild_time_to_first_token_seconds_count{model_name="m"} 1"#,
+            r#"guild_time_to_first_token_seconds_bucket{model_name="m",le="60"} 1"#,
+            r#"guild_inter_token_latency_seconds_sum{model_name="m"} 0.5"#,
+            r#"guild_inter_token_latency_seconds_bucket{model_name="m",le="0.1"} 0"#,
+            r#"guild_inter_token_latency_seconds_bucket{model_name="m",le="0.25"} 2"#,
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
     }
 
     #[test]

@@ -203,8 +203,8 @@ impl Writer {
         if !chunk.token_ids.is_empty() {
             let now = Instant::now();
             self.first_token.get_or_insert(now);
-            let last = self.last_token.replace(now);
-            self.metrics.token(self.rules.handling.received, last, now);
+            let (received, last) = (self.rules.handling.received, self.last_token.replace(now));
+            self.metrics.token_times.token(received, last, now);
         }
         if !chunk.drafted_tokens.is_empty() {
             self.said = Some(Usage {

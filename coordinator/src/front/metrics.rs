@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use guild_node::metrics::{Histogram, Page, SECONDS};
+use guild_node::metrics::{Histogram, Page, TokenTimes};
 use guild_proto::inference::v1::{Complete, Usage};
 
 use tonic::Code;
@@ -15,23 +15,11 @@ use tonic::Code;
 use super::answer::finish_reason;
 
 /// Counters since the start. They only grow.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Metrics {
     counts: Mutex<Counts>,
-    first_token: Histogram,
-    between_tokens: Histogram,
+    pub(super) token_times: TokenTimes,
     whole: Histogram,
-}
-
-impl Default for Metrics {
-    fn default() -> Self {
-        Self {
-            counts: Mutex::default(),
-            first_token: Histogram::new(SECONDS),
-            between_tokens: Histogram::new(SECONDS),
-            whole: Histogram::new(SECONDS),
-        }
-    }
 }
 
 #[derive(Debug, Default)]
@@ -76,14 +64,6 @@ impl Metrics {
         *counts.failures.entry(format!("{code:?}")).or_default() += 1;
     }
 
-    /// A token has come of a request that was received at `received` or had its last token at `last`.
-    pub(super) fn token(&self, received: Instant, last: Option<Instant>, now: Instant) {
-        match last {
-            None => self.first_token.observe(now - received),
-            Some(last) => self.between_tokens.observe(now - last),
-        }
-    }
-
     /// All of them, for the model that clients call so, while so many requests are in flight.
     pub(super) fn page(&self, model: &str, in_flight: usize) -> Page {
         let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -117,16 +97,7 @@ impl Metrics {
         );
         page.prefix_cache(counts.prompt, counts.cached);
         page.drafts(&counts.places);
-        page.histogram(
-            "guild_time_to_first_token_seconds",
-            "From a request to the first token of its answer.",
-            &self.first_token,
-        );
-        page.histogram(
-            "guild_inter_token_latency_seconds",
-            "From one token of an answer to the next.",
-            &self.between_tokens,
-        );
+        page.token_times(&self.token_times);
         page.histogram(
             "guild_e2e_request_latency_seconds",
             "From a request to the end of its answer.",
