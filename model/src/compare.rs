@@ -200,20 +200,22 @@ fn head(ckpt: &Checkpoint) -> Result<Matrix, ModelError> {
     Matrix::load(ckpt, name, cfg.vocab_size, cfg.hidden_size, Dtype::Auto)
 }
 
-/// The first of the largest.
-fn best(logits: &[f32]) -> usize {
+/// Index of the likeliest token by `logits` `[vocab]`: the first of the largest.
+pub fn best(logits: &[f32]) -> usize {
     let better = |best: usize, (i, l): (usize, &f32)| if *l > logits[best] { i } else { best };
     logits.iter().enumerate().fold(0, better)
 }
 
-fn log_sum_exp(logits: &[f32]) -> f64 {
+/// ln of the sum of exp of `logits` `[vocab]`, in f64: a logit less this is the log-probability of its token.
+pub fn log_sum_exp(logits: &[f32]) -> f64 {
     let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let sum: f64 = logits.iter().map(|&l| (f64::from(l) - max).exp()).sum();
     max + sum.ln()
 }
 
-/// Sum of p ln(p / q); rounding must not make it negative.
-fn divergence(a: &[f32], norm_a: f64, b: &[f32], norm_b: f64) -> f64 {
+/// Kullback-Leibler divergence in nats of the distribution of logits `b` `[vocab]` from that of `a`, whose
+/// [`log_sum_exp`] are `norm_b` and `norm_a`: the sum of p ln(p / q), which rounding does not make negative.
+pub fn divergence(a: &[f32], norm_a: f64, b: &[f32], norm_b: f64) -> f64 {
     let term = |(&a, &b): (&f32, &f32)| {
         let (a, b) = (f64::from(a) - norm_a, f64::from(b) - norm_b);
         a.exp() * (a - b)

@@ -9,6 +9,7 @@ use guild_kernels::{Arithmetic, Isa};
 use guild_model::Cpu;
 use guild_model::cache::Format;
 use guild_model::checkpoint::Dtype;
+use guild_model::compare::{best, divergence, log_sum_exp};
 
 /// Logits `[tokens, vocab]` with the cache in `format`, in chunks of `chunk` tokens.
 fn logits(model: &Oracle, tokens: &[u32], format: Format, chunk: usize) -> Vec<f32> {
@@ -28,24 +29,10 @@ fn logits(model: &Oracle, tokens: &[u32], format: Format, chunk: usize) -> Vec<f
 
 /// Mean over positions of KL(exact || other) in nats, and the share of positions with the same most probable token.
 fn distance(exact: &[f32], other: &[f32], vocab: usize) -> (f64, f64) {
-    let log_softmax = |logits: &[f32]| -> Vec<f64> {
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
-        logits
-            .iter()
-            .map(|l| f64::from(l - max) - sum.ln())
-            .collect()
-    };
-    let best = |row: &[f32]| (0..vocab).max_by(|&a, &b| row[a].total_cmp(&row[b]));
     let (mut kl, mut same) = (0.0, 0);
     let rows = exact.chunks_exact(vocab).zip(other.chunks_exact(vocab));
     for (exact, other) in rows.clone() {
-        let (p, q) = (log_softmax(exact), log_softmax(other));
-        kl += p
-            .iter()
-            .zip(&q)
-            .map(|(p, q)| p.exp() * (p - q))
-            .sum::<f64>();
+        kl += divergence(exact, log_sum_exp(exact), other, log_sum_exp(other));
         same += usize::from(best(exact) == best(other));
     }
     let n = rows.len() as f64;

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use guild_model::compare::log_sum_exp;
 use guild_model::sampler::{Sampling, Seen, Shaping, logprobs_of, sample};
 use guild_model::{Cpu, Isa};
 use proptest::prelude::*;
@@ -26,12 +27,8 @@ fn drawn(logits: &[f32], sampling: Sampling) -> BTreeSet<u32> {
 
 /// Log-softmax in f64.
 fn logprobs(logits: &[f32]) -> Vec<f64> {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
-    logits
-        .iter()
-        .map(|l| f64::from(l - max) - sum.ln())
-        .collect()
+    let norm = log_sum_exp(logits);
+    logits.iter().map(|&l| f64::from(l) - norm).collect()
 }
 
 #[test]
