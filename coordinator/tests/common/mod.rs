@@ -269,6 +269,29 @@ async fn all(mut stream: Streaming<GenerateResponse>) -> Result<Vec<Event>, Stat
     Ok(events)
 }
 
+/// What a node at `address` says that joins `coordinator` for the model with this digest, does all that its role does,
+/// and shares nothing with others.
+pub(crate) fn member(
+    coordinator: &str,
+    model_digest: &str,
+    role: Role,
+    name: &str,
+    address: &str,
+) -> MemberConfig {
+    MemberConfig {
+        coordinator: format!("http://{coordinator}"),
+        role,
+        name: name.into(),
+        address: address.into(),
+        model_digest: model_digest.into(),
+        numerics_class: NUMERICS.into(),
+        capacity_bytes: 0,
+        process: String::new(),
+        failure_domain: String::new(),
+        duty: Default::default(),
+    }
+}
+
 /// A node that is a member and nothing else. Dropped, it falls silent.
 pub(crate) struct Node {
     member: Member,
@@ -281,19 +304,8 @@ impl Node {
     }
 
     async fn join_at(coordinator: &Coordinator, role: Role, name: &str, address: &str) -> Node {
-        let member = Member::start(MemberConfig {
-            coordinator: format!("http://{}", coordinator.cluster),
-            role,
-            name: name.into(),
-            address: address.into(),
-            model_digest: coordinator.digest.clone(),
-            numerics_class: NUMERICS.into(),
-            capacity_bytes: 0,
-            process: String::new(),
-            failure_domain: String::new(),
-            duty: Default::default(),
-        })
-        .unwrap();
+        let (cluster, digest) = (&coordinator.cluster, &coordinator.digest);
+        let member = Member::start(member(cluster, digest, role, name, address)).unwrap();
         expect("joining", || async { member.node_id().is_some() }).await;
         Node { member }
     }
@@ -429,19 +441,9 @@ impl Attention {
     /// Stops the heartbeats for good; connections stay.
     pub(crate) fn fall_silent(&mut self) {
         // A membership that goes nowhere takes the place of the real one.
-        self.node.member = Member::start(MemberConfig {
-            coordinator: "127.0.0.1:1".into(),
-            role: Role::Attention,
-            name: "nobody".into(),
-            address: "127.0.0.1:1".into(),
-            model_digest: "none".into(),
-            numerics_class: NUMERICS.into(),
-            capacity_bytes: 0,
-            process: String::new(),
-            failure_domain: String::new(),
-            duty: Default::default(),
-        })
-        .unwrap();
+        let nowhere = "127.0.0.1:1";
+        let nobody = member(nowhere, "none", Role::Attention, "nobody", nowhere);
+        self.node.member = Member::start(nobody).unwrap();
     }
 }
 

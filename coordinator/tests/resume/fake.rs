@@ -29,7 +29,7 @@ use tokio::task::AbortHandle;
 use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status};
 
-use crate::common::{Coordinator, NUMERICS, expect};
+use crate::common::{Coordinator, expect, member};
 
 /// Tokens of the made-up model's output are below this: few, so that stop
 /// tokens come up.
@@ -227,17 +227,11 @@ impl Fake {
 
     /// Joins as a new process by the same name would.
     pub(crate) async fn rejoin(&self, coordinator: &Coordinator) {
+        let (cluster, digest) = (&coordinator.cluster, &coordinator.digest);
+        let joins = member(cluster, digest, Role::Attention, &self.name, &self.address);
         let member = Member::start(MemberConfig {
-            coordinator: coordinator.cluster.clone(),
-            role: Role::Attention,
-            name: self.name.clone(),
-            address: self.address.clone(),
-            model_digest: coordinator.digest.clone(),
-            numerics_class: NUMERICS.into(),
-            capacity_bytes: 0,
-            process: String::new(),
-            failure_domain: String::new(),
             duty: self.duty,
+            ..joins
         })
         .unwrap();
         expect("joining", || async { member.node_id().is_some() }).await;
