@@ -5,7 +5,7 @@
 //! a part that fails, is silent or takes much longer than the other parts do goes to other homes
 //! of its experts at once, while the rows of all other parts stay; the first answer for a row
 //! counts, and any is as good, because homes compute the same bits. Without another home the part is repeated until the exchange's
-//! deadline. Either every row comes back or the exchange fails with its origin named: there is
+//! deadline, or until the coordinator says that there will be none. Either every row comes back or the exchange fails with its origin named: there is
 //! no partial result that anybody could sum. It must not know what a request is.
 
 use std::collections::BTreeSet;
@@ -217,10 +217,17 @@ impl<F: Fabric + 'static> Away<'_, F> {
                 true => self.deadline,
                 false => self.deadline + SILENCE_GRACE,
             };
+            let stranded = self.is_stranded();
+            if let Some(view) = self.view().filter(|_| stranded)
+                && let Some(reason) = view.lost()
+            {
+                self.fault.retryable = false;
+                reason.clone_into(&mut self.fault.message);
+            }
             if !self.fault.retryable || now >= end {
                 return Err(self.failure());
             }
-            if retry_at.is_none() && now < self.deadline && self.is_stranded() {
+            if retry_at.is_none() && now < self.deadline && stranded {
                 tracing::warn!(
                     layer = self.layer,
                     epoch = self.epoch,

@@ -386,7 +386,14 @@ impl<'a> Route<'a> {
             tokio::select! {
                 Ok(()) = self.placements.changed() => {
                     let newest = self.placements.borrow_and_update().clone();
-                    let view = newest.and_then(|newest| self.node.adopt(&newest, &self.links));
+                    let view = newest.and_then(|newest| match newest.state() {
+                        PlacementState::Lost => {
+                            let now = self.views.borrow().clone()?;
+                            tracing::warn!(epoch = now.epoch(), "experts are lost: {}", newest.reason);
+                            Some(now.without(&newest.reason))
+                        }
+                        _ => self.node.adopt(&newest, &self.links),
+                    });
                     let Some(view) = view else { continue };
                     let epoch = view.epoch();
                     match self.views.send_replace(Some(Arc::new(view))) {

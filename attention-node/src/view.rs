@@ -13,11 +13,12 @@ use tokio::sync::watch;
 pub struct View {
     placement: Placement,
     nodes: BTreeMap<NodeId, Node>,
+    lost: Option<String>,
     in_use: watch::Sender<()>,
 }
 
 /// What a placement says of a node beside its slots.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Node {
     name: String,
     process: String,
@@ -40,6 +41,7 @@ impl View {
         View {
             placement,
             nodes: nodes.collect(),
+            lost: None,
             in_use: watch::Sender::new(()),
         }
     }
@@ -73,6 +75,22 @@ impl View {
             ..View::new(placement, [])
         };
         Ok((view, endpoints.collect()))
+    }
+
+    /// The same when experts of it have no home any more and nobody has room for them, as `reason`
+    /// says: what does not answer is not worth waiting for.
+    pub fn without(&self, reason: &str) -> View {
+        View {
+            placement: self.placement.clone(),
+            nodes: self.nodes.clone(),
+            lost: Some(reason.to_owned()),
+            in_use: watch::Sender::new(()),
+        }
+    }
+
+    /// Why some experts will not answer, if that is known.
+    pub fn lost(&self) -> Option<&str> {
+        self.lost.as_deref()
     }
 
     /// The epoch that every frame of this view carries.

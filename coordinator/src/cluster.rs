@@ -23,6 +23,7 @@ use guild_proto::cluster::v1::{
 use guild_scheduler::membership::{
     self, Measured, Refused, Registration, Report, Serving, UnknownNode,
 };
+use guild_scheduler::placement::NodeId;
 use tokio_stream::wrappers::WatchStream;
 use tonic::codegen::BoxStream;
 use tonic::{Code, Request, Response, Status};
@@ -157,16 +158,15 @@ impl Cluster for ClusterService {
         request: Request<WatchPlacementRequest>,
     ) -> Result<Response<BoxStream<Placement>>, Status> {
         let node = request.into_inner().node_id;
-        if self
-            .state
-            .lead(|membership, _| membership.node(node).is_none())
-            .map_err(follower)?
-        {
-            return Err(unknown(UnknownNode(node)));
-        }
+        let watches = self.state.lead(|m, now| m.watches(now, node));
+        watches.map_err(follower)?.map_err(unknown)?;
         // A watch keeps the newest value only: a slow reader costs two placements.
-        let state = Arc::clone(&self.state);
-        let end = self.end.clone();
+        let watching = Watching {
+            state: Arc::clone(&self.state),
+            node,
+            end: self.end.clone(),
+        };
+        let (state, end) = (Arc::clone(&self.state), self.end.clone());
         let stop = async move {
             tokio::select! {
                 () = end.requested() => {}
@@ -176,7 +176,10 @@ impl Cluster for ClusterService {
         };
         let mut told = Placements::default();
         let stream = WatchStream::new(self.state.placements())
-            .flat_map(move |now| stream::iter(now.news(&mut told)))
+            .flat_map(move |now| {
+                let _until_the_end = &watching;
+                stream::iter(now.news(&mut told))
+            })
             .map(|placement| Ok(Placement::clone(&placement)))
             .take_until(stop);
         Ok(Response::new(Box::pin(stream)))
@@ -364,6 +367,22 @@ fn unchanged(refused: NotLeading) -> Status {
     match led {
         true => status,
         false => status::precondition(REASON_NO_LEADER, status.message(), []),
+    }
+}
+
+/// A node that watches. When its stream ends otherwise than by this coordinator, it has hung up.
+struct Watching {
+    state: Arc<ClusterState>,
+    node: NodeId,
+    end: Shutdown,
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        if !self.end.is_requested() {
+            // The connections of one that follows say nothing.
+            let _ = self.state.lead(|m, now| m.hung_up(now, self.node));
+        }
     }
 }
 

@@ -263,6 +263,11 @@ impl ClusterState {
                         name,
                         "a node has been silent for its whole lease and is taken for dead"
                     ),
+                    Loss::Gone => tracing::warn!(
+                        node,
+                        name,
+                        "a node has hung up, was not heard of since, and is taken for dead"
+                    ),
                     Loss::Replaced => {
                         tracing::info!(node, name, "a new process has taken a node's name");
                     }

@@ -244,8 +244,8 @@ impl Member {
         self.shared.placement.clone()
     }
 
-    /// The newest placement that is ACTIVE, while the next one may be loading;
-    /// None before the first. Its epoch only grows, and with it or without it
+    /// The newest placement that is ACTIVE, while the next one may be loading; as LOST, when
+    /// experts of it are; None before the first. Its epoch only grows, and with it or without it
     /// the epoch that is the oldest anybody uses.
     pub fn active(&self) -> watch::Receiver<Option<Arc<Placement>>> {
         self.shared.active.clone()

@@ -294,6 +294,50 @@ async fn a_withdrawn_placement_gives_way_to_the_active_one_and_does_not_come_bac
 }
 
 #[tokio::test]
+async fn what_is_lost_is_told_with_its_reason_until_something_is_active_again() {
+    let (fake, mut seen) = Fake::new(Duration::from_secs(60));
+    let (address, _) = fake.serve("127.0.0.1:0").await;
+    let member = Member::start(config(&address)).unwrap();
+    let mut active = member.active();
+    let stream = next(&mut seen, watch).await;
+    let tell = async |placement| stream.send(Ok(placement)).await.unwrap();
+    let lost = |epoch| Placement {
+        reason: "there is no room".to_owned(),
+        ..placement(epoch, PlacementState::Lost)
+    };
+    let is = |epoch, state| {
+        move |p: &Option<Arc<Placement>>| {
+            p.as_ref()
+                .is_some_and(|p| p.epoch == epoch && p.state() == state)
+        }
+    };
+    let whole = placement(4, PlacementState::Active);
+    tell(whole.clone()).await;
+    // What was lost before it was made says nothing of it.
+    tell(lost(3)).await;
+    tell(lost(5)).await;
+    let told = active.wait_for(is(4, PlacementState::Lost)).await.unwrap();
+    let (reason, nodes) = told
+        .as_ref()
+        .map(|p| (p.reason.clone(), p.nodes.clone()))
+        .unwrap();
+    drop(told);
+    assert_eq!(reason, "there is no room");
+    assert_eq!(nodes, whole.nodes);
+    tell(whole).await;
+    active
+        .wait_for(is(4, PlacementState::Active))
+        .await
+        .unwrap();
+    tell(lost(4)).await;
+    tell(placement(6, PlacementState::Active)).await;
+    active
+        .wait_for(is(6, PlacementState::Active))
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
 async fn a_withdrawn_epoch_is_named_to_the_next_coordinator() {
     // Long enough to be held on a busy machine: placements are refused without it.
     let (fake, mut seen) = Fake::new(Duration::from_secs(6));

@@ -192,6 +192,7 @@ impl Membership {
                 incarnation: new.incarnation,
                 resident: 0,
                 last_seen: now,
+                gone_at: None,
             },
         );
         if role == Role::Expert {
@@ -271,6 +272,30 @@ impl Membership {
         Ok(())
     }
 
+    /// A node asks what it is to hold: it is alive.
+    ///
+    /// # Errors
+    /// It is not a member.
+    pub fn watches(&mut self, now: Duration, id: NodeId) -> Result<(), UnknownNode> {
+        // Expiry first: a lease that has run out is not renewed.
+        self.step(now);
+        if !self.nodes.contains_key(&id) {
+            return Err(UnknownNode(id));
+        }
+        self.note_seen(now, id);
+        Ok(())
+    }
+
+    /// The connection of a node that watched has broken without a farewell, as it does when a
+    /// process dies. A living one is heard of again within an interval of its heartbeats: this one
+    /// is given little more than that instead of a whole lease.
+    pub fn hung_up(&mut self, now: Duration, id: NodeId) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.gone_at = Some(now + self.settings.lease * 2 / 5);
+        }
+        self.step(now);
+    }
+
     /// Time has passed.
     pub fn tick(&mut self, now: Duration) {
         self.step(now);
@@ -290,6 +315,16 @@ impl Membership {
     /// The placement that requests are served by.
     pub fn active(&self) -> Option<&Published> {
         self.active.as_ref()
+    }
+
+    /// The newest epoch that was active, and what is missing in words, while nothing can be served
+    /// and nobody has room for the experts that were lost.
+    pub fn lost(&self) -> Option<(u64, String)> {
+        let hopeless = self.shortfall.is_some() || self.usable_experts().next().is_none();
+        if self.active.is_some() || self.last_active == 0 || !hopeless {
+            return None;
+        }
+        Some((self.last_active, self.waiting_for()?))
     }
 
     /// The placement that is being loaded, or that has lost its last home of an
@@ -399,6 +434,7 @@ impl Membership {
     fn note_seen(&mut self, now: Duration, id: NodeId) {
         if let Some(node) = self.nodes.get_mut(&id) {
             node.last_seen = node.last_seen.max(now);
+            node.gone_at = None;
         }
     }
 
@@ -411,7 +447,7 @@ impl Membership {
             name: node.name.clone(),
             how,
         });
-        if how != Loss::Silent {
+        if !matches!(how, Loss::Silent | Loss::Gone) {
             self.drained.remove(&node.incarnation);
         }
         self.lost_to_migration(id, &node.name);
@@ -428,14 +464,17 @@ impl Membership {
     /// Everything that follows from the present state and time.
     fn step(&mut self, now: Duration) {
         self.clock = self.clock.max(now);
-        let silent: Vec<NodeId> = self
-            .nodes
-            .values()
-            .filter(|node| now.saturating_sub(node.last_seen) > self.settings.lease)
-            .map(|node| node.id)
+        let lost = |node: &Node| match node.gone_at {
+            _ if now.saturating_sub(node.last_seen) > self.settings.lease => Some(Loss::Silent),
+            Some(at) if now >= at => Some(Loss::Gone),
+            _ => None,
+        };
+        let nodes = self.nodes.values();
+        let lost: Vec<(NodeId, Loss)> = nodes
+            .filter_map(|node| Some((node.id, lost(node)?)))
             .collect();
-        for id in silent {
-            self.remove(now, id, Loss::Silent);
+        for (id, how) in lost {
+            self.remove(now, id, how);
         }
         self.judge(now);
         self.watch_restoring();

@@ -227,6 +227,33 @@ fn a_silent_expert_node_takes_readiness_away_and_its_experts_get_a_new_home() {
 }
 
 #[test]
+fn a_node_that_hangs_up_and_is_not_heard_of_again_is_lost_before_its_lease() {
+    let (mut c, [one, two, attention]) = Cluster::serving();
+    let grace = LEASE * 2 / 5;
+    let most = grace - Duration::from_millis(1);
+    // Heard of again in time: by a heartbeat, or because it asks again.
+    c.m.hung_up(c.now, one);
+    c.m.hung_up(c.now, two);
+    c.wait(most);
+    c.beat(one, ready(c.epoch()));
+    c.beat(attention, ready(c.epoch()));
+    c.m.watches(c.now, two).unwrap();
+    c.wait(most);
+    assert_eq!(c.m.nodes().count(), 3);
+    c.m.take_actions();
+    c.m.hung_up(c.now, two);
+    c.wait(grace);
+    let lost = Action::Lost {
+        node: two,
+        name: "expert-2".into(),
+        how: Loss::Gone,
+    };
+    assert_eq!(c.m.take_actions()[0], lost);
+    assert!(c.m.watches(c.now, two).is_err());
+    assert!(c.m.node(one).is_some(), "its lease holds");
+}
+
+#[test]
 fn holes_that_nobody_has_room_for_wait_for_the_next_node() {
     let mut c = Cluster::new(1);
     let mut ids = Vec::new();
@@ -250,9 +277,11 @@ fn holes_that_nobody_has_room_for_wait_for_the_next_node() {
         "{}",
         c.reason()
     );
+    assert_eq!(c.m.lost(), Some((epoch, c.reason())));
     let kept = c.placement().nodes()[0].clone();
     let three = c.join(Role::Expert, "expert-3");
     c.wait(SETTLE);
+    assert_eq!(c.m.lost(), None, "there is room now");
     assert_eq!(c.epoch(), epoch + 1);
     assert_eq!(c.placement().nodes()[0], kept);
     assert_eq!(c.placement().nodes()[1].node, three);

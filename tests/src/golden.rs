@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use guild_model::compare::log_sum_exp;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::process::golden_dir;
@@ -96,9 +97,6 @@ fn read(path: &Path) -> Vec<Prompt> {
 }
 
 fn log_softmax(row: &[f32]) -> Vec<f32> {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
-    let sum: f64 = row.iter().map(|&x| (x as f64 - max).exp()).sum();
-    row.iter()
-        .map(|&x| (x as f64 - max - sum.ln()) as f32)
-        .collect()
+    let norm = log_sum_exp(row);
+    row.iter().map(|&x| (f64::from(x) - norm) as f32).collect()
 }

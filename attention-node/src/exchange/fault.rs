@@ -55,7 +55,8 @@ impl<F: Fabric + 'static> Away<'_, F> {
         }
     }
 
-    /// The experts concerned: those known, else those at the node that is to blame.
+    /// The experts concerned: those known, else those at the node that is to blame, else all that
+    /// are missing.
     fn experts(&self, blamed: &str) -> Vec<u32> {
         if !self.fault.experts.is_empty() {
             return self.fault.experts.clone();
@@ -71,7 +72,12 @@ impl<F: Fabric + 'static> Away<'_, F> {
         };
         let targets = self.routes.experts.iter().zip(&self.state);
         let missing = targets.filter(|(_, target)| !target.here);
-        let experts: BTreeSet<u32> = missing.map(|(&expert, _)| expert).filter(lost).collect();
+        let missing: BTreeSet<u32> = missing.map(|(&expert, _)| expert).collect();
+        let at_fault: Vec<u32> = missing.iter().copied().filter(lost).collect();
+        let experts = match at_fault.is_empty() {
+            true => missing.into_iter().collect(),
+            false => at_fault,
+        };
         experts.into_iter().take(EXPERTS_NAMED).collect()
     }
 }

@@ -307,3 +307,30 @@ async fn a_placement_is_left_when_its_last_rows_are_back_and_not_before() {
     away.combine().await.unwrap();
     left.await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn rows_of_experts_that_are_lost_for_good_are_not_waited_for() {
+    let mut rig = Rig::new();
+    let whole = rig.views.borrow().clone();
+    let lost = whole
+        .as_ref()
+        .map(|view| Arc::new(view.without("there is no room")));
+    // Nobody is reached any more, and after a moment that is known to stay so.
+    rig.exchange.fabric.links.set_nodes(&[], None);
+    let (x, routes) = rig.rows();
+    let begun = Instant::now();
+    let away = rig.exchange.dispatch(0, x.into(), routes);
+    let told = Duration::from_millis(700);
+    let tell = async {
+        sleep(told).await;
+        rig.views.send_replace(lost);
+    };
+    let (failed, ()) = tokio::join!(away.combine(), tell);
+    let failed = failed.err().unwrap();
+    assert_eq!(begun.elapsed(), told);
+    assert_eq!(
+        (failed.message.as_str(), failed.epoch),
+        ("there is no room", 1)
+    );
+    assert!(!failed.experts.is_empty(), "{failed}");
+}

@@ -10,6 +10,8 @@ use guild_scheduler::membership::{Membership, Published};
 pub(crate) struct Placements {
     /// Requests are served by it.
     active: Option<Arc<Placement>>,
+    /// Instead of it: what was served by and cannot be restored.
+    lost: Option<Arc<Placement>>,
     /// The newest that was LOADING and will never be active: neither will any
     /// before it that a node still loads.
     withdrawn: Option<Arc<Placement>>,
@@ -32,7 +34,14 @@ impl Placements {
                 ..placement
             }))
         };
+        let lost = |(epoch, reason)| Placement {
+            epoch,
+            state: PlacementState::Lost.into(),
+            reason,
+            ..Placement::default()
+        };
         Placements {
+            lost: membership.lost().map(lost).map(Arc::new),
             active: told(membership.active(), oldest),
             withdrawn: membership.withdrawn().map(withdrawn).map(Arc::new),
             // A node that loads it does not begin again because of others.
@@ -46,6 +55,7 @@ impl Placements {
     pub(crate) fn news(self, told: &mut Placements) -> Vec<Arc<Placement>> {
         let news = [
             (&self.active, &told.active),
+            (&self.lost, &told.lost),
             (&self.withdrawn, &told.withdrawn),
             (&self.next, &told.next),
         ];
@@ -92,6 +102,7 @@ fn to_wire(published: &Published) -> Placement {
         epoch: published.placement.epoch(),
         state: state.into(),
         oldest_epoch: 0,
+        reason: String::new(),
         nodes: nodes
             .map(|(slots, placed)| PlacementNode {
                 node_id: slots.node,

@@ -359,6 +359,7 @@ impl Session {
         let epoch = placement.epoch;
         match placement.state() {
             PlacementState::Withdrawn => return self.withdraw(epoch),
+            PlacementState::Lost => return self.lose(&placement),
             PlacementState::Active => {
                 let news = self.told.active.send_if_modified(|known| {
                     let news = known.as_ref().is_none_or(|known| {
@@ -391,6 +392,23 @@ impl Session {
             return;
         }
         self.told.placement.send_replace(Some(placement));
+    }
+
+    /// What was served by is lost: it is what is there, in that state.
+    fn lose(&self, lost: &Placement) {
+        self.told.active.send_if_modified(|known| {
+            let Some(known) = known.as_mut().filter(|known| known.epoch <= lost.epoch) else {
+                return false;
+            };
+            let now = Placement {
+                state: lost.state,
+                reason: lost.reason.clone(),
+                ..Placement::clone(known)
+            };
+            let news = now != **known;
+            *known = Arc::new(now);
+            news
+        });
     }
 
     /// What loads at `epoch` will never be active: back to what is.

@@ -40,7 +40,10 @@ impl Membership {
                     self.go_to(slots);
                 }
             }
-            Err(short) => self.shortfall = Some(short),
+            Err(short) => {
+                self.shortfall = Some(short);
+                self.tell();
+            }
         }
     }
 

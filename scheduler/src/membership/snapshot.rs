@@ -310,6 +310,7 @@ impl SavedNode {
             incarnation: self.incarnation,
             resident: self.resident,
             last_seen: now,
+            gone_at: None,
         }
     }
 }

@@ -212,6 +212,8 @@ pub enum Loss {
     Left,
     /// Its lease ran out.
     Silent,
+    /// Its connection broke, and it did not come back.
+    Gone,
     /// A new process has taken its name.
     Replaced,
 }
@@ -339,4 +341,6 @@ pub struct Node {
     pub(super) resident: u64,
     /// When it was last heard of.
     pub last_seen: Duration,
+    /// When it is taken for dead unless it is heard of before, since it hung up.
+    pub(super) gone_at: Option<Duration>,
 }

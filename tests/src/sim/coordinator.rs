@@ -271,23 +271,31 @@ impl World {
                 conn,
                 body: Open::Watch { node },
             } => {
-                let c = &mut self.coordinators[at];
+                let c = &self.coordinators[at];
                 let refusal = match c.leads_at(self.now) {
                     false => Some(Answer::NotLeader { leader: c.leader }),
-                    true if c.m.node(node).is_none() => Some(Answer::UnknownNode),
-                    true => None,
+                    true => {
+                        let watches = self.with(at, |m, now| m.watches(now, node));
+                        watches.err().map(|_| Answer::UnknownNode)
+                    }
                 };
                 if let Some(refusal) = refusal {
                     self.push(conn, Push::WatchEnds(refusal));
                     self.close(conn, who);
                     return;
                 }
+                let c = &mut self.coordinators[at];
                 c.watchers.insert(conn, (node, Placements::default()));
                 self.tell(at, conn);
             }
             Message::Push { conn, body } => self.relay_push(at, conn, body),
             Message::Broken { conn } => {
-                self.coordinators[at].watchers.remove(&conn);
+                let watched = self.coordinators[at].watchers.remove(&conn);
+                if let Some((node, _)) = watched
+                    && self.may_lead(at)
+                {
+                    self.with(at, |m, now| m.hung_up(now, node));
+                }
                 self.relay_broken(at, conn);
             }
             Message::Hint if self.coordinators[at].observing.is_none() => self.look_at_store(at),

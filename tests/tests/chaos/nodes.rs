@@ -21,10 +21,7 @@ const SILENT: Duration = Duration::from_millis(2500);
 const REHOMED: Duration = Duration::from_secs(3);
 /// What it may take to serve again once there is room.
 const RECOVERED: Duration = Duration::from_secs(15);
-/// What a step waits for a lost expert that nobody has room for, in milliseconds. Whoever comes
-/// meanwhile waits for the end of that step and then as long in one of its own.
-const DEADLINE: &str = "1250";
-/// After so long without an event whoever needs it has been told.
+/// After so long without a home for an expert whoever needs it has been told.
 const TOLD: Duration = Duration::from_secs(3);
 /// For more than a half of all experts, and not for all.
 const ROOM: &str = "5MiB";
@@ -175,14 +172,15 @@ async fn a_lost_sole_copy_is_waited_for_and_never_makes_a_wrong_token() {
     work.again(house.grpc()).await;
 }
 
-/// A deadline ends the wait, and a node with room ends the trouble.
+/// The coordinator ends the wait, and a node with room ends the trouble.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_sole_copy_that_nobody_has_room_for_is_told_in_time_until_there_is_room() {
     let work = Work::of(mixed_workload(2048)).await;
     let plan = Plan {
         experts: 0,
         replicas: 1,
-        attention_flags: ["--expert-deadline", DEADLINE].map(str::to_owned).into(),
+        // As clusters have it unless told otherwise.
+        lease: "5",
         ..Plan::default()
     };
     let mut house = House::begin(plan, |_| None);
