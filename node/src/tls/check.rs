@@ -67,31 +67,65 @@ pub(super) fn in_words(error: &Error) -> String {
     }
 }
 
-/// Judges those who connect here.
-pub(super) struct Clients {
-    chain: Arc<dyn ClientCertVerifier>,
+/// Judges peers: by TLS with `chain`, then by what their certificate says of them.
+pub(super) struct Judge<V: ?Sized> {
+    chain: Arc<V>,
     cluster: String,
     peers: &'static [Role],
 }
 
-impl Clients {
-    pub(super) fn new(
-        chain: Arc<dyn ClientCertVerifier>,
-        cluster: String,
-        peers: &'static [Role],
-    ) -> Clients {
-        Clients {
+/// Judges those who connect here.
+pub(super) type Clients = Judge<dyn ClientCertVerifier>;
+
+/// Judges those who are dialled from here.
+pub(super) type Servers = Judge<dyn ServerCertVerifier>;
+
+impl<V: ?Sized> Judge<V> {
+    pub(super) fn new(chain: Arc<V>, cluster: String, peers: &'static [Role]) -> Judge<V> {
+        Judge {
             chain,
             cluster,
             peers,
         }
     }
+
+    /// Of a peer with a valid certificate.
+    fn admit(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
+        admit(certificate, &self.cluster, self.peers).map_err(refuse)
+    }
 }
 
-impl fmt::Debug for Clients {
+impl<V: ?Sized> fmt::Debug for Judge<V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Clients").field(&self.peers).finish()
+        f.debug_tuple("Judge").field(&self.peers).finish()
     }
+}
+
+/// What both kinds of verifiers leave to `chain`.
+macro_rules! signatures_by_chain {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            self.chain.verify_tls12_signature(message, cert, dss)
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            self.chain.verify_tls13_signature(message, cert, dss)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.chain.supported_verify_schemes()
+        }
+    };
 }
 
 impl ClientCertVerifier for Clients {
@@ -108,58 +142,11 @@ impl ClientCertVerifier for Clients {
         let verified = self
             .chain
             .verify_client_cert(end_entity, intermediates, now)?;
-        admit(end_entity, &self.cluster, self.peers).map_err(refuse)?;
+        self.admit(end_entity)?;
         Ok(verified)
     }
 
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls12_signature(message, cert, dss)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
-    }
-}
-
-/// Judges those who are dialled from here.
-pub(super) struct Servers {
-    chain: Arc<dyn ServerCertVerifier>,
-    cluster: String,
-    peers: &'static [Role],
-}
-
-impl Servers {
-    pub(super) fn new(
-        chain: Arc<dyn ServerCertVerifier>,
-        cluster: String,
-        peers: &'static [Role],
-    ) -> Servers {
-        Servers {
-            chain,
-            cluster,
-            peers,
-        }
-    }
-}
-
-impl fmt::Debug for Servers {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Servers").field(&self.peers).finish()
-    }
+    signatures_by_chain!();
 }
 
 impl ServerCertVerifier for Servers {
@@ -187,31 +174,11 @@ impl ServerCertVerifier for Servers {
             }
             verdict => verdict?,
         };
-        admit(end_entity, &self.cluster, self.peers).map_err(refuse)?;
+        self.admit(end_entity)?;
         Ok(verified)
     }
 
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls12_signature(message, cert, dss)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
-    }
+    signatures_by_chain!();
 }
 
 /// The one certificate of this process, whoever asks.
