@@ -134,14 +134,9 @@ impl AttentionNodeConfig {
         address: impl Into<String>,
         coordinator: impl Into<String>,
     ) -> AttentionNodeConfig {
-        let called = model.dir();
-        let called = called.canonicalize().unwrap_or_else(|_| called.to_owned());
-        let called = called
-            .file_name()
-            .map(|name| name.to_string_lossy().into_owned());
         AttentionNodeConfig {
+            model_name: model.name(),
             model,
-            model_name: called.unwrap_or_default(),
             dtype: Dtype::Auto,
             name: name.into(),
             address: address.into(),

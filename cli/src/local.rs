@@ -14,7 +14,6 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::args::{Balance, Compute, Engine, Exposure, FabricKind, PlannerArg, Redundancy};
-use crate::command::served_name;
 use crate::failure::Failure;
 use crate::listen::{EPHEMERAL, address_of, bind};
 use crate::security::{Door, Protection};
@@ -43,7 +42,7 @@ impl Plan {
     /// One node of each kind, for one request.
     pub(crate) fn smallest(model: Checkpoint, compute: Compute) -> Self {
         Self {
-            model_name: served_name(None, model.dir()),
+            model_name: model.name(),
             model,
             attention_nodes: 1,
             expert_nodes: 1,
@@ -121,13 +120,7 @@ impl Local {
         });
         for index in 0..plan.attention_nodes {
             let (place, listener) = local.place(plan, format!("attention-{index}")).await?;
-            let config = shells::attention(
-                &place,
-                &plan.model_name,
-                plan.compute,
-                plan.engine,
-                plan.exposure,
-            );
+            let config = shells::attention(&place, plan.compute, plan.engine, plan.exposure);
             let (cpu, switchboard) = (cpu.clone(), switchboard.clone());
             local.attention.spawn(&place.name, |end| {
                 guild_attention_node::run(config, listener, cpu, switchboard, end)
@@ -152,6 +145,7 @@ impl Local {
         let listener = bind("listen", EPHEMERAL, Protection::LOOPBACK).await?;
         let place = shells::Place {
             model: plan.model.clone(),
+            model_name: plan.model_name.clone(),
             name,
             address: address_of(&listener)?.to_string(),
             coordinator: self.cluster.clone(),

@@ -11,12 +11,13 @@ use guild_model::Checkpoint;
 use guild_node::tls::Tls;
 
 use crate::args::{Compute, Engine, Exposure, Redundancy, Weights};
-use crate::command::served_name;
 use crate::security::Door;
 
 /// Where a node stands in its cluster.
 pub(crate) struct Place {
     pub(crate) model: Checkpoint,
+    /// What clients call it.
+    pub(crate) model_name: String,
     pub(crate) name: String,
     /// `host:port` where others reach it.
     pub(crate) address: String,
@@ -43,13 +44,12 @@ pub(crate) fn process_id() -> String {
 
 pub(crate) fn attention(
     place: &Place,
-    model_name: &str,
     compute: Compute,
     engine: Engine,
     exposure: Exposure,
 ) -> AttentionNodeConfig {
     AttentionNodeConfig {
-        model_name: model_name.to_owned(),
+        model_name: place.model_name.clone(),
         dtype: compute.weights.dtype,
         kv_memory: engine.kv_memory,
         kv_dtype: engine.latents.format(),
@@ -91,7 +91,7 @@ pub(crate) fn expert(
     exposure: Exposure,
 ) -> ExpertNodeConfig {
     ExpertNodeConfig {
-        model_name: served_name(None, place.model.dir()),
+        model_name: place.model_name.clone(),
         dtype: compute.weights.dtype,
         capacity_bytes: capacity,
         drain: drain(exposure),

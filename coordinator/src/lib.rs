@@ -151,13 +151,8 @@ impl CoordinatorConfig {
 
     /// The defaults for a checkpoint, called by the name of its directory.
     pub fn new(model: Checkpoint) -> CoordinatorConfig {
-        let name = model
-            .dir()
-            .canonicalize()
-            .ok()
-            .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
         CoordinatorConfig {
-            model_name: name.unwrap_or_else(|| "model".to_owned()),
+            model_name: model.name(),
             model,
             dtype: Dtype::Auto,
             max_context: None,

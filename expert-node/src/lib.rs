@@ -73,7 +73,7 @@ impl ExpertNodeConfig {
     /// Drain limit, by default.
     pub const DRAIN: Duration = Duration::from_secs(30);
 
-    /// Everything by default but what has none. The model is called `model`.
+    /// Everything by default but what has none. The model is called as its directory is.
     pub fn new(
         model: Checkpoint,
         name: impl Into<String>,
@@ -81,8 +81,8 @@ impl ExpertNodeConfig {
         coordinator: impl Into<String>,
     ) -> Self {
         Self {
+            model_name: model.name(),
             model,
-            model_name: "model".to_owned(),
             dtype: Dtype::Auto,
             name: name.into(),
             address: address.into(),

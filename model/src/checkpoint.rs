@@ -150,6 +150,14 @@ impl Checkpoint {
         &self.inner.dir
     }
 
+    /// What the model is called where nobody says otherwise: as its directory is.
+    pub fn name(&self) -> String {
+        let dir = self.dir();
+        let whole = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+        let name = whole.file_name().map(|name| name.to_string_lossy());
+        name.map_or_else(|| "model".to_owned(), |name| name.into_owned())
+    }
+
     /// Identity of configuration and weights, whatever the sharding: `full:` or `sampled:` and 64
     /// hex digits.
     ///

@@ -75,6 +75,9 @@ fn golden_checkpoints_open() {
         load(&golden(case)).unwrap();
     }
     let fp8 = Checkpoint::open(&golden("v3-fp8")).unwrap();
+    assert_eq!(fp8.name(), "v3-fp8");
+    let roundabout = golden("v3-fp8").join("..").join("v3-fp8").join(".");
+    assert_eq!(Checkpoint::open(&roundabout).unwrap().name(), "v3-fp8");
     // gate, up [136, 144] and down [144, 136] in bytes, four f32 scales each.
     assert_eq!(fp8.expert_bytes(1), 3 * (136 * 144 + 4 * 4));
     assert_eq!(fp8.expert_bytes(0), 0);

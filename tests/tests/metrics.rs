@@ -17,6 +17,8 @@ use tempfile::TempDir;
 /// Between two scrapes.
 const INTERVAL: &str = "200ms";
 const POLL: Duration = Duration::from_millis(100);
+/// What clients call the model; its folder is called otherwise.
+const NAME: &str = "called otherwise";
 
 /// A Prometheus on loopback; killed when dropped.
 struct Prometheus {
@@ -133,10 +135,13 @@ fn lint(page: &str) -> (bool, String) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_real_prometheus_scrapes_every_role_and_sees_what_a_load_does() {
+    let named = ["--served-model-name", NAME].map(str::to_owned).to_vec();
     let house = House::start(Plan {
         attention: 1,
         experts: 2,
         replicas: 1,
+        coordinator_flags: named.clone(),
+        node_flags: [&["--threads".to_owned(), "1".to_owned()], &named[..]].concat(),
         attention_flags: ["--speculate", "2"].map(str::to_owned).into(),
         ..Plan::default()
     })
@@ -228,8 +233,13 @@ async fn a_real_prometheus_scrapes_every_role_and_sees_what_a_load_does() {
     prometheus.wait("up", all_up);
 
     for (role, at) in &targets {
-        let page = http::get(at, "/metrics").unwrap();
-        let (clean, said) = lint(&page.text());
-        assert!(clean && said.is_empty(), "{role}:\n{said}\n{}", page.text());
+        let page = http::get(at, "/metrics").unwrap().text();
+        let (clean, said) = lint(&page);
+        assert!(clean && said.is_empty(), "{role}:\n{said}\n{page}");
+        let label = format!("model_name=\"{NAME}\"");
+        let other = page
+            .lines()
+            .find(|line| !line.starts_with('#') && !line.contains(&label));
+        assert_eq!(other, None, "{role}");
     }
 }

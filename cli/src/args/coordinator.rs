@@ -6,7 +6,7 @@ use clap::Args;
 use guild_coordinator::CoordinatorConfig as Defaults;
 use guild_node::store::StoreUrl;
 
-use super::{Balance, Common, DoorArgs, Exposure, NodeTls, Weights};
+use super::{Balance, Common, DoorArgs, Exposure, Named, NodeTls, Weights};
 use crate::failure::EXIT_CODES;
 use crate::units;
 
@@ -59,9 +59,8 @@ pub(crate) struct Coordinator {
     /// Folder of the checkpoint; only its configuration, tokenizer and identity are read
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
-    /// Name that clients see; default: the name of the folder
-    #[arg(long, value_name = "NAME")]
-    pub(crate) served_model_name: Option<String>,
+    #[command(flatten)]
+    pub(crate) named: Named,
     /// Where nodes join
     #[arg(long, default_value = "127.0.0.1:7000", value_name = "HOST:PORT")]
     pub(crate) listen: String,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::NodeTls;
+use super::{Named, NodeTls};
 use crate::listen::EPHEMERAL;
 
 /// How a node joins.
@@ -13,6 +13,8 @@ pub(crate) struct Joining {
     /// Folder of the checkpoint, the same one in the whole cluster
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
+    #[command(flatten)]
+    pub(crate) named: Named,
     /// Where the coordinator lets nodes join; a list where several run
     #[arg(long, value_name = "URL[,URL...]")]
     pub(crate) coordinator: String,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::{Balance, Common, Compute, DoorArgs, Doors, Engine, Exposure, Redundancy};
+use super::{Balance, Common, Compute, DoorArgs, Doors, Engine, Exposure, Named, Redundancy};
 use crate::failure::EXIT_CODES;
 
 /// How rows travel between the nodes of one process.
@@ -31,9 +31,8 @@ pub(crate) struct Up {
     /// Folder of the checkpoint
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
-    /// Name that clients see; default: the name of the folder
-    #[arg(long, value_name = "NAME")]
-    pub(crate) served_model_name: Option<String>,
+    #[command(flatten)]
+    pub(crate) named: Named,
     /// Attention nodes
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64), value_name = "N")]
     pub(crate) attention_nodes: u16,

@@ -6,7 +6,7 @@ use guild_expert_node::ExpertNodeConfig;
 use guild_node::tls::Role;
 use guild_transport::Switchboard;
 
-use super::{block_on, expert, join, log_role, served_name, signals};
+use super::{block_on, expert, join, log_role, signals};
 use crate::args::{AttentionNode, Joining, NodeTls};
 use crate::banner::Banner;
 use crate::failure::Failure;
@@ -46,10 +46,9 @@ async fn serve(args: &AttentionNode) -> Result<(), Failure> {
         false => None,
     };
     let cpu = args.compute.cpu()?;
-    let name = served_name(None, place.model.dir());
     let mut banner = Banner::new(format!("attention-node {}", place.name));
     banner
-        .model(&name, &place.model)?
+        .model(&place.model_name, &place.model)?
         .weights(&place.model, args.compute.weights.dtype)
         .kv(&place.model, args.engine)
         .cpu(&cpu)
@@ -71,7 +70,7 @@ async fn serve(args: &AttentionNode) -> Result<(), Failure> {
         .show(args.common.log_format);
     let config = AttentionNodeConfig {
         duty: args.role.duty(),
-        ..shells::attention(&place, &name, args.compute, args.engine, args.exposure)
+        ..shells::attention(&place, args.compute, args.engine, args.exposure)
     };
     let Some((experts, expert_listener)) = experts else {
         return guild_attention_node::run(config, listener, cpu, None, shutdown)

@@ -4,7 +4,7 @@ use guild_coordinator::{CoordinatorConfig, Listeners};
 use guild_model::Checkpoint;
 use guild_node::tls::Role;
 
-use super::{block_on, listening, log_role, served_name, signals};
+use super::{block_on, listening, log_role, signals};
 use crate::args::{Coordinator, PlannerArg};
 use crate::banner::Banner;
 use crate::failure::Failure;
@@ -31,7 +31,7 @@ async fn serve(args: &Coordinator) -> Result<(), Failure> {
     let scheme = door.scheme();
     listening(&address_of(&listeners.cluster)?.to_string())?;
     let checkpoint = Checkpoint::open(&args.model)?;
-    let name = served_name(args.served_model_name.as_deref(), &args.model);
+    let name = args.named.of(&checkpoint);
     let http = address_of(&listeners.http)?;
     let mut banner = Banner::new("coordinator");
     banner

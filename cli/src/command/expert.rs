@@ -4,7 +4,7 @@ use guild_expert_node::ExpertNodeConfig;
 use guild_model::Checkpoint;
 use guild_node::tls::Role;
 
-use super::{block_on, join, log_role, served_name, signals};
+use super::{block_on, join, log_role, signals};
 use crate::args::{Compute, ExpertNode};
 use crate::banner::Banner;
 use crate::failure::Failure;
@@ -29,7 +29,7 @@ async fn serve(args: &ExpertNode) -> Result<(), Failure> {
     let cpu = args.compute.cpu()?;
     let mut banner = Banner::new(format!("expert-node {}", place.name));
     banner
-        .model(&served_name(None, checkpoint.dir()), checkpoint)?
+        .model(&place.model_name, checkpoint)?
         .line("experts", room(checkpoint, args.capacity, args.compute))
         .cpu(&cpu)
         .line("cluster", &place.coordinator)

@@ -111,18 +111,6 @@ fn open(model: &Path, compute: Compute) -> Result<Checkpoint, Failure> {
     Ok(checkpoint.with_mapped_experts()?)
 }
 
-/// What clients call the model: the name given, else the folder's.
-pub(crate) fn served_name(given: Option<&str>, model: &Path) -> String {
-    if let Some(name) = given {
-        return name.to_owned();
-    }
-    let full = model.canonicalize().unwrap_or_else(|_| model.to_owned());
-    full.file_name().map_or_else(
-        || "model".to_owned(),
-        |name| name.to_string_lossy().into_owned(),
-    )
-}
-
 /// Says to programs where a role's port is, as soon as it is bound: one line on stdout.
 fn listening(address: &str) -> Result<(), Failure> {
     let mut stdout = std::io::stdout();
@@ -163,11 +151,13 @@ async fn join(
         tls.check_name(&name).map_err(|error| Failure::of(&error))?;
     }
     listening(&address)?;
+    let model = match model {
+        Some(model) => model.clone(),
+        None => open(&joining.model, compute)?,
+    };
     let place = Place {
-        model: match model {
-            Some(model) => model.clone(),
-            None => open(&joining.model, compute)?,
-        },
+        model_name: joining.named.of(&model),
+        model,
         name,
         address,
         tls,

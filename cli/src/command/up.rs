@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use guild_coordinator::Listeners;
 use guild_model::{Checkpoint, Cpu};
 
-use super::{block_on, log_role, served_name};
+use super::{block_on, log_role};
 use crate::args::{FabricKind, Up};
 use crate::banner::Banner;
 use crate::failure::Failure;
@@ -32,7 +32,7 @@ async fn serve(args: &Up) -> Result<(), Failure> {
     let cpu = args.compute.cpu()?;
     let plan = Plan {
         model: checkpoint.clone(),
-        model_name: served_name(args.served_model_name.as_deref(), &args.model),
+        model_name: args.named.of(&checkpoint),
         attention_nodes: args.attention_nodes,
         expert_nodes: args.expert_nodes,
         fabric: args.fabric,
