@@ -311,11 +311,6 @@ impl Desk {
         }
     }
 
-    /// The engine has another cache now.
-    pub(crate) fn set_form(&self, form: PageForm) {
-        self.lock().form = form;
-    }
-
     /// Moves pages into the cache and out of it, as far as there are any. For the engine alone,
     /// between two steps. False: there were none.
     pub(crate) fn move_pages(&self, cache: &mut LatentCache) -> bool {

@@ -57,7 +57,7 @@ pub struct Engine<F> {
 }
 
 impl<F: Fabric + 'static> Engine<F> {
-    /// An engine with an empty cache of `limits.pages` pages, and the handle that feeds it.
+    /// An engine with an empty cache of `limits.pages` pages in `format`, and the handle that feeds it.
     /// `patience` is for expert nodes that do not answer. Of `limits.drafts` nothing comes where the
     /// model has no module that drafts.
     ///
@@ -69,6 +69,7 @@ impl<F: Fabric + 'static> Engine<F> {
         fabric: Arc<F>,
         views: Views,
         limits: Limits,
+        format: Format,
         patience: Patience,
     ) -> Result<(Engine<F>, EngineHandle), InvalidLimits> {
         let drafts = match trunk.mtp() {
@@ -79,7 +80,7 @@ impl<F: Fabric + 'static> Engine<F> {
         let (pages, page_tokens) = (limits.pages, limits.page_tokens);
         let layers = trunk.layers().len() + usize::from(drafts > 0);
         limits.validate()?;
-        let cache = LatentCache::new(trunk.config(), layers, pages, page_tokens, Format::F32);
+        let cache = LatentCache::new(trunk.config(), layers, pages, page_tokens, format);
         let desk = Arc::new(Desk::new(limits, PageForm::of(&cache, drafts > 0))?);
         let engine = Engine {
             cache,
@@ -98,16 +99,6 @@ impl<F: Fabric + 'static> Engine<F> {
             choice: Choice::default(),
         };
         Ok((engine, EngineHandle::new(desk)))
-    }
-
-    /// The same engine with its cache in `format` instead of f32.
-    pub fn caching(mut self, format: Format) -> Engine<F> {
-        let (layers, pages) = (self.cache.layers(), self.cache.pages());
-        let page_tokens = self.cache.page_tokens();
-        self.cache = LatentCache::new(self.trunk.config(), layers, pages, page_tokens, format);
-        let form = PageForm::of(&self.cache, self.drafts > 0);
-        self.desk.set_form(form);
-        self
     }
 
     /// The same engine, which drafts as long as that makes it faster.

@@ -193,9 +193,9 @@ impl Node {
             Arc::clone(&links),
             newest,
             limits,
+            self.cfg.kv_format(),
             self.cfg.patience,
         )?;
-        let engine = engine.caching(self.cfg.kv_format());
         let engine = engine.overlapping(self.cfg.overlap.clone());
         let engine = match self.cfg.speculate {
             Speculate::Auto => engine.drafting_while_it_pays(),

@@ -9,6 +9,7 @@ use std::time::Duration;
 use common::{DEADLINE, Fate, Model, Rig, bits, limits, request};
 use guild_attention_node::Patience;
 use guild_attention_node::sequence::{Event, Request};
+use guild_model::cache::Format;
 use guild_model::sampler::Sampling;
 use guild_scheduler::batch::Limits;
 use guild_scheduler::placement::{NodeId, NodeSlots, Placement};
@@ -42,9 +43,14 @@ async fn drafted(
         deadline: DEADLINE,
         ..Patience::default()
     };
-    let rig = Rig::made(model, drafting, apart(model), patience, |engine| {
-        engine.drafting_while_it_pays()
-    });
+    let rig = Rig::made(
+        model,
+        drafting,
+        apart(model),
+        Format::F32,
+        patience,
+        |engine| engine.drafting_while_it_pays(),
+    );
     rig.wire.strike(slow, Fate::Slow(more));
     let mut sums = [0; 3];
     for request in asked {

@@ -12,7 +12,6 @@ use std::time::Duration;
 use common::{DEADLINE, Model, Rig, limits};
 use futures::{StreamExt, stream};
 use guild_attention_node::Patience;
-use guild_attention_node::engine::Engine;
 use guild_attention_node::service::{Inference, Phase};
 use guild_model::cache::Format;
 use guild_node::channel::Dialer;
@@ -72,8 +71,7 @@ impl Node {
             ..Patience::default()
         };
         let homes = model.deal(1, 1, 2, 0);
-        let finish = |engine: Engine<_>| engine.caching(format);
-        let rig = Rig::made(model, limits, homes, patience, finish);
+        let rig = Rig::made(model, limits, homes, format, patience, |engine| engine);
         let serving = Phase::Serving {
             engine: rig.engine.clone(),
             digest: DIGEST.to_owned(),

@@ -13,6 +13,7 @@ use guild_attention_node::exchange::{ExchangeCounters, Views};
 use guild_attention_node::sequence::{Event, Events, Request};
 use guild_attention_node::view::View;
 use guild_attention_node::{EngineHandle, MicroBatches, Overlap, Patience, RoutedRows};
+use guild_model::cache::Format;
 use guild_model::checkpoint::Dtype;
 use guild_model::expert::Expert;
 use guild_model::sampler::{Sampling, Shaping};
@@ -364,7 +365,9 @@ impl Rig {
         placement: Placement,
         patience: Patience,
     ) -> Rig {
-        Rig::made(model, limits, placement, patience, |engine| engine)
+        Rig::made(model, limits, placement, Format::F32, patience, |engine| {
+            engine
+        })
     }
 
     /// The same with an engine that `finish` has had in its hands.
@@ -372,6 +375,7 @@ impl Rig {
         model: &'static Model,
         limits: Limits,
         placement: Placement,
+        format: Format,
         patience: Patience,
         finish: impl FnOnce(Engine<Wire>) -> Engine<Wire>,
     ) -> Rig {
@@ -389,6 +393,7 @@ impl Rig {
             Arc::clone(&wire),
             newest,
             limits,
+            format,
             patience,
         )
         .unwrap();

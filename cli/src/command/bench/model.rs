@@ -444,11 +444,12 @@ impl Rig {
             links,
             newest,
             limits,
+            format,
             Patience::default(),
         );
         let (engine, handle) = engine.map_err(|e| Failure::usage(e.to_string()))?;
         // It ends when the handle is dropped with its last request.
-        drop(engine.caching(format).spawn("bench")?);
+        drop(engine.spawn("bench")?);
         Ok(Rig {
             cpu: cpu.clone(),
             engine: handle,
