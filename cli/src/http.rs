@@ -2,6 +2,7 @@
 //! connection whose answer was read to its end serves the next request.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use guild_node::channel::Dialer;
@@ -18,6 +19,8 @@ use crate::security::dialer;
 
 /// Bytes of a body that is read whole, and of one line of a stream.
 const MAX_BODY_BYTES: usize = 8 << 20;
+/// How long a server may take to end an answer of which all has been said.
+const LAST_CHUNK: Duration = Duration::from_millis(100);
 
 /// A server by its `http://HOST[:PORT]` or `https://HOST[:PORT]`.
 pub(crate) struct Server {
@@ -31,6 +34,7 @@ pub(crate) struct Server {
 }
 
 type Connection = SendRequest<Full<Bytes>>;
+type Answered = hyper::Result<Response<Incoming>>;
 
 /// Connections on which nothing is under way.
 #[derive(Clone, Default)]
@@ -129,10 +133,6 @@ impl Server {
             Failure::network(format!("{self}: {why}"))
                 .hint("is a Guild serving HTTP there? `guild up --model DIR` starts one")
         };
-        let mut sender = match self.idle.take() {
-            Some(sender) => sender,
-            None => self.connect().await.map_err(|error| failed(&error))?,
-        };
         let mut request = Request::builder()
             .method(method)
             .uri(path)
@@ -143,10 +143,23 @@ impl Server {
         if let Some(bearer) = &self.bearer {
             request.headers_mut().insert(AUTHORIZATION, bearer.clone());
         }
-        let response = sender
-            .send_request(request)
-            .await
-            .map_err(|error| failed(&error))?;
+        let idle = match self.idle.take() {
+            Some(mut sender) => {
+                let answered = sender.send_request(request.clone()).await;
+                Some((answered, sender))
+            }
+            None => None,
+        };
+        let (answered, sender) = match idle {
+            // The server has closed what it had kept open: the request did not reach it.
+            Some((Err(error), _)) if error.is_canceled() || error.is_incomplete_message() => {
+                self.fresh(request).await
+            }
+            Some(answered) => Ok(answered),
+            None => self.fresh(request).await,
+        }
+        .map_err(|error| failed(&error))?;
+        let response = answered.map_err(|error| failed(&error))?;
         if response.status().is_success() {
             return Ok((response, sender));
         }
@@ -162,6 +175,12 @@ impl Server {
             failure = failure.hint(format!("try again in {seconds} s"));
         }
         Err(failure)
+    }
+
+    /// The answer by a connection of its own.
+    async fn fresh(&self, request: Request<Full<Bytes>>) -> Result<(Answered, Connection), String> {
+        let mut sender = self.connect().await?;
+        Ok((sender.send_request(request).await, sender))
     }
 
     async fn connect(&self) -> Result<Connection, String> {
@@ -270,11 +289,111 @@ impl Events {
         }
     }
 
-    /// Reads what is left, which after `[DONE]` is the end of the body alone.
+    /// Reads what is left, which after `[DONE]` is the end of the body alone. Only where that
+    /// comes is the connection good for another request.
     async fn finish(&mut self) {
-        while let Some(Ok(_)) = self.body.frame().await {}
-        if let Some(connection) = self.connection.take() {
+        let body = &mut self.body;
+        let end = async move {
+            loop {
+                match body.frame().await {
+                    Some(Ok(_)) => {}
+                    Some(Err(_)) => return false,
+                    None => return true,
+                }
+            }
+        };
+        let ended = tokio::time::timeout(LAST_CHUNK, end).await;
+        if let (Ok(true), Some(connection)) = (ended, self.connection.take()) {
             self.idle.put(connection);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    const EVENTS: &str = "data: {\"a\": 1}\n\ndata: [DONE]\n\n";
+
+    /// Reads a request of a body that is `{}`.
+    async fn request(stream: &mut TcpStream) {
+        let mut seen = Vec::new();
+        while !seen.ends_with(b"\r\n\r\n{}") {
+            let mut some = [0; 1024];
+            let read = stream.read(&mut some).await.unwrap();
+            assert!(read > 0, "the client has hung up");
+            seen.extend_from_slice(&some[..read]);
+        }
+    }
+
+    /// Answers with one event, and with the end of the answer or without.
+    async fn answer(stream: &mut TcpStream, end: bool) {
+        let end = if end { "0\r\n\r\n" } else { "" };
+        let answer = format!(
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{EVENTS}\r\n{end}",
+            EVENTS.len()
+        );
+        stream.write_all(answer.as_bytes()).await.unwrap();
+    }
+
+    async fn ask(server: &Server) {
+        let mut events = server.stream("/", &serde_json::json!({})).await.unwrap();
+        assert!(events.next().await.unwrap().is_some());
+        assert!(events.next().await.unwrap().is_none());
+    }
+
+    async fn listening() -> (TcpListener, Server) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        (
+            listener,
+            Server::new(&endpoint, &Access::default()).unwrap(),
+        )
+    }
+
+    #[tokio::test]
+    async fn a_connection_serves_on_unless_the_server_has_closed_it() {
+        let (listener, server) = listening().await;
+        let serving = async {
+            let (mut first, _) = listener.accept().await.unwrap();
+            for _ in 0..2 {
+                request(&mut first).await;
+                answer(&mut first, true).await;
+            }
+            // Closed only when the third request is on its way.
+            request(&mut first).await;
+            drop(first);
+            let (mut second, _) = listener.accept().await.unwrap();
+            request(&mut second).await;
+            answer(&mut second, true).await;
+        };
+        let asking = async {
+            for _ in 0..3 {
+                ask(&server).await;
+            }
+        };
+        tokio::join!(serving, asking);
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_an_end_is_not_waited_for() {
+        let (listener, server) = listening().await;
+        let serving = async {
+            let mut open = Vec::new();
+            for _ in 0..2 {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                request(&mut stream).await;
+                answer(&mut stream, false).await;
+                open.push(stream);
+            }
+        };
+        let asking = async {
+            ask(&server).await;
+            ask(&server).await;
+        };
+        tokio::join!(serving, asking);
     }
 }
