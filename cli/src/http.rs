@@ -143,22 +143,17 @@ impl Server {
         if let Some(bearer) = &self.bearer {
             request.headers_mut().insert(AUTHORIZATION, bearer.clone());
         }
-        let idle = match self.idle.take() {
-            Some(mut sender) => {
-                let answered = sender.send_request(request.clone()).await;
-                Some((answered, sender))
-            }
-            None => None,
-        };
-        let (answered, sender) = match idle {
-            // The server has closed what it had kept open: the request did not reach it.
-            Some((Err(error), _)) if error.is_canceled() || error.is_incomplete_message() => {
-                self.fresh(request).await
-            }
-            Some(answered) => Ok(answered),
+        let answered = match self.idle.take() {
+            Some(mut sender) => match sender.send_request(request.clone()).await {
+                // The server has closed what it had kept open: the request did not reach it.
+                Err(error) if error.is_canceled() || error.is_incomplete_message() => {
+                    self.fresh(request).await
+                }
+                answered => Ok((answered, sender)),
+            },
             None => self.fresh(request).await,
-        }
-        .map_err(|error| failed(&error))?;
+        };
+        let (answered, sender) = answered.map_err(|error| failed(&error))?;
         let response = answered.map_err(|error| failed(&error))?;
         if response.status().is_success() {
             return Ok((response, sender));
